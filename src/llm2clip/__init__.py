@@ -16,12 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["LLM2CLIP", "CaptionEncoder", "Index", "open_dual_encoder"]
 __version__ = "0.3.0"
 
-# Hide bitsandbytes' warning about an optional 4-bit inference kernel. The level is set here, because peft imports
-# bitsandbytes.
+# peft imports bitsandbytes, which logs a warning about an optional 4-bit inference kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# By default, idle OpenMP threads busy-wait for a few milliseconds. If other programs use the CPU, busy-waiting makes
-# training many times slower (`benchmarks/busy_machine.py`). OpenMP reads the variable when torch is imported.
+# If other programs use the CPU, busy-waiting OpenMP threads make training many times slower.
+# See `benchmarks/busy_machine.py`. The variable must be set before torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "0"
 

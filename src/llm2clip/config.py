@@ -31,7 +31,7 @@ RESUME_SAFE = (
 
 @dataclass
 class EncoderConfig:
-    """Caption encoder: the language model and how it processes text."""
+    """Settings for the language model that encodes captions."""
 
     path: str = "smollm2-135m"
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
@@ -186,8 +186,8 @@ class AlignConfig:
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 6
-    """Number of captions and phrases sampled per image and step, without replacement. 0 uses all of them. Additional
-    captions cost almost nothing, because their embeddings are read from the store."""
+    """Number of captions and phrases sampled per image and step, without replacement. 0 uses all captions and phrases.
+    Additional captions cost almost nothing, because their embeddings are read from the store."""
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1, "phrases": 0.5}
     )
@@ -200,7 +200,7 @@ class AlignConfig:
     """Number of images per forward pass. Values below the batch size enable gradient caching: the gradients are still
     exactly those of the complete batch, but each image needs a second forward pass. Default: the batch size."""
     lr: float = 1e-3
-    """Peak learning rate for the projection, adapter and logit scale. It decays to zero on a cosine schedule."""
+    """Peak learning rate for the projection, adapter and logit scale, followed by cosine decay to zero."""
     tower_lr: float = 1e-4
     """Peak learning rate for the vision tower. 0 freezes the tower: each image is encoded only once, without random
     crops, and all epochs train on the cached features, which is fast."""
@@ -259,7 +259,7 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if phrases are sampled or used by --align.inherit. Their embeddings must then be in the store."""
+        """True if phrases are sampled or used by --align.inherit, which requires phrase embeddings in the store."""
         return self.samples_phrases or bool(self.inherit)
 
 
@@ -273,7 +273,7 @@ class DistillConfig:
     batch_size: int = 128
     """Number of texts per step and device."""
     lr: float | None = None
-    """Peak learning rate. It decays to zero on a cosine schedule. Default: 5e-4, or 1e-2 for static students."""
+    """Peak learning rate, followed by cosine decay to zero. Default: 5e-4, or 1e-2 for static students."""
     warmup_ratio: float = 0.05
     """Fraction of steps used for linear warm-up."""
     max_length: int | None = None
@@ -316,16 +316,16 @@ class EvaluateOptions:
     out: str | None = None
     """Output folder for report.html, results.json and the embeddings. Later runs reuse the embeddings."""
     dims: list[int] = field(default_factory=list)
-    """Also evaluate embeddings truncated to these numbers of dimensions. Without --out, each size is encoded again."""
+    """Also evaluate embeddings truncated to these sizes. Without --out, the data is encoded again for each size."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
     """Regions, segmentation and detection: methods for computing patch embeddings (`plain`, `maskclip`, `sclip`,
     `clearclip` or `naclip`)."""
     short_queries: bool = False
     """Captioned images: also report retrieval metrics by query length, from one word to full captions."""
     templates: list[str] | None = None
-    """Prompt templates, such as 'a photo of a {}'. With --short_queries, they are applied to queries of up to three
-    words (default: the templates saved with the model). They are also applied to the class names of your own images,
-    such as boxes:FILE.json. Embeddings are averaged over the templates."""
+    """Prompt templates, such as 'a photo of a {}', over which text embeddings are averaged. Used for the class names of
+    your own images, such as boxes:FILE.json, and with --short_queries for queries of up to three words (default: the
+    templates saved with the model)."""
     proposals: str | None = None
     """Detection: source of the boxes to classify. One of: a JSON file in COCO results format, a transformers detector
     (folder or hub id), or `ground-truth`."""

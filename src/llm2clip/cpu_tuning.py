@@ -13,9 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-# Upper bound on the relative error of a float32 matmul that sums a few hundred terms. bfloat16 matmuls have errors
-# about a thousand times larger.
-FLOAT32_TOLERANCE = 1e-6
+FLOAT32_TOLERANCE = 1e-6  # relative error of a float32 matmul; bfloat16 errors are about a thousand times larger
 # mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 

@@ -186,10 +186,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def restore_mode(file: Path, mode: int) -> None:
-    """Set the read and write permissions of a file to those in `mode`, a value of `os.stat_result.st_mode`.
-
-    Without this call, only the current user could read files written by safetensors.
-    """
+    """Set a file's permissions to those in `mode`. By default, only the owner can read files that safetensors writes."""
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not support permissions
             file.chmod(mode & 0o666)
@@ -237,7 +234,7 @@ def get_cache_dir() -> Path:
     """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llm2clip")
     folder = Path(os.environ.get("LLM2CLIP_CACHE") or default).expanduser()
-    if not folder.is_dir():  # faster than mkdir, because this function is called for each remote image
+    if not folder.is_dir():  # avoids mkdir, because this function is called for each remote image
         with suppress(OSError):  # the same error is raised when a file is written to the folder
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

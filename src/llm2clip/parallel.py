@@ -40,7 +40,7 @@ def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: in
 
 
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
-    """Return an iterator that prepares items in a background thread. The caller must close it.
+    """Return an iterator that prepares items in a background thread. The caller must close the iterator.
 
     On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.
     """
@@ -62,8 +62,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
-        # If the interpreter exits while the thread runs C++ code, the process aborts ("terminate called without an
-        # active exception"). If `close` was not called or was interrupted, stop the thread at exit.
+        # The process aborts if the interpreter exits while the thread runs C++ code, so the thread is stopped at exit.
         atexit.register(self.close)
 
     def __next__(self) -> T:

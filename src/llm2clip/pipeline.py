@@ -272,8 +272,8 @@ def choose_encoder(run: Run) -> None:
 def tune(run: Run) -> Path:
     """Tune the caption encoder on text pairs. Return the folder of the tuned caption encoder.
 
-    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning. This requires
-    at least two images with two or more distinct captions, and is skipped with QLoRA.
+    In a `fit` run without QLoRA, caption retrieval accuracy on the held-out images is measured before and after tuning
+    if at least two of these images have two or more distinct captions.
 
     Raises:
         ValueError: There are no captions or text pairs to tune on.
@@ -314,7 +314,7 @@ def embed(
 
     Args:
         phrases: Also encode short phrases from the captions. `fit` encodes phrases only if `align` uses phrases.
-        engine: "local" uses the ranks started by the launcher, "ray" a Ray cluster.
+        engine: "local" encodes on the ranks started by the launcher. "ray" encodes on a Ray cluster.
         ray_workers: Number of Ray workers. Default (0): one per GPU or, without GPUs, one per two CPU cores.
     """
     texts, out = run.iterate_texts(phrases), run.get_stage_folder("store")
@@ -358,7 +358,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
             for name in ("trained.json", "query_templates.json", "examples.json"):  # metrics of an earlier model
                 (evaluations / name).unlink(missing_ok=True)
             if not (out / "checkpoints").exists():
-                (evaluations / "untrained.json").unlink(missing_ok=True)  # from a run with other `align` settings
+                (evaluations / "untrained.json").unlink(missing_ok=True)  # written by a run with other `align` settings
         untrained = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
         load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
         validate = make_validator(held_out, run.log, store)
@@ -487,7 +487,7 @@ def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
 
 
 def check_encoder(config: EncoderConfig) -> None:
-    """Check that a caption encoder exists, without loading its weights. Raise OSError or ValueError if it does not."""
+    """Raise OSError or ValueError if a caption encoder does not exist. The weights are not loaded."""
     path = resolve_pretrained(config.path)
     if path.endswith(".gguf"):
         resolve_gguf(path)

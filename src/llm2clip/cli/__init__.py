@@ -120,7 +120,7 @@ def _print_closing_lines(lines: list[str]) -> None:
 
         print_once(*lines)
         shut_down_process_group()
-    elif lines:  # does not import PyTorch, which takes seconds; without PyTorch, there is a single process
+    elif lines:  # avoids importing PyTorch, which takes seconds
         from llm2clip.io_utils import escape_control_characters
 
         print(escape_control_characters("\n".join(lines)), flush=True)

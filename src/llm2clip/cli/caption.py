@@ -148,7 +148,7 @@ def _select_splits(captions: Path, sources: Sequence[str]) -> str:
     """Return the caption file as a source, with the same splits selected as in `sources`.
 
     Raises:
-        ValueError: Only some of the sources select splits, which is impossible in the combined caption file.
+        ValueError: Some of the sources select splits, but others do not.
     """
     from llm2clip.data.records import Source
 

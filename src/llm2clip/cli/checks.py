@@ -47,7 +47,7 @@ def check_data(
     from llm2clip.data.skip_log import SkipLog
 
     check_sources(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command later lists a smaller fraction in a file
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself reports smaller fractions
     for text in args.data:
         source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
@@ -99,14 +99,14 @@ def check_port(host: str, port: int) -> None:
 
 
 def resolve_model(name: str, allow_revision: bool = True) -> str:
-    """Return the model folder of a run directory, or an existing path or valid model name unchanged."""
+    """Return the model folder if `name` is a run directory. Return other paths and valid model names unchanged."""
     hub_id, revision = split_revision(name) if allow_revision else (name, None)
     folder = _resolve_name(hub_id, "config.json", ("model",), ())
     return folder if revision is None else name
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the encoder of a run directory or llm2clip model, or an existing path or valid encoder name unchanged."""
+    """Return the encoder folder if `path` is a run directory or llm2clip model, or a valid encoder name unchanged."""
     if path == AUTO:
         raise ValueError("only `fit` and `plan` support --encoder.path auto. Pass an encoder, such as RUN/tune/encoder")
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
@@ -120,7 +120,7 @@ def check_pretrained(*names: str) -> None:
 
 
 def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
-    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains the file.
+    """Return `name` or, for a folder without `config_file`, the first of its `subfolders` that contains the file.
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.

@@ -354,7 +354,7 @@ def _check_output_flags(args: Namespace) -> None:
     if args.json and args.paths:
         raise ValueError("--json and --paths cannot be combined")
     if args.explain and not args.texts:
-        raise ValueError("--explain requires a query text, whose words it rates")
+        raise ValueError("--explain requires a query text")
     if args.explain and (args.json or args.paths):
         raise ValueError("--explain prints a table: remove --json and --paths")
 

@@ -145,7 +145,7 @@ def _run_serve(args: Namespace) -> list[str]:
         if args.immich:
             print_once(describe_setup(address, model.embed_dim, upstream))
             return
-        known = os.environ.get("LLM2CLIP_TOKEN")  # never printed, because logs may contain the output
+        known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may end up in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         mcp = f"MCP server: {address}mcp. " if args.mcp else ""
         print_once(f"Serving at {page}", f"{mcp}API description: {address}openapi.json. Press Ctrl-C to stop.")

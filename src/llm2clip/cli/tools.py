@@ -53,7 +53,7 @@ def add_commands(commands: Commands) -> None:
         "Estimate the number of parameters, FLOPs, memory and duration of `fit`, without downloading a model.",
     )
     parser.add_argument(
-        "data", nargs="*", type=str, default=[], help=f"{DATA_HELP} Images and captions are counted in the data."
+        "data", nargs="*", type=str, default=[], help=f"{DATA_HELP} The images and captions in DATA are counted."
     )
     parser.add_argument("--images", type=int, help="Number of training images. Required without DATA.")
     parser.add_argument(

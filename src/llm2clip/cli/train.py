@@ -181,7 +181,7 @@ def _run_fit(args: Namespace) -> list[str]:
     if args.encoder.path != AUTO:
         args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    index_data = _format_index_data(args)  # all images, including images without an accepted caption
+    index_data = _format_index_data(args)  # includes images without an accepted caption
     write_captions = prepare_captions(args)
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once

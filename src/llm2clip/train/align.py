@@ -199,8 +199,8 @@ def _compute_loss(
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. A run that is resumed
-    # on fewer ranks has more images per rank than `batch_size`, so its batches are also split.
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts.
+    # If a run is resumed on fewer ranks, batches with more than `batch_size` images per rank are also split.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 

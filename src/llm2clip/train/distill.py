@@ -74,7 +74,6 @@ class Teacher:
     def __init__(self, model: LLM2CLIP, folder: Path, store: str | None = None) -> None:
         """
         Args:
-            folder: Folder of the model.
             store: Folder of a store with caption embeddings. Default: the store next to the model folder, if any.
 
         Raises:
@@ -83,8 +82,8 @@ class Teacher:
         """
         if not model.has_encoder:
             raise ValueError(
-                f"{folder} has no caption encoder, so a student cannot learn its text embeddings. Add the encoder that "
-                f"it was trained with: llm2clip convert {folder} --text ENCODER --out MODEL"
+                f"{folder} has no caption encoder, so a student cannot learn its text embeddings. Add the encoder "
+                f"with which the model was trained: llm2clip convert {folder} --text ENCODER --out MODEL"
             )
         self.model, self.folder = model, folder
         self.stores: list[EmbeddingStore] = []
@@ -96,7 +95,7 @@ class Teacher:
                 self._add_store(neighbour)
 
     def _add_store(self, folder: Path) -> None:
-        """Add a store. Raise StoreError if the store was created with a different encoder. The precision may differ."""
+        """Add a store. Raise StoreError if the store's encoder differs in any setting other than the precision."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]

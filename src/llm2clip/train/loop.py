@@ -43,10 +43,8 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 
-# In fp16, the gradient scaler skips steps with non-finite gradients and then halves its scale factor. After
-# `MAX_SKIPPED_STEPS` consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
+# Maximum number of consecutive steps with non-finite gradients in fp16, each of which halves the loss scale.
 MAX_SKIPPED_STEPS = 20
-
 
 Validator = Callable[[Any], dict[str, float]]
 """Function that evaluates a model in eval mode on held-out images and returns the metrics."""
@@ -93,7 +91,6 @@ class TrainingLoop:
 
         Args:
             items: Plural noun for the training items, such as "images", for metric names and messages.
-            report_to: Names of experiment trackers.
         """
         state = process_state()  # must precede Accelerator(), which would initialise the ranks with other options
         self.stage, self.items, self.config, self.run_dir = stage, items, config, run_dir

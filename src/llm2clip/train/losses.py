@@ -310,8 +310,9 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
         self.num_images = num_images
 
-        # If some texts are identical, `group` assigns the same number to identical texts, `by_group` lists the indices
-        # of all texts sorted by group, and `group_starts` contains the position in `by_group` where each group starts.
+        # `group` contains the group number of each text. Identical texts have the same number.
+        # `by_group` lists the indices of all texts, sorted by group number.
+        # `group_starts` contains the position in `by_group` at which each group starts.
         self.group: Tensor | None = None
         if text_ids is not None:
             unique_ids, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -319,8 +320,7 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Image-text pairs in `other_texts`, as two int64 vectors of image and text indices in the batch that is
-        # gathered from all ranks.
+        # Pairs in `other_texts`, as int64 vectors of image and text indices in the batch gathered from all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)

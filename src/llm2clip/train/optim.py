@@ -26,7 +26,7 @@ _NO_DECAY = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class
 
 
 def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Freeze or unfreeze the tower, or add LoRA layers to it. All other parameters are always trained.
+    """Freeze the tower, add LoRA layers, or train all tower weights. All other parameters are always trained.
 
     Raises:
         ValueError: The tower has no layers to which LoRA can be applied.
@@ -110,24 +110,22 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
 
 # ---- gradient caching ------------------------------------------------------------------------------------------------
 
-# GradCache (arXiv 2101.06983) computes contrastive losses over batches that are too large for one forward pass. The
-# loss and its gradient with respect to the embeddings depend on the batch only through the embeddings. The parameter
-# gradients can therefore be computed in three steps:
-#
-# 1. Run the model on each part of the batch in turn, without storing activations.
-# 2. Compute the loss over the embeddings of all parts, and its gradient with respect to these embeddings.
-# 3. Run the model on each part again and backpropagate the gradient of the part's embeddings through the model.
-#
-# The resulting gradients equal those of a single pass over the complete batch. Only one part's activations are in
-# memory at a time, at the cost of a second forward pass over the batch.
-
 ForwardPass = Callable[[], tuple[Tensor, ...]]
 
 
 def compute_cached_loss(
     passes: Sequence[ForwardPass], loss_function: Callable[..., Tensor], model: nn.Module, device: torch.device
 ) -> Tensor:
-    """Return the loss on the outputs of all forward passes. Calling backward() on the loss repeats each forward pass.
+    """Compute a contrastive loss over a batch that is too large for one forward pass (GradCache, arXiv 2101.06983).
+
+    The parameter gradients are computed in three steps:
+
+    1. Run the model on each part of the batch in turn, without storing activations.
+    2. Compute the loss over the embeddings of all parts, and its gradient with respect to these embeddings.
+    3. Run the model on each part again and backpropagate the gradient of the part's embeddings through the model.
+
+    The gradients equal those of a single pass over the complete batch. Only one part's activations are in memory at a
+    time, at the cost of a second forward pass over the batch.
 
     Args:
         passes: One function per part of the batch. Each function runs `model` on its part and returns a tuple of
@@ -137,6 +135,9 @@ def compute_cached_loss(
         model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.
         device: Device of the model. Its random state is saved and restored, so that repeated passes use the same
             dropout masks.
+
+    Returns:
+        The loss. Calling backward() on the loss runs the third step.
     """
     # 1. Forward passes, without storing activations.
     random_states, outputs = [], []
@@ -190,15 +191,12 @@ def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
-# torch.compile fuses elementwise operations on GPUs. Each block of the tower is compiled separately ("regional
-# compilation"). All blocks of a vision transformer have the same code and shapes, so PyTorch compiles the first block
-# and reuses the result for the others. Compilation takes one to two minutes, which pays off only in long runs.
 MIN_COMPILED_STEPS = 1000
 COMPILE_BACKEND = "inductor"
 
 
 def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool:
-    """Return True if compilation is likely to save time over the remaining steps of a run.
+    """Return True if compilation, which takes one to two minutes, is likely to save time over the remaining steps.
 
     Only towers of identical blocks that are trained on a GPU are compiled, which excludes convolutional networks.
     """
@@ -212,7 +210,9 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
 def compile_blocks(tower: VisionTower) -> None:
     """Compile the tower's blocks in place for training. In eval mode, the blocks still run uncompiled.
 
-    Compilation takes place in the first step. If it fails, the blocks run uncompiled, and PyTorch logs a warning.
+    torch.compile fuses elementwise operations. Each block is a separate compilation unit. If all blocks have the same
+    code and shapes, as in a vision transformer, PyTorch compiles the first block and reuses the result for the others.
+    If compilation fails in the first step, the blocks run uncompiled, and PyTorch logs a warning.
     """
     print_once(
         "Compiling the vision tower: the first step takes about one to two minutes longer, and later steps are faster. "

@@ -284,8 +284,7 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Replace undecodable images with duplicates of other images in the batch. Duplicates are harmless, because the loss
-    # does not use identical captions as negatives.
+    # Duplicates of other images replace undecodable images, because the loss excludes identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
 
@@ -297,8 +296,8 @@ class CaptionSampler:
     """Vectorised sampler of captions for all images of a batch.
 
     The kind of each caption, such as short or long, is sampled according to the caption mix. Within a kind, captions
-    are sampled without replacement, so an image may receive fewer captions than requested. If all kinds of captions
-    that an image has have weight 0, all of these kinds are sampled with equal weights.
+    are sampled without replacement, so an image may receive fewer captions than requested. If an image has only kinds
+    with weight 0, these kinds are sampled with equal weights.
 
     The random numbers are hashes of the seed, the epoch and the image (see `counter_random`).
     """

@@ -68,7 +68,7 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
 
     Args:
         sources: Image captions or text pairs, one list per source.
-        encoder: Caption encoder. If `steps` is 0, it is saved without tuning.
+        encoder: Caption encoder, which is saved without tuning if `steps` is 0.
         run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in the
             sentence-transformers format, locked with `run_lock`.
 
@@ -202,8 +202,7 @@ def _train(
     TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
     enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
-    # On CPUs, compute attention with plain matmuls: the bf16 backward pass of PyTorch's fused attention is slow for
-    # short captions (see `benchmarks/tune.py`).
+    # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions (`benchmarks/tune.py`).
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
