@@ -163,7 +163,7 @@ def test_texts_are_distinct_and_captions_come_first(
     table = RecordTable.from_records(records)
     student = load_student("static", teacher, 16, CONFIG)
     source = Teacher(LLM2CLIP.from_pretrained(teacher, "cpu"), teacher)
-    source.embed(["a", "b", "c", "d", "short", "long", "red", "query"], tmp_path / "store")
+    source.embed_missing_texts(["a", "b", "c", "d", "short", "long", "red", "query"], tmp_path / "store")
     data = prepare_training_texts(table, tmp_path / "more.txt", student, source, tmp_path, 0.0)
     texts = student.tokenizer.decode_batch(data.get_token_ids(np.arange(len(data))))
     assert texts == ["a", "b", "c", "d", "short", "long", "query", "red"], "`blue` has no embedding"

@@ -448,7 +448,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
         if student is None:
             teacher.open_store(out / "store")
         else:
-            texts = _embed_distill_texts(data, options, student, teacher, out)
+            texts = _prepare_distill_texts(data, options, student, teacher, out)
             student = train_student(student, teacher, texts, options.distill, out)
             if process_state().is_main_process:
                 build_student_model(teacher.model, student).save_pretrained(model_dir)
@@ -462,7 +462,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
         return model_dir
 
 
-def _embed_distill_texts(
+def _prepare_distill_texts(
     data: DataSplits, options: DistillOptions, student: CaptionEncoder, teacher: Teacher, out: Path
 ) -> DistillTexts:
     train = add_phrases(data.train)
@@ -471,7 +471,7 @@ def _embed_distill_texts(
     token_texts = list(filter(None, decode_vocabulary(student)))
     if token_texts:
         print_once(f"The teacher encodes the captions and the student's vocabulary of {len(token_texts):,} tokens")
-    teacher.embed(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
+    teacher.embed_missing_texts(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
     return prepare_training_texts(train, other_texts, student, teacher, out, options.max_skipped)
 
 

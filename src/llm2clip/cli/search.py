@@ -286,7 +286,7 @@ def _run_search(args: Namespace) -> list[str]:
     with redirect_stdout(sys.stderr):  # keeps other messages out of the output of --json and --paths
         index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-    return _print_page(args, index, query, page, image_filter)
+    return _print_results(args, index, query, page, image_filter)
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
@@ -310,10 +310,10 @@ def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
         group_similar=not args.no_group,
         show_weak=args.show_weak,
     )
-    return _print_page(args, index, query, page, image_filter)
+    return _print_results(args, index, query, page, image_filter)
 
 
-def _print_page(
+def _print_results(
     args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage, image_filter: Filter
 ) -> list[str]:
     from rich.console import Console
@@ -439,9 +439,9 @@ def print_hits(hits: Sequence[Hit], console: Console) -> None:
         if hit.image_count > 1:
             lines.append(f"and {format_count(hit.image_count - 1, 'duplicate')}")
         if first.captions:
-            lines.append(_shorten(first.captions[0]))
+            lines.append(_shorten_text(first.captions[0]))
         if hit.text:
-            lines.append(f"text: {_shorten(hit.text)}")
+            lines.append(f"text: {_shorten_text(hit.text)}")
         if hit.similar:
             lines.append(f"+{len(hit.similar)} similar")
         if hit.matched:
@@ -490,5 +490,5 @@ def _replace_unprintable_characters(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _shorten(text: str) -> str:
+def _shorten_text(text: str) -> str:
     return shorten(_replace_unprintable_characters(text), CAPTION_LENGTH, placeholder=" …")

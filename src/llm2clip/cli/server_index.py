@@ -71,7 +71,7 @@ class ServerIndex:
                 data = response.read(MAX_RESPONSE_BYTES)
             return json.loads(data, object_hook=lambda values: SimpleNamespace(**values))
         except HTTPError as error:
-            raise OSError(f"{self.address}: {_explain_status(error)}") from error
+            raise OSError(f"{self.address}: {_explain_http_error(error)}") from error
         except (OSError, HTTPException) as error:
             raise OSError(
                 f"cannot reach the server {self.address} ({getattr(error, 'reason', None) or error}). Check the "
@@ -86,7 +86,7 @@ class _RejectRedirects(HTTPRedirectHandler):
         return None
 
 
-def _explain_status(error: HTTPError) -> str:
+def _explain_http_error(error: HTTPError) -> str:
     if error.code == 401:
         return (
             "the token is missing or wrong. Set the environment variable LLM2CLIP_TOKEN, or pass the address that "

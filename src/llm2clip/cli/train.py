@@ -48,14 +48,14 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    _add_fit(commands)
-    _add_tune(commands)
-    _add_embed(commands)
-    _add_align(commands)
-    _add_distill(commands)
+    _add_fit_command(commands)
+    _add_tune_command(commands)
+    _add_embed_command(commands)
+    _add_align_command(commands)
+    _add_distill_command(commands)
 
 
-def _add_fit(commands: Commands) -> None:
+def _add_fit_command(commands: Commands) -> None:
     parser = commands.add("fit", _run_fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
@@ -65,7 +65,7 @@ def _add_fit(commands: Commands) -> None:
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
 
-def _add_tune(commands: Commands) -> None:
+def _add_tune_command(commands: Commands) -> None:
     parser = commands.add("tune", _run_tune, "Tune a language model contrastively on captions.")
     parser.add_argument(
         "data",
@@ -81,7 +81,7 @@ def _add_tune(commands: Commands) -> None:
     parser.add_class_arguments(TuneConfig, "tune")
 
 
-def _add_embed(commands: Commands) -> None:
+def _add_embed_command(commands: Commands) -> None:
     parser = commands.add("embed", _run_embed, "Encode every caption in DATA once, and store the embeddings.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
@@ -109,7 +109,7 @@ def _add_embed(commands: Commands) -> None:
     parser.add_class_arguments(EmbedConfig, "embed")
 
 
-def _add_align(commands: Commands) -> None:
+def _add_align_command(commands: Commands) -> None:
     parser = commands.add("align", _run_align, "Train a vision tower on images and the caption embeddings in a store.")
     parser.add_argument(
         "data",
@@ -133,7 +133,7 @@ def _add_align(commands: Commands) -> None:
     parser.add_class_arguments(AlignConfig, "align")
 
 
-def _add_distill(commands: Commands) -> None:
+def _add_distill_command(commands: Commands) -> None:
     parser = commands.add("distill", _run_distill, "Train a small text encoder to replace the LLM and adapter.")
     parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
     parser.add_argument(

@@ -102,9 +102,9 @@ class Teacher:
         check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, folder)
         self.stores.append(store)
 
-    def embed(self, texts: Iterable[str], folder: Path) -> None:
+    def embed_missing_texts(self, texts: Iterable[str], folder: Path) -> None:
         """Encode all texts that are not in the stores into a new store in `folder`. Must be called by all ranks."""
-        missing = self.select(texts, is_stored=False)
+        missing = self.select_texts(texts, is_stored=False)
         first = next(missing, None)
         if first is not None:
             encoder = CaptionEncoder.from_pretrained(self.folder, device="cpu")
@@ -113,11 +113,11 @@ class Teacher:
             free_memory()
 
     def open_store(self, folder: Path) -> None:
-        """Open the store that `embed` wrote, if any. `embed` writes no store if the other stores contain all texts."""
+        """Open the store of `embed_missing_texts`, which exists unless the other stores contain all texts."""
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 
-    def select(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
+    def select_texts(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
         """Yield the texts that are in one of the stores or, if `is_stored` is False, in none of the stores."""
         for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
             mask = (self._find_rows(chunk)[0] >= 0) == is_stored
@@ -340,7 +340,7 @@ def prepare_training_texts(
     identity["encoder"] = [fingerprint(store.manifest["identity"]) for store in teacher.stores]
     identity["adapter"] = hash_weights(teacher.model.adapter)
     dim = teacher.model.config.embed_dim
-    texts = teacher.select(chain(*iterate_texts(records, other_texts)), is_stored=True)
+    texts = teacher.select_texts(chain(*iterate_texts(records, other_texts)), is_stored=True)
     targets = store_text_embeddings(texts, teacher.encode, dim, identity, folder / "targets", dtype="float16")
     with TemporaryFile(dir=folder) as file:
         tokenized = _TokenWriter(student, targets, file)

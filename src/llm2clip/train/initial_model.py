@@ -218,7 +218,7 @@ class TrainingTexts:
     num_captions: int
     text_hash: str
 
-    def load(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    def load_embeddings(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the LLM and CLIP embeddings of the texts with these indices."""
         embeddings = torch.from_numpy(self.store.take(self.rows[items])).to(device)
         return embeddings, torch.from_numpy(self.clip_store.take(self.clip_rows[items])).to(device)
@@ -302,7 +302,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
         epoch_step = step % steps_per_epoch
         if epoch_step == 0:
             train = rng.permutation(train)
-        embeddings, teacher = texts.load(train[epoch_step * batch_size :][:batch_size], device)
+        embeddings, teacher = texts.load_embeddings(train[epoch_step * batch_size :][:batch_size], device)
         with autocast:
             student = adapter(embeddings)
         distillation_loss(student, teacher, gather=False).backward()
@@ -312,7 +312,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
         schedule.step()
     adapter.eval()
     with torch.no_grad():
-        embeddings, teacher = texts.load(test if test_size else train, device)
+        embeddings, teacher = texts.load_embeddings(test if test_size else train, device)
         similarity = F.cosine_similarity(adapter(embeddings), teacher).mean().item()
     split = "held-out" if test_size else "training"
     print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {split} texts")

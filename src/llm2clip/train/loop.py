@@ -185,7 +185,7 @@ class TrainingLoop:
                 loss, grad_norm = self._update_weights(result)
                 after_step()
 
-                # On a GPU, `report.add` waits for the previous step, so `step_seconds` is the time between steps.
+                # On a GPU, `report.add_step` waits for the previous step, so `step_seconds` is the time between steps.
                 now = time.perf_counter()
                 step_seconds, clock = now - clock, now
                 items_per_second = result.num_items * self.accelerator.num_processes / step_seconds
@@ -194,7 +194,7 @@ class TrainingLoop:
                     f"{self.items}_per_second": items_per_second,
                     "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
                 }
-                report.add(step, result, loss, grad_norm, step_metrics)
+                report.add_step(step, result, loss, grad_norm, step_metrics)
                 progress.update()
                 if self._evaluate_and_save(step, report):
                     clock = time.perf_counter()
@@ -254,7 +254,7 @@ class StepLogger:
         self.skipped_steps = 0  # number of consecutive steps with non-finite gradients
         self._pending: list[tuple[int, StepResult, dict[str, float], AsyncScalars]] = []
 
-    def add(
+    def add_step(
         self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
     ) -> None:
         """Add a completed step. Must be called by all ranks. Raises the same errors as `TrainingLoop.run`."""
@@ -267,7 +267,7 @@ class StepLogger:
         self._report(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
-        """Log all steps that have been added. Must be called by all ranks. Raises the same errors as `add`."""
+        """Log all steps that have been added. Must be called by all ranks. Raises the same errors as `add_step`."""
         self._report(pending=0)
 
     def _report(self, pending: int) -> None:

@@ -274,7 +274,9 @@ class _ImageDataset(Dataset):
         return items
 
 
-def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
+def _collate(
+    items: list[tuple[str, Tensor | str, Sample]],
+) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
     """Collate decoded images. Return the pixels, the samples and the error messages, keyed by image name.
 
     The pixels are stacked in the worker process, because the main process needs one file descriptor for each tensor
