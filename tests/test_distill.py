@@ -183,7 +183,7 @@ def test_texts_are_not_held_in_memory(teacher: Path, tmp_path: Path, monkeypatch
     table = RecordTable.from_records(Record(str(n), None, (f"{n} {'x' * 200}",)) for n in range(15_000))
     student = load_student("static", teacher, 16, CONFIG)
     source = SimpleNamespace(
-        select=lambda texts, is_stored: iter(texts),
+        select_texts=lambda texts, is_stored: iter(texts),
         encode=lambda texts: torch.ones(len(texts), 16),
         stores=[],
         model=SimpleNamespace(adapter=torch.nn.Identity(), config=SimpleNamespace(embed_dim=16)),
