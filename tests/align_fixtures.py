@@ -97,7 +97,7 @@ def train(records: list[Record], store: EmbeddingStore) -> Any:
 @contextmanager
 def killed_after(steps: int) -> Iterator[None]:
     """Expect a run of `align` or `distill` to be killed in the step that follows step `steps`."""
-    add = StepLogger.add
+    add = StepLogger.add_step
 
     def killing_add(self: StepLogger, step: int, *args: Any) -> None:
         if step > steps:
@@ -105,5 +105,5 @@ def killed_after(steps: int) -> Iterator[None]:
         add(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StepLogger, "add", killing_add)
+        patch.setattr(StepLogger, "add_step", killing_add)
         yield
