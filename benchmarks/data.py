@@ -104,7 +104,7 @@ def measure_step(part: str, cores: int, source: str, folder: Path) -> tuple[floa
         store = EmbeddingStore(folder / "store")
         with timer:
             batches = open_batches(records, store, workers=0, batch_size=128)
-            next(batches.samples(0))
+            next(batches.iterate_samples(0))
     memory.stop.set()
     gc.collect()
     private = read_private_memory(os.getpid())

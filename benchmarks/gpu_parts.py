@@ -411,7 +411,8 @@ def measure_data(settings: PartSettings) -> Iterator[dict[str, Any]]:
     for workers in [0] if settings.tiny else [0, 8, 16]:
         epochs = 1 if settings.tiny else 8
         config = AlignConfig(batch_size=count // 2, epochs=epochs, workers=workers)
-        batches = AlignBatches(RecordTable.from_records(records), _NoStore(), model.tower.preprocess, config).batches(0)
+        table = RecordTable.from_records(records)
+        batches = AlignBatches(table, _NoStore(), model.tower.preprocess, config).iterate_batches(0)
         first = len(next(batches).images)  # excludes the time to start the workers
         start = time.perf_counter()
         images = sum(len(batch.images) for batch in batches)

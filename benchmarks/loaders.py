@@ -38,7 +38,7 @@ Results = dict[str, list[tuple[float, float]]]  # loader -> images per second an
 def open_llm2clip(source: str, workers: int, folder: Path) -> Iterator[Any]:
     records = read_records(source, folder / "work")
     batches = open_batches(records, write_store(records, folder / "work/store"), workers, BATCH_SIZE)
-    return (batch.images for batch in batches.batches(0))
+    return (batch.images for batch in batches.iterate_batches(0))
 
 
 def open_webdataset(source: str, workers: int, folder: Path) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import embed
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.align import align
-from llm2clip.train.loop import StepReport
+from llm2clip.train.loop import StepLogger
 
 ALIGN = AlignConfig(
     embed_dim=12,
@@ -97,13 +97,13 @@ def train(records: list[Record], store: EmbeddingStore) -> Any:
 @contextmanager
 def killed_after(steps: int) -> Iterator[None]:
     """Expect a run of `align` or `distill` to be killed in the step that follows step `steps`."""
-    add = StepReport.add
+    add = StepLogger.add_step
 
-    def killing_add(self: StepReport, step: int, *args: Any) -> None:
+    def killing_add(self: StepLogger, step: int, *args: Any) -> None:
         if step > steps:
             raise Killed
         add(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StepReport, "add", killing_add)
+        patch.setattr(StepLogger, "add_step", killing_add)
         yield

@@ -43,7 +43,7 @@ from llm2clip.runs.checkpoint import Checkpoints, save_training_state
 from llm2clip.runs.output_folder import save_or_check_config
 from llm2clip.search.backends import open_backend
 from llm2clip.store.encode import embed
-from llm2clip.train.distill import build_student_model, open_student
+from llm2clip.train.distill import build_student_model, load_student
 from postgres_fixtures import get_postgres_server
 from search_fixtures import index_sources, make_index
 
@@ -92,7 +92,7 @@ def make_model(folder: Path, work: Path) -> Path:
 def make_student(folder: Path, teacher_folder: Path) -> Path:
     """Save a model with a static student, without training it."""
     teacher = LLM2CLIP.from_pretrained(teacher_folder, device="cpu")
-    student = open_student("static", teacher_folder, teacher.config.embed_dim, DistillConfig())
+    student = load_student("static", teacher_folder, teacher.config.embed_dim, DistillConfig())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in student.parameters():

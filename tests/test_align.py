@@ -55,7 +55,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from llm2clip.train import loop, optim
 from llm2clip.train.align import align
-from llm2clip.train.loop import StepReport
+from llm2clip.train.loop import StepLogger
 from llm2clip.train.losses import LOSSES, info_nce
 from llm2clip.train.sampling import AlignBatches
 from llm2clip.train.tune import tune
@@ -76,9 +76,9 @@ def replace_info_nce(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 def read_metrics_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the metrics of a step during the next step, as on a GPU."""
-    report = StepReport._report
-    monkeypatch.setattr(StepReport, "_report", lambda self, pending: report(self, pending=1))
-    monkeypatch.setattr(StepReport, "flush", lambda self: report(self, pending=0))
+    report = StepLogger._report
+    monkeypatch.setattr(StepLogger, "_report", lambda self, pending: report(self, pending=1))
+    monkeypatch.setattr(StepLogger, "flush", lambda self: report(self, pending=0))
 
 
 def damaged_image(record: Record, folder: Path) -> FileImage:
@@ -144,7 +144,7 @@ def test_align_matches_adamw_written_out(
     model, frozen_tower = fresh_model().train(), fresh_model().tower.eval()
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     factors = [1 / 2, 1, 1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]  # two of six steps of warm-up
-    batches = AlignBatches(RecordTable.from_records(records), store, model.tower.preprocess, config).batches(0)
+    batches = AlignBatches(RecordTable.from_records(records), store, model.tower.preprocess, config).iterate_batches(0)
     norms = []
     for step, (batch, factor) in enumerate(zip(batches, factors, strict=True)):
         batch = batch.to(torch.device("cpu"))

@@ -17,7 +17,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from llm2clip.train import optim
-from llm2clip.train.optim import MIN_COMPILED_STEPS, compile_blocks, restore_blocks, should_compile
+from llm2clip.train.optim import MIN_COMPILED_STEPS, compile_blocks, should_compile, uncompile_blocks
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 TWO_STEPS = dataclasses.replace(ALIGN, epochs=2 / 3)
@@ -66,7 +66,7 @@ def test_compiled_blocks_are_announced_run_in_training_only_and_are_restored(
     assert counter.frame_count == 0
     tower.train()(pixels)
     assert counter.frame_count == 1  # one for all blocks
-    restore_blocks(tower)
+    uncompile_blocks(tower)
     tower(torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
     assert counter.frame_count == 1
 

@@ -15,10 +15,10 @@ from llm2clip import cpu_tuning
 
 @pytest.fixture
 def clear_cache() -> Iterator[None]:
-    """Let `onednn_is_faster` decide anew, before and after the test."""
-    cpu_tuning.onednn_is_faster.cache_clear()
+    """Let `is_onednn_faster` decide anew, before and after the test."""
+    cpu_tuning.is_onednn_faster.cache_clear()
     yield
-    cpu_tuning.onednn_is_faster.cache_clear()
+    cpu_tuning.is_onednn_faster.cache_clear()
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_onednn_is_not_used_if_it_rounds_to_bfloat16(
         return matmul(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", round_and_multiply)
-    assert not cpu_tuning.onednn_is_faster()
+    assert not cpu_tuning.is_onednn_faster()
 
 
 LIBGOMP = Path(torch.__file__).parent / "lib/libgomp.so.1"  # the OpenMP library of PyTorch's wheels for Linux

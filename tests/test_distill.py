@@ -37,9 +37,9 @@ from llm2clip.train.distill import (
     Teacher,
     cosine_loss,
     fit_ridge_regression,
-    open_student,
-    plan_epoch,
-    prepare_texts,
+    load_student,
+    prepare_training_texts,
+    sample_epoch_batches,
 )
 from search_fixtures import create_backend, index_sources, search_names
 
@@ -139,7 +139,7 @@ def test_steps_contain_texts_of_similar_length_and_repeated_phrases() -> None:
     rng = np.random.default_rng(0)
     lengths = [*rng.integers(5, 60, 900).tolist(), *rng.integers(1, 3, 100).tolist()]
     data = make_texts(lengths, num_captions=900)
-    epochs = [plan_epoch(data, 32, 0, epoch) for epoch in (0, 1)]
+    epochs = [sample_epoch_batches(data, 32, 0, epoch) for epoch in (0, 1)]
     assert epochs[0].shape == ((900 + 9 * 100) // 32, 32)
     counts = np.bincount(epochs[0].ravel(), minlength=1000)
     assert counts[:900].max() == 1
@@ -147,7 +147,7 @@ def test_steps_contain_texts_of_similar_length_and_repeated_phrases() -> None:
     widths = [np.ptp(data.lengths[step]) for step in epochs[0]]
     assert np.mean(widths) < 5
     assert (epochs[0] != epochs[1]).any()
-    np.testing.assert_array_equal(epochs[0], plan_epoch(data, 32, 0, 0))
+    np.testing.assert_array_equal(epochs[0], sample_epoch_batches(data, 32, 0, 0))
 
 
 def test_texts_are_distinct_and_captions_come_first(
@@ -161,11 +161,11 @@ def test_texts_are_distinct_and_captions_come_first(
     ]
     (tmp_path / "more.txt").write_text("query\nd\n")
     table = RecordTable.from_records(records)
-    student = open_student("static", teacher, 16, CONFIG)
+    student = load_student("static", teacher, 16, CONFIG)
     source = Teacher(LLM2CLIP.from_pretrained(teacher, "cpu"), teacher)
-    source.embed(["a", "b", "c", "d", "short", "long", "red", "query"], tmp_path / "store")
-    data = prepare_texts(table, tmp_path / "more.txt", student, source, tmp_path, 0.0)
-    texts = student.tokenizer.decode_batch(data.get_ids(np.arange(len(data))))
+    source.embed_missing_texts(["a", "b", "c", "d", "short", "long", "red", "query"], tmp_path / "store")
+    data = prepare_training_texts(table, tmp_path / "more.txt", student, source, tmp_path, 0.0)
+    texts = student.tokenizer.decode_batch(data.get_token_ids(np.arange(len(data))))
     assert texts == ["a", "b", "c", "d", "short", "long", "query", "red"], "`blue` has no embedding"
     assert data.num_captions == 7
     torch.testing.assert_close(data.get_targets(np.arange(8)), source.encode(texts), atol=1e-3, rtol=0)
@@ -181,15 +181,15 @@ def test_texts_are_not_held_in_memory(teacher: Path, tmp_path: Path, monkeypatch
     ):
         monkeypatch.setattr(module, name, 2048)
     table = RecordTable.from_records(Record(str(n), None, (f"{n} {'x' * 200}",)) for n in range(15_000))
-    student = open_student("static", teacher, 16, CONFIG)
+    student = load_student("static", teacher, 16, CONFIG)
     source = SimpleNamespace(
-        select=lambda texts, is_stored: iter(texts),
+        select_texts=lambda texts, is_stored: iter(texts),
         encode=lambda texts: torch.ones(len(texts), 16),
         stores=[],
         model=SimpleNamespace(adapter=torch.nn.Identity(), config=SimpleNamespace(embed_dim=16)),
     )
     tracemalloc.start()
-    data = prepare_texts(table, None, student, source, tmp_path, 0.0)  # type: ignore[arg-type]
+    data = prepare_training_texts(table, None, student, source, tmp_path, 0.0)  # type: ignore[arg-type]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(data) == 15_000 and len(data.tokens) > 3_000_000

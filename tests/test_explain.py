@@ -163,7 +163,7 @@ def test_search_prints_the_effect_of_each_word(
     table = output[output.index("effect") :].partition("└")[0]
     assert all(word in table for word in ("a", "red", "dog")) and table.count(".") == 3
     for arguments, message in (
-        (["--images", str(backend.folder / "index.sqlite"), "--explain"], "--explain rates the words of the query"),
+        (["--images", str(backend.folder / "index.sqlite"), "--explain"], "--explain requires a query text"),
         (["red", "--explain", "--json"], "remove --json"),
     ):
         assert main(["search", index, *arguments]) == 1

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import make_llm
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
-from llm2clip.cpu_tuning import onednn_is_faster
+from llm2clip.cpu_tuning import is_onednn_faster
 from llm2clip.models.precision import Precision, cast_linear_weights
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -58,7 +58,7 @@ CAPTION_TOKENS = 84
 def fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use fused attention, as on GPUs."""
     monkeypatch.setattr(packing, "MAX_UNFUSED_LENGTH", 0)
-    onednn_is_faster()  # compares values, which fake tensors do not have; the result is cached
+    is_onednn_faster()  # compares values, which fake tensors do not have; the result is cached
 
 
 class PeakMemory(TorchDispatchMode):

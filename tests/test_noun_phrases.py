@@ -173,9 +173,8 @@ def test_phrases_are_sampled_and_are_no_negatives_of_images_that_have_them(
     records = [dataclasses.replace(r, phrases=("picture", f"kind {n % 3}")) for n, r in enumerate(records)]
     encoder = CaptionEncoder.from_pretrained(llm, device="cpu")
     store = embed([text for r in records for text in (*r.texts, *r.phrases)], encoder, tmp_path / "store")
-    batch = next(
-        AlignBatches(RecordTable.from_records(records), store, fresh_model().tower.preprocess, WITH_PHRASES).batches(0)
-    )
+    table, preprocess = RecordTable.from_records(records), fresh_model().tower.preprocess
+    batch = next(AlignBatches(table, store, preprocess, WITH_PHRASES).iterate_batches(0))
     batch = batch.to(torch.device("cpu"))
     rows_of = [set(store.find_rows(r.phrases)) for r in records]
     number = {str(record.image): n for n, record in enumerate(records)}
@@ -200,9 +199,8 @@ def test_phrases_without_weight_are_never_sampled(records: list[Record], store: 
     """Not even for images that have no captions of a kind with a weight."""
     records = [dataclasses.replace(record, phrases=("not in the store",)) for record in records]
     config = dataclasses.replace(ALIGN, caption_mix={"short_captions": 1, "phrases": 0})
-    batches = list(
-        AlignBatches(RecordTable.from_records(records), store, fresh_model().tower.preprocess, config).batches(0)
-    )
+    table, preprocess = RecordTable.from_records(records), fresh_model().tower.preprocess
+    batches = list(AlignBatches(table, store, preprocess, config).iterate_batches(0))
     assert batches and all(batch.phrases is None for batch in batches)
 
 

@@ -45,17 +45,17 @@ def captions_by_image(batch: Batch) -> list[tuple[str, list[int]]]:
 
 
 def test_batches_do_not_depend_on_workers_or_ranks(records: list[Record], store: EmbeddingStore) -> None:
-    batches = list(make_batches(records, store, ALIGN).batches(3))
+    batches = list(make_batches(records, store, ALIGN).iterate_batches(3))
     expected = torch.from_numpy(store.take(batches[0].caption_rows.numpy()))
     assert batches[0].embeddings.dtype == torch.float16 and torch.equal(
         batches[0].to(torch.device("cpu")).embeddings, expected
     )
-    with_workers = list(make_batches(records, store, dataclasses.replace(ALIGN, workers=1)).batches(3))
+    with_workers = list(make_batches(records, store, dataclasses.replace(ALIGN, workers=1)).iterate_batches(3))
     for a, b in zip(batches, with_workers, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.caption_rows, b.caption_rows) and torch.equal(a.image_of_caption, b.image_of_caption)
     half = dataclasses.replace(ALIGN, batch_size=5)
-    ranks = [list(make_batches(records, store, half, world_size=2, rank=rank).batches(3)) for rank in range(2)]
+    ranks = [list(make_batches(records, store, half, world_size=2, rank=rank).iterate_batches(3)) for rank in range(2)]
     for batch, *parts in zip(batches, *ranks, strict=True):
         assert sorted(captions_by_image(batch)) == sorted(row for part in parts for row in captions_by_image(part))
 
@@ -66,10 +66,10 @@ def test_each_image_is_sampled_once_per_epoch_for_any_number_of_ranks(
     """28 of 30 images per epoch; the samples of two ranks interleave to those of one process."""
     config = dataclasses.replace(ALIGN, epochs=3, batch_size=14)
     single = dataclasses.replace(config, batch_size=28)
-    expected = [sample for step in make_batches(records, store, single).samples(0) for sample in step]
+    expected = [sample for step in make_batches(records, store, single).iterate_samples(0) for sample in step]
     ranks = [make_batches(records, store, config, world_size=2, rank=rank) for rank in range(2)]
     assert len(ranks[0]) == 3 and ranks[0].images_per_step == 28
-    steps = [list(batches.samples(0)) for batches in ranks]
+    steps = [list(batches.iterate_samples(0)) for batches in ranks]
     interleaved = [
         sample for left, right in zip(*steps, strict=True) for pair in zip(left, right, strict=True) for sample in pair
     ]
@@ -77,7 +77,7 @@ def test_each_image_is_sampled_once_per_epoch_for_any_number_of_ranks(
     for epoch in range(3):
         images = [image for sample_epoch, image in interleaved if sample_epoch == epoch]
         assert len(images) == len(set(images)) == 28 and set(images) < set(range(30))
-    assert list(ranks[1].samples(2)) == steps[1][2:], "sampling must start at any step"
+    assert list(ranks[1].iterate_samples(2)) == steps[1][2:], "sampling must start at any step"
 
 
 def test_epochs_may_be_fractional(records: list[Record], store: EmbeddingStore) -> None:
@@ -199,8 +199,7 @@ def _load_large_batches() -> None:
     records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(300)]
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS))
     config = dataclasses.replace(ALIGN, batch_size=150, epochs=1, workers=1)
-    batches = list(
-        AlignBatches(RecordTable.from_records(records), NumberedCaptions(), model.tower.preprocess, config).batches(0)
-    )
+    table = RecordTable.from_records(records)
+    batches = list(AlignBatches(table, NumberedCaptions(), model.tower.preprocess, config).iterate_batches(0))
     assert [len(batch.images) for batch in batches] == [150, 150]
     assert sorted(name for batch in batches for name in batch.failures) == ["107", "207", "7"]

@@ -1,4 +1,4 @@
-"""llm2clip: give a CLIP model a large language model's understanding of text (LLM2CLIP, arXiv 2411.04997)."""
+"""CLIP models with a large language model as the text encoder (LLM2CLIP, arXiv 2411.04997)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["LLM2CLIP", "CaptionEncoder", "Index", "open_dual_encoder"]
 __version__ = "0.3.0"
 
-# On some CPUs, bitsandbytes warns at import that an optional kernel for 4-bit inference is not installed. peft imports
-# bitsandbytes, so the log level is set here, before any import of peft.
+# peft imports bitsandbytes, which logs a warning about an optional 4-bit inference kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-# By default, OpenMP threads busy-wait for each other for a few milliseconds. On a machine with other running programs,
-# this makes training many times slower (`benchmarks/busy_machine.py`). PyTorch's OpenMP library reads the variable when
-# torch is imported. If torch has already been imported, the variable affects only child processes.
+# If other programs use the CPU, busy-waiting OpenMP threads make training many times slower.
+# See `benchmarks/busy_machine.py`. The variable must be set before torch is imported.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "0"
 

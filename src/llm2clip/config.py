@@ -13,8 +13,8 @@ from typing import Any, Literal
 # Stages with a configurable precision.
 Stage = Literal["caption", "tune", "embed", "align", "distill", "llava", "evaluate", "serve"]
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
-AUTO = "auto"  # value of `--encoder.path` for which `fit` chooses the encoder (see `evaluate/encoder_choice.py`)
-MIN_IMAGE_SIZE = 16  # in pixels; smallest patch size of common vision transformers
+AUTO = "auto"  # value of `--encoder.path` that makes `fit` choose an encoder (see `evaluate/encoder_choice.py`)
+MIN_IMAGE_SIZE = 16  # in pixels: one patch of a common vision transformer
 
 # Settings that may change when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (
@@ -31,7 +31,7 @@ RESUME_SAFE = (
 
 @dataclass
 class EncoderConfig:
-    """Caption encoder: the language model and how it processes text."""
+    """Settings for the language model that encodes captions."""
 
     path: str = "smollm2-135m"
     """Decoder LLM or sentence-transformers model: a local folder, a Hugging Face hub id, a .gguf file, or one of the
@@ -43,7 +43,7 @@ class EncoderConfig:
     layers: int | None = None
     """Keep only the first N transformer layers. Encoders with fewer layers keep all of them. Default: all layers."""
     template: str | None = None
-    """Template that is wrapped around each caption, e.g. "<s>{caption}</s>". At most one special token may follow
+    """Template into which each caption is inserted, e.g. "<s>{caption}</s>". At most one special token may follow
     {caption}. Default: no template."""
     pooling: str | None = None
     """Token pooling: mean, weightedmean, lasttoken, cls or max. Default: as saved with the encoder, or mean for a plain
@@ -177,7 +177,7 @@ class AlignConfig:
     logit_scale: float | Literal["inherit"] | None = None
     """Initial factor by which cosine similarities are multiplied, at most 100. inherit uses the value from the tower's
     CLIP model, as in the authors' code. With the sigmoid loss, the logit bias is also inherited. Default: 14.3 for
-    infonce and 10 for sigmoid, which suit newly initialised heads and higher learning rates."""
+    infonce and 10 for sigmoid, which suit newly initialised heads."""
     inherit: bool | str = False
     """Start from the embedding space of the tower's CLIP model, as in ProCLIP. The adapter first learns to reproduce
     the CLIP text tower's embeddings of captions and of short phrases such as "red hat". CLIP's own image projection is
@@ -186,21 +186,21 @@ class AlignConfig:
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 6
-    """Number of captions and phrases sampled per image and step, without replacement. 0 uses all of them. Additional
-    captions cost almost nothing, because their embeddings are read from the store."""
+    """Number of captions and phrases sampled per image and step, without replacement. 0 uses all captions and phrases.
+    Additional captions cost almost nothing, because their embeddings are read from the store."""
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1, "phrases": 0.5}
     )
     """Sampling weight of each kind of caption. Kinds that an image does not have are ignored for that image. Phrases
-    are short texts such as "red hat", which improve retrieval with short queries. They are read from the phrases column
-    or, if there is none, extracted from the English captions."""
+    are short texts such as "red hat", which improve retrieval with short queries. Phrases are read from the phrases
+    column or, if there is none, extracted from the English captions."""
     batch_size: int = 128
-    """Number of images per step and device. If there are too few images to fill a step, each step uses all of them."""
+    """Number of images per step and device. If there are too few images to fill a step, each step uses all images."""
     micro_batch_size: int | None = None
     """Number of images per forward pass. Values below the batch size enable gradient caching: the gradients are still
     exactly those of the complete batch, but each image needs a second forward pass. Default: the batch size."""
     lr: float = 1e-3
-    """Peak learning rate for the projection, adapter and logit scale. It decays to zero on a cosine schedule."""
+    """Peak learning rate for the projection, adapter and logit scale, followed by cosine decay to zero."""
     tower_lr: float = 1e-4
     """Peak learning rate for the vision tower. 0 freezes the tower: each image is encoded only once, without random
     crops, and all epochs train on the cached features, which is fast."""
@@ -259,7 +259,7 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if phrases are sampled or used by --align.inherit. If so, the store must contain their embeddings."""
+        """True if phrases are sampled or used by --align.inherit, which requires phrase embeddings in the store."""
         return self.samples_phrases or bool(self.inherit)
 
 
@@ -273,7 +273,7 @@ class DistillConfig:
     batch_size: int = 128
     """Number of texts per step and device."""
     lr: float | None = None
-    """Peak learning rate. It decays to zero on a cosine schedule. Default: 5e-4, or 1e-2 for static students."""
+    """Peak learning rate, followed by cosine decay to zero. Default: 5e-4, or 1e-2 for static students."""
     warmup_ratio: float = 0.05
     """Fraction of steps used for linear warm-up."""
     max_length: int | None = None
@@ -305,7 +305,7 @@ class EvaluateConfig:
 
 @dataclass
 class EvaluateOptions:
-    """Options of the `evaluate` command. Each field is a command-line option; its docstring is the help text."""
+    """Options of the `evaluate` command. Each field is a command-line option whose docstring is the help text."""
 
     benchmarks: list[str] = field(default_factory=list)
     """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own images: folder:PATH (one subfolder per
@@ -316,16 +316,16 @@ class EvaluateOptions:
     out: str | None = None
     """Output folder for report.html, results.json and the embeddings. Later runs reuse the embeddings."""
     dims: list[int] = field(default_factory=list)
-    """Also evaluate embeddings truncated to these numbers of dimensions. Without --out, each size is encoded again."""
+    """Also evaluate embeddings truncated to these sizes. Without --out, the data is encoded again for each size."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
     """Regions, segmentation and detection: methods for computing patch embeddings (`plain`, `maskclip`, `sclip`,
     `clearclip` or `naclip`)."""
     short_queries: bool = False
     """Captioned images: also report retrieval metrics by query length, from one word to full captions."""
     templates: list[str] | None = None
-    """Prompt templates, such as 'a photo of a {}'. With --short_queries, they are applied to queries of up to three
-    words (default: the templates saved with the model). They are also applied to the class names of your own images,
-    such as boxes:FILE.json. Embeddings are averaged over the templates."""
+    """Prompt templates, such as 'a photo of a {}', over which text embeddings are averaged. Used for the class names of
+    your own images, such as boxes:FILE.json, and with --short_queries for queries of up to three words (default: the
+    templates saved with the model)."""
     proposals: str | None = None
     """Detection: source of the boxes to classify. One of: a JSON file in COCO results format, a transformers detector
     (folder or hub id), or `ground-truth`."""

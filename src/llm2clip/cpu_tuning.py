@@ -1,4 +1,4 @@
-"""Memory and CPU settings of malloc and PyTorch that speed up training and encoding without changing results."""
+"""CPU performance settings for glibc malloc and PyTorch."""
 
 import ctypes
 import gc
@@ -13,9 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-# Upper bound on the relative error of a float32 matmul over a few hundred terms. The error of a bfloat16 matmul is a
-# thousand times larger.
-FLOAT32_TOLERANCE = 1e-6
+FLOAT32_TOLERANCE = 1e-6  # relative error of a float32 matmul; bfloat16 errors are about a thousand times larger
 # mallopt parameters, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -23,9 +21,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 def keep_freed_memory(device: torch.device) -> None:
     """Make malloc keep freed memory instead of returning it to the operating system after every training step.
 
-    Activations are large allocations. By default, glibc maps and unmaps each of them, and the kernel zeroes the pages
-    every time. With this setting, training EfficientNet-Lite0 on two cores is up to twice as fast
-    (`benchmarks/malloc.py`). The setting takes effect only on the CPU and with glibc.
+    By default, glibc maps and unmaps the memory of every large activation, and the kernel zeroes its pages each time.
+    Keeping the memory makes training EfficientNet-Lite0 on two cores up to twice as fast (`benchmarks/malloc.py`). On
+    other devices or without glibc, this function does nothing.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
@@ -36,10 +34,10 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def limit_malloc_arenas() -> None:
-    """Let all threads that start later share two malloc arenas, so that not every thread keeps freed memory.
+    """Limit malloc to two arenas that all new threads share, so that each thread does not keep its own freed memory.
 
-    By default, each thread of a server keeps the memory of the images that it has decoded. With large images, a server
-    with 64 worker threads grows to several times its size (`benchmarks/hostile_clients.py`).
+    With the default limit, a server with 64 worker threads uses several times as much memory after decoding large
+    images (`benchmarks/hostile_clients.py`).
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 2)
@@ -48,8 +46,8 @@ def limit_malloc_arenas() -> None:
 def free_memory() -> None:
     """Delete objects in reference cycles, and return freed memory to the operating system.
 
-    After `keep_freed_memory`, malloc keeps the memory of the freed activations and optimizer states in blocks. If no
-    block were large enough for the weights of the next model, loading it would take additional memory.
+    After `keep_freed_memory`, malloc keeps freed activations and optimizer states in blocks that may be too small for
+    the weights of the next model. Loading the next model would then take additional memory.
     """
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
@@ -57,7 +55,7 @@ def free_memory() -> None:
 
 
 def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes this process can still allocate, given the available RAM and its cgroup's limit."""
+    """Return the number of bytes that this process can still allocate within the RAM and its cgroup's memory limit."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):
@@ -76,11 +74,11 @@ def onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
     On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast. PyTorch uses oneDNN for float32
-    only if the matmul precision is "medium". This precision also allows rounding to bfloat16, so `onednn_is_faster`
-    verifies that oneDNN does not round. On machines with a GPU, the precision is unchanged, because a change would also
-    affect the GPU.
+    only if the matmul precision is "medium". This precision also allows rounding to bfloat16, so `is_onednn_faster`
+    verifies that oneDNN does not round. On machines with a GPU, the precision is left unchanged, because it also
+    applies to matmuls on the GPU.
     """
-    use_onednn = not torch.accelerator.is_available() and onednn_is_faster()
+    use_onednn = not torch.accelerator.is_available() and is_onednn_faster()
     with float32_matmul_precision("medium") if use_onednn else nullcontext():
         yield
 
@@ -98,11 +96,11 @@ def float32_matmul_precision(precision: str) -> Iterator[None]:
 
 @lru_cache
 @torch.inference_mode()
-def onednn_is_faster() -> bool:
+def is_onednn_faster() -> bool:
     """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, and with float32 accuracy.
 
-    Speed is inferred from the CPU model. If it were measured, ranks could make different choices, and their results
-    would differ in the last bits.
+    The speed is inferred from the CPU model, because measurements could differ between ranks. Ranks with different
+    libraries would compute slightly different results.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):

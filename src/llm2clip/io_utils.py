@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, messages, text validation, and readers that report the file and line of an error."""
+"""Atomic writes, checksums, text validation, formatting of counts and sizes, and readers for JSON and text files."""
 
 import codecs
 import errno
@@ -25,7 +25,7 @@ except ImportError:  # Windows
 
 MAX_JSON_BYTES = 2 << 30  # size limit for JSON files, which are read into memory at once
 MAX_LINE_CHARACTERS = 1 << 25
-EXTRAS = {  # extra in pyproject.toml -> modules of its packages
+EXTRAS = {  # importable modules of each extra in pyproject.toml
     "caption": ("httpx", "py3langid"),
     "dense": ("pycocotools",),
     "mcp": ("mcp",),
@@ -43,11 +43,11 @@ EXTRAS = {  # extra in pyproject.toml -> modules of its packages
 }
 CHECKSUM_BYTES = 4
 _CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32
-_BYTE_ORDER_MARKS = (  # UTF-32 marks come first, because one of them starts with a UTF-16 mark
+_BYTE_ORDER_MARKS = (  # UTF-32 comes first, because its little-endian mark starts with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-# Letters of scripts that do not separate words with spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
+# Characters of scripts without spaces between words: Thai, Lao, Burmese, Khmer, Chinese and Japanese.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -65,7 +65,7 @@ class DataFormatError(ValueError):
 
 
 class FatalDataError(ValueError):
-    """Raised for errors that concern more than one row, such as a full disk, and therefore stop a run."""
+    """Raised for an error that affects all rows, such as a full disk, and therefore stops the run."""
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
     needed.
     """
     file = Path(file)
-    # The name ends with the file's suffix, because functions such as np.save append a missing suffix.
+    # The temporary name has the same suffix as the file, because functions such as np.save append a missing suffix.
     affixes = f".{file.stem}.", f".part{file.suffix}"
     with _replace_on_success(file, *affixes, create=lambda path: path.touch(exist_ok=False)) as temporary:
         yield temporary
@@ -98,7 +98,7 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable[[Path], None]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_files(target.parent, prefix, suffix)
-    # The name is random, so that other users with write access to the folder cannot create a link at this path.
+    # With a predictable name, other users with write access to the folder could create a link at the temporary path.
     temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}{suffix}")
     create(temporary)
     mode = temporary.stat().st_mode
@@ -107,7 +107,7 @@ def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable
             yield temporary
             for path in [temporary, *temporary.rglob("*")]:
                 if path.is_dir():
-                    fsync_folder(path)  # otherwise, the folder might not list its files after a power failure
+                    fsync_folder(path)  # so that the folder lists its files after a power failure
                 else:
                     restore_mode(path, mode)
                     fsync_file(path)
@@ -127,10 +127,7 @@ def remove_path(path: Path) -> None:
 
 @contextmanager
 def _hold_lock(path: Path) -> Iterator[None]:
-    """Hold a lock on a temporary file or folder. The operating system releases it when the process ends.
-
-    Without support for locks by the operating system and the file system, do nothing.
-    """
+    """Lock a temporary file or folder. Do nothing if the operating system or the file system does not support locks."""
     if fcntl is None:
         yield
         return
@@ -170,7 +167,7 @@ def atomic_write_jsonl(file: str | Path, rows: Iterable[Any]) -> None:
 def explain_write_errors(path: Path) -> Iterator[None]:
     """Convert write errors, such as a full disk, to an OSError whose message contains the path and the free space.
 
-    safetensors raises its own exception, with the operating system's error number in the message.
+    safetensors raises its own exception type, so the operating system's error number is parsed from the message.
     """
     try:
         yield
@@ -189,10 +186,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def restore_mode(file: Path, mode: int) -> None:
-    """Set a file's read and write permissions to those in `mode`, the mode of another file or folder.
-
-    safetensors writes files that only the current user can read.
-    """
+    """Set a file's permissions to those in `mode`. Without this call, only the owner can read safetensors files."""
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not support permissions
             file.chmod(mode & 0o666)
@@ -214,14 +208,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def append_checksum(file: Path) -> None:
-    """Append a 4-byte checksum to a complete file, for `has_valid_checksum`. `np.load` ignores the checksum."""
+    """Append a 4-byte CRC-32 to a file, which `has_valid_checksum` verifies. `np.load` ignores the additional bytes."""
     checksum = _compute_crc32(file)
     with file.open("ab") as stream:
         stream.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
 
 
 def has_valid_checksum(file: Path) -> bool:
-    """Return True if a file has not changed since `append_checksum`. Raise OSError if it cannot be read."""
+    """Return True if a file has not changed since `append_checksum`. Raise OSError if the file cannot be read."""
     return _compute_crc32(file) == _CRC32_RESIDUE
 
 
@@ -240,8 +234,8 @@ def get_cache_dir() -> Path:
     """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llm2clip")
     folder = Path(os.environ.get("LLM2CLIP_CACHE") or default).expanduser()
-    if not folder.is_dir():  # this function is called for each remote image
-        with suppress(OSError):  # raised again when a file is written
+    if not folder.is_dir():  # avoids mkdir, because this function is called for each remote image
+        with suppress(OSError):  # the same error is raised when a file is written to the folder
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -262,12 +256,12 @@ def hide_url_secrets(text: str) -> str:
 
 
 def install_command(*extras: str) -> str:
-    """Return the command that adds these extras to an environment with llm2clip."""
+    """Return the pip command that installs llm2clip with the given extras."""
     return f"pip install 'llm2clip[{','.join(extras)}]'" if extras else "pip install llm2clip"
 
 
 def check_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoundError) -> None:
-    """Raise an error if a package of an extra (a key of `EXTRAS`) is missing. Nothing is imported."""
+    """Raise an error if a package of an extra (a key of `EXTRAS`) is not installed. The packages are not imported."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise error(f"{feature} requires additional packages ({', '.join(missing)}). Run {install_command(extra)}")
@@ -317,11 +311,8 @@ def make_text_key(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
-# ---- readers -------------------------------------------------------------------------------------------------------
-
-
 def format_count(count: int, noun: str) -> str:
-    """Return a number with its noun, such as "1 image" or "1,000 images"."""
+    """Format a count with its noun, such as "1 image" or "1,000 images"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
@@ -345,8 +336,11 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+# ---- readers -------------------------------------------------------------------------------------------------------
+
+
 def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Open a regular file in binary mode. Raise OSError for named pipes and devices, which may never end."""
+    """Open a regular file in binary mode. Raise OSError for named pipes and devices, whose data may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` raises an error for folders
         raise OSError(f"{os.fspath(path)} is not a regular file")
@@ -388,7 +382,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def check_json_size(file: str | Path, stream: BinaryIO) -> None:
-    """Raise DataFormatError if an open JSON file exceeds `MAX_JSON_BYTES`. A sparse file can claim terabytes."""
+    """Raise DataFormatError if an open JSON file is larger than `MAX_JSON_BYTES`."""
     size = os.fstat(stream.fileno()).st_size
     if size > MAX_JSON_BYTES:
         raise DataFormatError(
@@ -397,7 +391,7 @@ def check_json_size(file: str | Path, stream: BinaryIO) -> None:
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) for each non-empty line of a JSON Lines file. Raise DataFormatError if invalid."""
+    """Yield (line number, object) for each non-empty line. Raise DataFormatError if a line is not a JSON object."""
     for number, line in _read_numbered_lines(file):
         try:
             row = json.loads(line)
@@ -414,7 +408,7 @@ def sanitize_name(name: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the non-empty lines of a text file; see `iterate_lines`."""
+    """Return the non-empty lines of a text file (see `iterate_lines`)."""
     return list(iterate_lines(file))
 
 
@@ -450,7 +444,8 @@ def _read_numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
 def detect_encoding(start: bytes) -> str:
     """Detect a file's encoding from its first four bytes. Return "utf-8-sig", or the name of a UTF-16 or UTF-32 codec.
 
-    Without a byte order mark, a file is UTF-16 if every other byte is 0, because caption files start with ASCII.
+    A file without a byte order mark is treated as UTF-16 if every other byte is 0, because caption files start with
+    ASCII characters.
     """
     for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from joblib import Parallel, delayed
 
 if TYPE_CHECKING:
-    import torch  # not needed in worker processes that read data
+    import torch  # slow to import in worker processes, which do not need torch
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -26,21 +26,21 @@ def count_cores() -> int:
 def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
     """Apply a function to each item in worker processes. Yield the results in the order of the items.
 
-    The workers do not import the main script. Their default number is one per core. For a single worker or item, the
-    function is called in this process.
+    By default, there is one worker per CPU core. With a single worker or item, the function runs in the calling
+    process. Workers do not import the main script.
     """
     workers = min(workers or count_cores(), len(items))
     if workers <= 1:
         yield from map(function, items)
         return
-    # Without max_nbytes=None, large arrays would be written to temporary files. Idle workers exit after 10 seconds.
+    # Without max_nbytes=None, large arrays would be written to temporary files.
     options = {"max_nbytes": None, "pre_dispatch": 2 * workers, "backend": "loky", "idle_worker_timeout": 10}
     run = Parallel(n_jobs=workers, return_as="generator", **options)
     yield from run(delayed(function)(item) for item in items)
 
 
 def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
-    """Return an iterator that prepares items in a background thread. The caller must close it.
+    """Return an iterator that prepares items in a background thread. The caller must close the iterator.
 
     On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.
     """
@@ -50,8 +50,8 @@ def prefetch(items: Generator[T], device: torch.device) -> Generator[T] | Prefet
 class Prefetcher(Iterator[T], Generic[T]):
     """Iterator that runs a generator in a background thread and preserves the order of its items.
 
-    An exception in the generator is raised after all preceding items have been returned. `close` closes the generator.
-    `depth` is the number of items to prepare in advance.
+    An exception raised by the generator is re-raised after all preceding items have been returned. `depth` is the
+    number of items to prepare in advance.
     """
 
     def __init__(self, items: Generator[T], depth: int = 2) -> None:
@@ -62,8 +62,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._error: BaseException | None = None
         self._thread = Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
-        # If the interpreter exits while the thread runs C++ code, the process aborts ("terminate called without an
-        # active exception"). Therefore, stop the thread at exit, in case `close` was not called or was interrupted.
+        # The process aborts if the interpreter exits while the thread runs C++ code, so the thread is stopped at exit.
         atexit.register(self.close)
 
     def __next__(self) -> T:
@@ -75,7 +74,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         return item  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Wait until the thread has prepared its current item, stop it, and close the generator."""
+        """Stop the thread after its current item, and close the generator."""
         self._closed = True
         self._free.release()
         self._thread.join()

@@ -1,15 +1,14 @@
 """Training runs: `fit`, its stages `tune`, `embed`, `align` and `evaluate`, and `distill`.
 
-`open_run` locks a run directory and saves its settings. The stages then work on this run. Each stage writes its result
-atomically and skips completed work, so running the same command again resumes an interrupted run. The commands `tune`,
-`embed` and `align` each run one stage in a directory of its own. `fit` runs all stages in one run directory, which is
-laid out as follows:
+`open_run` locks a run directory and saves the settings of the run. Each stage writes its result atomically and skips
+completed work, so running the same command again resumes an interrupted run. The commands `tune`, `embed` and `align`
+each run one stage in a separate directory. `fit` runs all stages in one run directory with the following layout:
 
     RUN/
-      config.yaml            all settings; a resumed run must not change settings that affect the result
+      config.yaml            all settings (when a run is resumed, settings that affect the result must not change)
       data/                  record tables: captions, references to the images, phrases (see data/build_table.py)
       skipped.jsonl          skipped rows and images, with their file and row number
-      skipped_tune.jsonl     the same for the sources in `tune.data` and `tune.text_pairs`
+      skipped_tune.jsonl     skipped rows of the sources in `tune.data` and `tune.text_pairs`
       encoder_choice.json    scores of the encoders compared by `--encoder.path auto`
       tune/                  encoder/ (the tuned caption encoder), metrics.jsonl, cra_*.json, checkpoints/
       store/                 embeddings of all captions
@@ -79,10 +78,10 @@ from llm2clip.train.distill import (
     DistillTexts,
     Teacher,
     build_student_model,
+    decode_vocabulary,
     iterate_texts,
-    list_token_texts,
-    open_student,
-    prepare_texts,
+    load_student,
+    prepare_training_texts,
 )
 from llm2clip.train.distill import distill as train_student
 from llm2clip.train.initial_model import PretrainedParts, create_initial_model, load_pretrained_parts
@@ -102,7 +101,7 @@ Command = Literal["fit", "tune", "embed", "align"]
 
 
 class Run:
-    """Run directory that this process has locked. Its data is read on first use."""
+    """Run directory that is locked by this process. The training data is read on first use."""
 
     def __init__(self, command: Command, sources: Sequence[str], out: Path, config: FitConfig) -> None:
         """
@@ -117,13 +116,13 @@ class Run:
         self.encoders: list[EncoderConfig] | None = None  # candidates of `choose_encoder`
         self.log = SkipLog()
 
-    def stage_folder(self, stage: str) -> Path:
+    def get_stage_folder(self, stage: str) -> Path:
         return self.out / stage if self.command == "fit" else self.out
 
     def check_models(self) -> None:
-        """Check that the models, the loss and the trackers named in the settings exist. Nothing is written.
+        """Check that the models, the loss and the trackers named in the settings exist.
 
-        The pretrained parts for `align` are loaded, so that errors occur before `tune`.
+        For `fit`, also load the pretrained parts for `align`, so that errors occur before `tune`.
         """
         if self.model_dir.exists():
             return
@@ -132,7 +131,7 @@ class Run:
             make_tracker_options(self.config.align.report_to, Path())
         if self.command == "fit":
             self.parts = load_pretrained_parts(self.config.align)
-        if self.command in ("fit", "tune") and not (self.stage_folder("tune") / "encoder").exists():
+        if self.command in ("fit", "tune") and not (self.get_stage_folder("tune") / "encoder").exists():
             if self.config.encoder.path == AUTO:
                 self.encoders = find_candidates()
             else:
@@ -147,17 +146,17 @@ class Run:
         print_once(data.summary, self.log.summary())
         if config.align.uses_phrases:
             data.train = add_phrases(data.train)
-        # A resumed run keeps its number of images per step.
-        if latest_checkpoint(self.stage_folder("align") / "checkpoints") is None:
+        # Raises an error if there are too few images. A resumed run keeps its number of images per step.
+        if latest_checkpoint(self.get_stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
-        tune, is_tuned = config.tune, (self.stage_folder("tune") / "encoder").exists()
+        tune, is_tuned = config.tune, (self.get_stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
-            check_pairable(CaptionItems(data.train))  # check before the LLM is loaded
+            check_pairable(CaptionItems(data.train))  # so that errors occur before the LLM is loaded
         return data
 
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
-        """Yield all texts to embed, possibly with duplicates. `phrases` applies only to the command `embed`."""
+        """Yield all texts to embed, possibly with duplicates. `phrases` is ignored unless the command is `embed`."""
         if self.command == "fit":
             fields = TEXT_FIELDS if self.config.align.uses_phrases else CAPTION_FIELDS
             held_out = (table.iterate_texts(CAPTION_FIELDS) for table in self.data.held_out.values())
@@ -168,10 +167,10 @@ class Run:
     def read_tuning_pairs(self) -> list[TuningItems]:
         """Read the training data of `tune`: one list of image captions or text pairs per source."""
         if self.command != "fit":
-            return self._read_own_tuning_pairs()
+            return self._read_pairs_for_tune_command()
         config, data = self.config.tune, self.data
         own_captions = None if config.data or config.text_pairs else data.train
-        # Skipped rows of other sources are logged separately, because the run's log covers only its image data.
+        # `self.log` covers only the image data, so skipped rows of other sources are logged in a separate file.
         has_other_sources = bool(config.data or config.text_pairs or config.exclude)
         log = _open_skip_log(self.out / "skipped_tune.jsonl" if has_other_sources else None, self.config.max_skipped)
         held_out, folder = list(data.held_out.values()), self.out / "data"
@@ -180,7 +179,7 @@ class Run:
             print_once(f"tuning data: {log.summary()}")
         return pairs
 
-    def _read_own_tuning_pairs(self) -> list[TuningItems]:
+    def _read_pairs_for_tune_command(self) -> list[TuningItems]:
         config, columns = self.config.tune, self.config.columns
         if not (self.sources or config.data or config.text_pairs):
             raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
@@ -201,9 +200,9 @@ class Run:
 def open_run(
     command: Command, sources: Sequence[str], out: Path, config: FitConfig, **other_settings: Any
 ) -> Iterator[Run]:
-    """Open a run directory, which is created if needed and locked until the end of the `with` block.
+    """Create or reopen a run directory, and lock it until the end of the `with` block.
 
-    If the directory contains an interrupted run, the run is resumed. The settings are saved in the directory.
+    The settings are saved in the directory. If the directory contains an interrupted run, the stages resume it.
 
     Raises:
         ConfigChangedError: The run directory was created with different settings.
@@ -253,7 +252,7 @@ def fit(run: Run) -> Path:
 
 
 def choose_encoder(run: Run) -> None:
-    """Replace `--encoder.path auto` with the best of a few encoders (see `llm2clip.evaluate.encoder_choice`)."""
+    """Choose the encoder for `--encoder.path auto` from a few candidates (see `llm2clip.evaluate.encoder_choice`)."""
     file, config = run.out / ENCODER_CHOICE_FILE, run.config.align
     tower = {"tower": config.tower, "image_size": config.image_size}
     is_used = (run.out / "tune/encoder").exists()
@@ -273,13 +272,13 @@ def choose_encoder(run: Run) -> None:
 def tune(run: Run) -> Path:
     """Tune the caption encoder on text pairs. Return the folder of the tuned caption encoder.
 
-    In a `fit` run, caption retrieval accuracy on the held-out images is measured before and after tuning. This requires
-    at least two images with two or more distinct captions, and is skipped with QLoRA.
+    In a `fit` run without QLoRA, caption retrieval accuracy on the held-out images is measured before and after tuning
+    if at least two of these images have two or more distinct captions.
 
     Raises:
         ValueError: There are no captions or text pairs to tune on.
     """
-    out, encoder, config = run.stage_folder("tune"), run.config.encoder, run.config.tune
+    out, encoder, config = run.get_stage_folder("tune"), run.config.encoder, run.config.tune
     encoder_dir = out / "encoder"
     is_done = encoder_dir.exists()
     wait_for_everyone()  # every rank must check whether the folder exists before any rank creates it
@@ -289,7 +288,7 @@ def tune(run: Run) -> Path:
     captions = run.data.held_out["captions"].column("captions").to_pylist() if run.command == "fit" else []
     # QLoRA is for LLMs that do not fit on the device without quantisation, so the untuned LLM is not evaluated.
     measure = sum(len(set(each)) > 1 for each in captions) > 1 and not config.qlora
-    # On a CPU, one encoder is evaluated and then tuned. A GPU evaluates in bf16, which requires a separate encoder.
+    # On a CPU, the same encoder is evaluated and then tuned. On a GPU, a second copy in bf16 is evaluated.
     raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
         load_or_compute_json(out / "cra_raw.json", lambda: _measure_cra(captions, encoder, raw))
@@ -314,11 +313,11 @@ def embed(
     """Encode all captions into an embedding store. Captions that are already in the store are skipped.
 
     Args:
-        phrases: Also encode short phrases from the captions. `fit` does so only if `align` uses them.
-        engine: "local" uses the ranks started by the launcher, "ray" a Ray cluster.
+        phrases: Also encode short phrases from the captions. `fit` encodes phrases only if `align` uses phrases.
+        engine: "local" encodes on the ranks started by the launcher. "ray" encodes on a Ray cluster.
         ray_workers: Number of Ray workers. Default (0): one per GPU or, without GPUs, one per two CPU cores.
     """
-    texts, out = run.iterate_texts(phrases), run.stage_folder("store")
+    texts, out = run.iterate_texts(phrases), run.get_stage_folder("store")
     options = dataclasses.asdict(run.config.embed)
     if engine == "ray":
         store = embed_with_ray(texts, partial(open_encoder, encoder), out, workers=ray_workers, **options)
@@ -333,20 +332,20 @@ def embed(
 def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Path | None = None) -> Path:
     """Train the vision tower, its projection and the adapter on cached caption embeddings. Return the model folder.
 
-    The model is evaluated on the held-out images before and during training. The command `align` does so only if
-    `config.evaluate.data` lists held-out sources.
+    The model is evaluated on the held-out images before and during training. The command `align` evaluates the model
+    only if `config.evaluate.data` lists held-out sources.
 
     Args:
         store: Cached caption embeddings of the training data. Captions and phrases that are missing are not used.
         encoder: Caption encoder that created the store. It is saved with the model.
         features: Folder of the frozen tower's cached features, which runs can share. Default: in the run directory.
     """
-    model_dir, out, config = run.model_dir, run.stage_folder("align"), run.config.align
+    model_dir, out, config = run.model_dir, run.get_stage_folder("align"), run.config.align
     if model_dir.exists():
         return model_dir
     parts = run.parts or load_pretrained_parts(config)
     if run.command == "align":
-        _check_store(store, encoder)
+        _check_store_encoder(store, encoder)
     train = run.data.train
     held_out: HeldOut = run.data.held_out if run.command == "fit" or run.config.evaluate.data else {}
     free_memory()  # the LLM is no longer needed
@@ -359,7 +358,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
             for name in ("trained.json", "query_templates.json", "examples.json"):  # metrics of an earlier model
                 (evaluations / name).unlink(missing_ok=True)
             if not (out / "checkpoints").exists():
-                (evaluations / "untrained.json").unlink(missing_ok=True)  # from a run with other `align` settings
+                (evaluations / "untrained.json").unlink(missing_ok=True)  # written by a run with other `align` settings
         untrained = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
         load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
         validate = make_validator(held_out, run.log, store)
@@ -377,7 +376,7 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
     If the model has a caption encoder, also choose prompt templates for short queries (see `choose_query_templates`),
     and save them in the model's config. Return one row of metrics per caption column (see `evaluate_caption_fields`).
     """
-    out = run.stage_folder("evaluate")
+    out = run.get_stage_folder("evaluate")
     held_out = _drop_unencodable_captions(run.data.held_out, store)
     model = LLM2CLIP.from_pretrained(run.model_dir)
     embeddings = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
@@ -400,11 +399,11 @@ def evaluate(run: Run, store: EmbeddingStore) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """Options of `distill`. The student learns from the captions and phrases of the training records."""
+    """Options of `distill`. The training texts are the captions and phrases of the training records."""
 
     model: str  # folder or hub id of the teacher, an llm2clip model with a caption encoder
     data: Sequence[str]  # data sources; images are needed only for the held-out records
-    student: str  # see `open_student`
+    student: str  # see `load_student`
     distill: DistillConfig
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     columns: dict[str, str] = field(default_factory=dict)
@@ -414,10 +413,10 @@ class DistillOptions:
 
 
 def distill(options: DistillOptions, out: Path) -> Path:
-    """Train a small text encoder to reproduce a model's text embeddings, and compare it with the model.
+    """Train a small text encoder (the student) to reproduce the text embeddings of a model (the teacher).
 
-    The result is `out/model`, which contains the teacher's image encoder and the student. The comparison is
-    `out/report.html`.
+    Write a model with the teacher's image encoder and the student to `out/model`, and a comparison of the student with
+    the teacher to `out/report.html`.
 
     Raises:
         ValueError: The teacher has no caption encoder, or the student's tokenizer cannot encode the texts.
@@ -433,7 +432,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
         folder = find_model_folder(options.model)
         teacher = Teacher(LLM2CLIP.from_pretrained(folder, process_state().device), folder, options.store)
         if not is_trained:
-            student = open_student(options.student, folder, teacher.model.config.embed_dim, options.distill)
+            student = load_student(options.student, folder, teacher.model.config.embed_dim, options.distill)
     if options.texts is not None:
         for _ in iterate_lines(Path(options.texts)):  # raises an error if the file is unreadable
             pass
@@ -449,7 +448,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
         if student is None:
             teacher.open_store(out / "store")
         else:
-            texts = _embed_distill_texts(data, options, student, teacher, out)
+            texts = _prepare_distill_texts(data, options, student, teacher, out)
             student = train_student(student, teacher, texts, options.distill, out)
             if process_state().is_main_process:
                 build_student_model(teacher.model, student).save_pretrained(model_dir)
@@ -463,17 +462,17 @@ def distill(options: DistillOptions, out: Path) -> Path:
         return model_dir
 
 
-def _embed_distill_texts(
+def _prepare_distill_texts(
     data: DataSplits, options: DistillOptions, student: CaptionEncoder, teacher: Teacher, out: Path
 ) -> DistillTexts:
     train = add_phrases(data.train)
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
-    token_texts = list(filter(None, list_token_texts(student)))
+    token_texts = list(filter(None, decode_vocabulary(student)))
     if token_texts:
         print_once(f"The teacher encodes the captions and the student's vocabulary of {len(token_texts):,} tokens")
-    teacher.embed(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
-    return prepare_texts(train, other_texts, student, teacher, out, options.max_skipped)
+    teacher.embed_missing_texts(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
+    return prepare_training_texts(train, other_texts, student, teacher, out, options.max_skipped)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -488,7 +487,7 @@ def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
 
 
 def check_encoder(config: EncoderConfig) -> None:
-    """Check that a caption encoder exists, without loading its weights. Raise OSError or ValueError if it does not."""
+    """Raise OSError or ValueError if a caption encoder does not exist. The weights are not loaded."""
     path = resolve_pretrained(config.path)
     if path.endswith(".gguf"):
         resolve_gguf(path)
@@ -502,7 +501,7 @@ def check_encoder(config: EncoderConfig) -> None:
         )
 
 
-def _check_store(store: EmbeddingStore, encoder: EncoderConfig) -> None:
+def _check_store_encoder(store: EmbeddingStore, encoder: EncoderConfig) -> None:
     if process_state().is_main_process:
         store.verify()
         identity = store.manifest["identity"]
@@ -538,14 +537,14 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
 def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: EmbeddingStore, config: AlignConfig) -> None:
     """Rotate a model's embedding space to its principal components, so that embeddings can be truncated.
 
-    Embedding spaces that `align` has not created or that it has trained for truncation are unchanged. The principal
-    components are computed from one caption each of randomly chosen training records.
+    Spaces that `align` did not create, or that it trained with Matryoshka dimensions, are left unchanged. The principal
+    components are computed from a random sample of captions, at most one per training record.
     """
     is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit
     if not is_trained_space or config.matryoshka_dims:
         return
-    numbers = np.random.default_rng(0).permutation(len(train))[:ROTATION_CAPTIONS]
-    texts = [record.texts[0] for record in (train[int(number)] for number in np.sort(numbers)) if record.texts]
+    indices = np.random.default_rng(0).permutation(len(train))[:ROTATION_CAPTIONS]
+    texts = [record.texts[0] for record in (train[int(index)] for index in np.sort(indices)) if record.texts]
     rows = store.find_keys(make_caption_keys(texts))
     captions = torch.from_numpy(store.take(rows[rows >= 0]))  # captions that the tokenizer could not encode have no row
     if len(captions):

@@ -38,7 +38,7 @@ class ProgressBar(tqdm):
             return None
         self.disable = True
         line = str(self).strip()
-        already_written = self._last_line.startswith(line.split("[")[0])  # compare only the counts, not the times
+        already_written = self._last_line.startswith(line.split("[")[0])  # ignores the elapsed time
         if self.leave and self.n and not already_written:
             self._write_line(line)
         type(self)._decr_instances(self)  # type: ignore[attr-defined]

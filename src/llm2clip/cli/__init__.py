@@ -1,4 +1,4 @@
-"""The command `llm2clip`. Heavy imports are deferred until a command runs, so that `--help` is instant."""
+"""The command `llm2clip`. Slow imports are deferred until a command runs, so that `--help` is fast."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ Getting started:
 
 Training on your own images and captions:
   llm2clip data DATA                    show what is in your data
-  llm2clip caption PHOTOS --model NAME --out captions.jsonl    let a multimodal model write captions
+  llm2clip caption PHOTOS --model NAME --out captions.jsonl    generate captions with a multimodal model
   llm2clip plan --config NAME --images N --device h100    estimate training time and memory
   llm2clip fit DATA --out RUN           all stages: tune, embed, align, evaluate
   llm2clip tune | embed | align         one stage at a time
@@ -32,7 +32,7 @@ Using a model:
   llm2clip evaluate MODEL DATA          measure retrieval on your data or on public benchmarks
   llm2clip benchmarks                   list the public benchmarks that `evaluate` supports
   llm2clip index PHOTOS --out INDEX     make images searchable, with your own model (--model) or a small CLIP
-  llm2clip search INDEX "a full sentence"    search by text or image; with --server URL, ask a running `serve`
+  llm2clip search INDEX "a full sentence"    search by text or image; with --server URL, on a running `serve`
   llm2clip serve INDEX                  search page and API over HTTP
   llm2clip export MODEL --to FORMAT --out FOLDER    transformers, sentence-transformers, ONNX, gallery
   llm2clip convert CHECKPOINT --out MODEL           import a published LLM2CLIP checkpoint
@@ -55,16 +55,16 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
         version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # so argparse does not accept a misspelt setting as an abbreviation
+        allow_abbrev=False,  # otherwise, argparse accepts a misspelt setting as an abbreviation of another
     )
-    commands = Commands(parser, is_listed=False)  # the description lists them
+    commands = Commands(parser, is_listed=False)  # the description lists the commands
     for module in (tools, caption, train, evaluate, search, serve, export, llava):
         module.add_commands(commands)
     return parser, commands.run
 
 
-def silence_libraries() -> None:
-    # "The following layers were not sharded" is about tensor parallelism, which llm2clip does not use.
+def silence_library_warnings() -> None:
+    # transformers warns about layers without tensor parallelism, which llm2clip does not use.
     logging.getLogger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|torch\.|accelerate\.")
 
@@ -90,9 +90,8 @@ def _run_command(args: list[str] | None) -> int:
         parser.error(str(error))
     command = settings.subcommand
     try:
-        silence_libraries()
-        last_lines = run[command](settings[command])
-        _print_last_lines(last_lines)
+        silence_library_warnings()
+        _print_closing_lines(run[command](settings[command]))
     except BrokenPipeError:  # the program reading the output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -103,7 +102,7 @@ def _run_command(args: list[str] | None) -> int:
 
         name = f"{command} {settings[command].get('subcommand') or ''}".rstrip()  # for example, `store verify`
         print(f"llm2clip {name}: {escape_control_characters(str(error))}", file=sys.stderr)
-        if not _was_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # messages from libraries may be unclear
+        if not _was_raised_by({"llm2clip", *sys.stdlib_module_names}, error):  # library messages may be unclear
             print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -115,13 +114,13 @@ def _run_command(args: list[str] | None) -> int:
     return 0
 
 
-def _print_last_lines(lines: list[str]) -> None:
+def _print_closing_lines(lines: list[str]) -> None:
     if "torch" in sys.modules:
         from llm2clip.runs.ranks import print_once, shut_down_process_group
 
         print_once(*lines)
         shut_down_process_group()
-    elif lines:  # without PyTorch, there is a single process, and importing PyTorch to print would take seconds
+    elif lines:  # avoids importing PyTorch, which takes seconds
         from llm2clip.io_utils import escape_control_characters
 
         print(escape_control_characters("\n".join(lines)), flush=True)

@@ -27,7 +27,7 @@ CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the r
 
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
-        "caption", _caption, "Caption images with a multimodal model. Run the command again to resume."
+        "caption", _run_caption, "Caption images with a multimodal model. Run the command again to resume."
     )
     parser.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
     parser.add_argument("--out", type=str, required=True, help="JSON Lines file with the captions to write.")
@@ -35,14 +35,14 @@ def add_commands(commands: Commands) -> None:
         "--model",
         type=str,
         required=True,
-        help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of an "
-        "image-text-to-text model of transformers, which runs in this process.",
+        help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of a transformers "
+        "image-text-to-text model, which runs in this process.",
     )
     add_flags(parser, CaptionOptions, skip={"columns", "max_skipped"})
     add_reading_arguments(parser)
 
 
-def _caption(args: Namespace) -> list[str]:
+def _run_caption(args: Namespace) -> list[str]:
     check_extra("caption", "`caption`")
     check_data(args, require_captions=False)
     options = make_options(CaptionOptions, args)
@@ -62,7 +62,7 @@ def _caption(args: Namespace) -> list[str]:
 
 
 def _check_server(endpoint: str | None, out: Path) -> None:
-    """Raise OSError if there is no server at an http:// URL. A resumed run is not checked: it may not need one."""
+    """Raise OSError if an http:// server cannot be reached. Resumed runs are not checked."""
     url = urlsplit(endpoint or "")
     if url.scheme != "http" or out.with_name(f"{out.name}.sqlite").exists():
         return
@@ -85,23 +85,23 @@ def _run_captioning(sources: Sequence[str], out: Path, model: str, options: Capt
 # ---- fit -------------------------------------------------------------------------------------------------------------
 
 
-def add_fit_arguments(parser: ArgumentParser) -> None:
+def add_caption_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--caption",
         type=str,
-        help="Let a multimodal model write captions for the images first: a model folder, a hub id or the URL of a "
-        "server, with the defaults of `llm2clip caption`. The captions are written to OUT/captions.jsonl.",
+        help="Multimodal model that generates captions for the images before training: a model folder, a hub id or the "
+        "URL of a server. The captions are written to OUT/captions.jsonl with the defaults of `llm2clip caption`.",
     )
     parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
 
 
 def prepare_captions(args: Namespace) -> Callable[[], None] | None:
-    """Check the caption arguments of `fit`, and use the captions as its data.
+    """Check the caption arguments of `fit`, and make `args.data` refer to the generated captions.
 
-    Once a stage has written outputs, the captions no longer change, because a resumed run requires the same data.
+    After a stage has written outputs, no more captions are generated, because a resumed run requires the same data.
 
     Returns:
-        A function that writes the captions, or None if there are no captions to write.
+        A function that generates and writes the captions, or None if no captions are needed.
     """
     is_server = (args.caption or "").startswith(("http://", "https://"))
     if args.caption_model and not is_server:
@@ -150,7 +150,7 @@ def _select_splits(captions: Path, sources: Sequence[str]) -> str:
     """Return the caption file as a source, with the same splits selected as in `sources`.
 
     Raises:
-        ValueError: Splits are selected in only some of the sources, which the caption file does not distinguish.
+        ValueError: Some of the sources select splits, but others do not.
     """
     from llm2clip.data.records import Source
 

@@ -1,4 +1,4 @@
-"""Checks of paths, model names and output folders, without heavy imports, so that mistakes are reported immediately."""
+"""Checks of paths, model names and output folders. There are no slow imports, so that errors are reported quickly."""
 
 import os
 import shlex
@@ -40,14 +40,14 @@ def check_data(
 ) -> None:
     """Check sources with `check_sources`, and read the first rows of small local files in `args.data`.
 
-    This reports unknown formats, missing columns and unusable images before the slow imports.
+    Reading a few rows reveals unknown formats, missing columns and unusable images before the slow imports.
     """
     from llm2clip.data.formats import find_files
     from llm2clip.data.records import EARLY_CHECK_ROWS, RecordReader, Source
     from llm2clip.data.skip_log import SkipLog
 
     check_sources(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself lists fewer in a file
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself reports smaller fractions
     for text in args.data:
         source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
@@ -59,9 +59,10 @@ def check_data(
 
 
 def check_index(location: str | None, words: Sequence[str] = ()) -> None:
-    """Raise FileNotFoundError if a local folder is not an index, or ImportError if a package to read it is missing.
+    """Raise FileNotFoundError if a local folder is not an index, or ImportError if a required package is missing.
 
-    A PostgreSQL server is not contacted. `words` are the words of the query, one of which may be the index.
+    If one of the query's `words` is an index, the error message suggests the correct order of the arguments. PostgreSQL
+    servers are not contacted.
     """
     from llm2clip.search.backends import INDEX_FILE, check_backend_packages, format_missing_index_message
 
@@ -98,14 +99,14 @@ def check_port(host: str, port: int) -> None:
 
 
 def resolve_model(name: str, allow_revision: bool = True) -> str:
-    """Return the model folder of a run directory, or an existing path or valid model name unchanged."""
+    """Return the model folder if `name` is a run directory. Return other paths and valid model names unchanged."""
     hub_id, revision = split_revision(name) if allow_revision else (name, None)
     folder = _resolve_name(hub_id, "config.json", ("model",), ())
     return folder if revision is None else name
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the encoder of a run directory or llm2clip model, or an existing path or valid encoder name unchanged."""
+    """Return the encoder folder if `path` is a run directory or llm2clip model, or a valid encoder name unchanged."""
     if path == AUTO:
         raise ValueError("only `fit` and `plan` support --encoder.path auto. Pass an encoder, such as RUN/tune/encoder")
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
@@ -119,11 +120,11 @@ def check_pretrained(*names: str) -> None:
 
 
 def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
-    """Return `name` or, if it is a folder without `config_file`, the first of `subfolders` that contains the file.
+    """Return `name` or, for a folder without `config_file`, the first of its `subfolders` that contains the file.
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.
-        ValueError: The folder is an index, a store or a run directory without `config_file`, or a revision is given.
+        ValueError: The folder is an index, a store or a run directory without a model, or the name has a revision.
         ImportError: The model requires open_clip, which is not installed.
     """
     path = Path(name).expanduser()
@@ -159,7 +160,7 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
 
 
 def list_local_sources(sources: Sequence[str]) -> list[str]:
-    """Return the sources that `index` can read, or a placeholder, for the hint about the next command."""
+    """Return the sources that `index` can read or, if there are none, a placeholder for the suggested command."""
     from llm2clip.data.storage import is_remote
 
     return [source for source in sources if not is_remote(source)] or ["PHOTOS"]
@@ -175,7 +176,7 @@ KINDS = {
     "evaluation": "an output folder of `llm2clip evaluate`",
     "model": "a model folder",
 }
-# Glob patterns for each kind of folder, which contains a match for at least one pattern.
+# Glob patterns of files, at least one of which exists in a folder of this kind.
 _CONTENTS = {
     "index": ("index.sqlite",),
     "store": ("manifest.json", "keys-*.parquet"),
@@ -191,7 +192,7 @@ _MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
 def check_output_folder(path: str | Path, kind: str) -> None:
-    """Check that a command may write a folder of the given kind (a key of `KINDS`) to `--out`, which need not exist.
+    """Check that `--out` is a new or empty folder, or a folder of the given kind (a key of `KINDS`).
 
     Raises:
         ValueError: The folder is of a different kind, or of unknown kind and contains data files.

@@ -1,4 +1,4 @@
-"""Building blocks of the command-line interface: subcommands, help formatting and the `--config` option."""
+"""Parser classes and arguments shared by all commands: subcommands, help formatting and the `--config` option."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ DATA_HELP = "Image-caption sources: PATH, or PATH@split+split to use only some s
 
 # Default values of all config settings, grouped by section.
 FIT_SETTINGS: dict[str, Any] = dataclasses.asdict(FitConfig())
-# Names of config file sections. Modules add sections that only their own commands use.
+# Names of config file sections. Other command modules add sections, such as llava, that `fit` does not have.
 SECTIONS = {name for name, value in FIT_SETTINGS.items() if isinstance(value, dict) and value}
 
-# Function that runs a command. It returns the lines to print at the end, such as the next command to run.
+# Function that runs a command and returns the lines to print at the end, such as the next command to run.
 CommandFunction = Callable[[Namespace], list[str]]
 Options = TypeVar("Options")  # a dataclass
 
@@ -46,7 +46,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # use dataclass
 class ArgumentParser(jsonargparse.ArgumentParser):
     """Argument parser whose error messages name the option, its valid values, and similar names."""
 
-    _words: Sequence[str] = ()  # command-line arguments; empty in subcommand parsers
+    _words: Sequence[str] = ()  # command-line arguments, set only in the root parser
     config_file: str | None = None  # config file currently being read
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -70,7 +70,7 @@ class ArgumentParser(jsonargparse.ArgumentParser):
 
 
 def _explain_error(message: str, parser: Any) -> str:
-    """Rewrite a jsonargparse error message without Python type names. Return it unchanged if its format is unknown."""
+    """Rewrite a jsonargparse error message without Python type names. Return unknown messages unchanged."""
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
     required, unknown = "the following arguments are required: ", "unrecognized arguments: "
@@ -152,7 +152,7 @@ class Commands:
 
 
 class ConfigFileAction(ActionConfigFile):
-    """Action for `--config FILE_OR_NAME`. Settings of other stages are ignored, so a config works for all commands."""
+    """Action for `--config FILE_OR_NAME`, which ignores settings of other stages, so all commands accept a config."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         known = {action.dest for action in parser._actions}
@@ -195,7 +195,7 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the settings in a config file that are in `known`. Raise ValueError for settings unknown even to `fit`."""
+    """Return the settings that are in `known`. Raise ValueError for settings that `fit` does not have, either."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:
@@ -220,7 +220,7 @@ def _check_setting_name(name: str, known: set[str]) -> None:
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Help formatter that prints a short usage line, and the description and default of each argument without types."""
+    """Help formatter with a short usage line, and with the description and default, but not the type, of arguments."""
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
         """Add a usage line with the command's own arguments, without stage settings."""
@@ -228,12 +228,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         super().add_usage(usage, shown, *args, **kwargs)
 
     def add_argument(self, action: Action) -> None:
-        if action.dest not in SECTIONS:  # hide options such as `--align CONFIG`, which duplicate --config
+        if action.dest not in SECTIONS:  # hides options such as `--align CONFIG`, which duplicate --config
             super().add_argument(action)
 
     def _format_action_invocation(self, action: Action) -> str:
         text = super()._format_action_invocation(action)
-        text = re.sub(r", --[\w.]+\+( \[.*\])?$", "", text)  # remove the append form, such as `--tune.data+`
+        text = re.sub(r", --[\w.]+\+( \[.*\])?$", "", text)  # removes the append form, such as `--tune.data+`
         return text.replace(",null}", "}").replace(" \b[=flags]", "")
 
     def _get_help_string(self, action: Action) -> str:
@@ -249,7 +249,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class Columns:
-    """Argument type for --columns. The parsed value is a dict that maps field names to column names."""
+    """Argument type of --columns, whose parsed value is a dict that maps field names to column names."""
 
 
 def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
@@ -281,7 +281,7 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
         "--columns",
         type=Columns,
         default={},
-        help="Mapping from fields to source columns, e.g. captions=text,image=file.",
+        help="Source column of each field, e.g. captions=text,image=file.",
     )
     parser.add_argument(
         "--max_skipped",
@@ -319,7 +319,7 @@ def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ())
 
 
 def format_command(*words: object) -> str:
-    """Return a shell-quoted `llm2clip` command, without the secrets in URLs, for hints about what to run next."""
+    """Return a shell-quoted `llm2clip` command without the secrets in URLs, for printing."""
     return shlex.join(["llm2clip", *(hide_url_secrets(str(word)) for word in words)])
 
 

@@ -20,7 +20,7 @@ from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "evaluate",
-        _evaluate,
+        _run_evaluate,
         "Evaluate a model on your data or public benchmarks, or measure the caption retrieval accuracy (CRA) of a text "
         "encoder.",
     )
@@ -36,7 +36,7 @@ def add_commands(commands: Commands) -> None:
         nargs="*",
         type=str,
         default=[],
-        help=f"{DATA_HELP} For a source without splits, the images that `fit` would hold out are used.",
+        help=f"{DATA_HELP} Of a source without splits, only the images that `fit` would hold out are used.",
     )
     parser.add_argument("--baselines", nargs="+", type=str, help="Other models to compare with.")
     add_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
@@ -48,7 +48,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--root", type=str, default="data/benchmarks", help="Folder with one subfolder per benchmark.")
 
 
-def _evaluate(args: Namespace) -> list[str]:
+def _run_evaluate(args: Namespace) -> list[str]:
     if args.out is not None:
         check_output_folder(args.out, "evaluation")
     check_data(args, args.captions)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_commands(commands: Commands) -> None:
     parser = commands.add(
         "convert",
-        _convert,
+        _run_convert,
         "Convert an official LLM2CLIP checkpoint to a model folder, or vice versa. Also converts caption encoders "
         "(LoRA adapters, NV-Embed-v2).",
     )
@@ -33,12 +33,12 @@ def add_commands(commands: Commands) -> None:
         "source",
         type=str,
         nargs="+",
-        help="Official checkpoint (folder, file or hub id), model folder, LoRA adapters in training order, or "
-        "nvidia/NV-Embed-v2.",
+        help="Official checkpoint (folder, file or hub id), model folder, one or more LoRA adapters in training order, "
+        "or nvidia/NV-Embed-v2.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output model folder. With --to, output checkpoint.")
+    parser.add_argument("--out", type=str, required=True, help="Model folder to create or, with --to, checkpoint.")
     parser.add_argument(
-        "--text", type=str, help="Caption encoder (or its LoRA adapter) with which the checkpoint was trained."
+        "--text", type=str, help="Caption encoder, or its LoRA adapter, with which the checkpoint was trained."
     )
     parser.add_argument(
         "--to", choices=["hf", "eva"], help="Convert a model folder to an official checkpoint in this layout."
@@ -46,7 +46,7 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add(
         "export",
-        _export,
+        _run_export,
         "Export a model to transformers, sentence-transformers or ONNX, or an index to a static web page or Parquet.",
     )
     parser.add_argument("model", nargs="?", type=str, help="Model folder or hub id. Not used with --to vectors.")
@@ -58,7 +58,7 @@ def add_commands(commands: Commands) -> None:
         "the browser, without a server. vectors exports vectors and metadata from --index to a Parquet file.",
     )
     parser.add_argument("--out", type=str, required=True, help="Folder to create. With --to vectors, file to create.")
-    parser.add_argument("--int8", action="store_true", help="With --to onnx: also write graphs with 8-bit weights.")
+    parser.add_argument("--int8", action="store_true", help="With --to onnx: also export graphs with 8-bit weights.")
     parser.add_argument(
         "--dim", type=PositiveInt, help="Truncate embeddings to this number of dimensions. Default: all dimensions."
     )
@@ -70,9 +70,9 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument("--gps", action="store_true", help="With --to gallery or vectors: include GPS positions.")
 
-    parser = commands.add("push", _push, "Upload a model folder or exported model to the hub, with a model card.")
+    parser = commands.add("push", _run_push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
-    parser.add_argument("repo_id", type=str, help="USER/NAME on the hub; created if it does not exist.")
+    parser.add_argument("repo_id", type=str, help="Repository USER/NAME on the hub, which is created if needed.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
     parser.add_argument("--license", type=str, help="License identifier on the hub, such as apache-2.0.")
     _add_store_commands(commands)
@@ -94,9 +94,9 @@ def _add_store_commands(commands: Commands) -> None:
     parser.add_argument("--out", type=str, required=True, help="Folder for the merged store.")
 
 
-def _convert(args: Namespace) -> list[str]:
+def _run_convert(args: Namespace) -> list[str]:
     for source in args.source:
-        if "/" not in source:  # names with a slash may refer to a file in a hub repository
+        if "/" not in source:  # a name with a slash may refer to a file in a hub repository
             resolve_model(source)
     from llm2clip.models.export.model_card import write_model_card
     from llm2clip.models.llm2clip import LLM2CLIP
@@ -168,13 +168,12 @@ def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[st
     encoder = " or ".join(suggested) or f"an encoder whose embeddings have {text_dim} dimensions"
     return [
         f"Model: {folder}",
-        "The model accepts images and cached caption embeddings. To encode text, add the caption encoder with which "
-        "the adapter was trained:",
+        "The model cannot encode text yet. Add the caption encoder with which the adapter was trained:",
         f"Next: {format_command('convert', folder, '--out', folder, '--text', 'ENCODER')}      ({encoder})",
     ]
 
 
-def _export(args: Namespace) -> list[str]:
+def _run_export(args: Namespace) -> list[str]:
     if args.to == "vectors":
         return _export_vectors(args)
     if args.model is None:
@@ -227,7 +226,7 @@ def _export_vectors(args: Namespace) -> list[str]:
     return [f"Exported: {args.out} ({format_count(count, 'image')})"]
 
 
-def _push(args: Namespace) -> list[str]:
+def _run_push(args: Namespace) -> list[str]:
     args.model = resolve_model(args.model)
     if not is_hub_id(args.repo_id):
         raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
@@ -255,13 +254,13 @@ def _push(args: Namespace) -> list[str]:
             raise ValueError(
                 f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
             )
-        if "config.json" in files:  # delete files of an earlier version that would be loaded together with new files
+        if "config.json" in files:  # delete old files that would be loaded together with the new model
             outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".safetensors.index.json")
             for name in [file.rfilename for file in info.siblings or ()]:
                 is_outdated = name.startswith("text/") or ("/" not in name and name.endswith(outdated))
                 if is_outdated and name not in files:
                     operations.append(CommitOperationDelete(name))
-        # With parent_commit, the commit fails if the repository has changed, so concurrent pushes are never mixed.
+        # With parent_commit, the commit fails if a concurrent push has changed the repository.
         commit = api.create_commit(args.repo_id, operations, commit_message="Upload model", parent_commit=info.sha)
     except (HTTPError, OSError, RuntimeError, JSONDecodeError) as error:
         message = describe_hub_error(error, "you lack write access to this repository or account")
@@ -270,7 +269,7 @@ def _push(args: Namespace) -> list[str]:
 
 
 def _list_files(folder: Path) -> dict[str, Path]:
-    """Return the files in a folder, keyed by relative path, without hidden files and folders.
+    """Return the files in a folder, keyed by relative path. Hidden files and folders are omitted.
 
     Raises:
         ValueError: A symbolic link is broken, or points to a folder or to a file outside the folder and the hub cache.
@@ -289,9 +288,9 @@ def _list_files(folder: Path) -> dict[str, Path]:
 
 
 def _check_no_home_paths(folder: Path) -> None:
-    """Raise ValueError if a config contains a path in the home folder, which would reveal the user name."""
+    """Raise ValueError if a JSON file contains a path in the home folder, which would reveal the user name."""
     for file in sorted(folder.rglob("*.json")):
-        is_config = file.stat().st_size < 1 << 20  # larger files are tokenizer vocabularies
+        is_config = file.stat().st_size < 1 << 20  # unlike tokenizer vocabularies, which are larger
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
                 f"{file} contains a path in {Path.home()}, which would become public. Replace the path, for example "
@@ -323,7 +322,7 @@ def _repair_store(args: Namespace) -> list[str]:
         return [f"Nothing to repair: the store is intact and has {format_count(count, 'caption')}"]
     return [
         f"Deleted: {', '.join(deleted)}",
-        f"The store has {format_count(count, 'caption')}; run `llm2clip embed` to re-encode the deleted captions",
+        f"The store has {format_count(count, 'caption')}. To re-encode the deleted captions, run `llm2clip embed`",
     ]
 
 

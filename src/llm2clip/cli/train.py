@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.caption import add_fit_arguments, prepare_captions
+from llm2clip.cli.caption import add_caption_arguments, prepare_captions
 from llm2clip.cli.checks import (
     check_data,
     check_output_folder,
@@ -48,25 +48,25 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    _add_fit(commands)
-    _add_tune(commands)
-    _add_embed(commands)
-    _add_align(commands)
-    _add_distill(commands)
+    _add_fit_command(commands)
+    _add_tune_command(commands)
+    _add_embed_command(commands)
+    _add_align_command(commands)
+    _add_distill_command(commands)
 
 
-def _add_fit(commands: Commands) -> None:
-    parser = commands.add("fit", _fit, "Train on your images and captions: tune, embed, align, evaluate.")
+def _add_fit_command(commands: Commands) -> None:
+    parser = commands.add("fit", _run_fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
-    add_fit_arguments(parser)
+    add_caption_arguments(parser)
     add_reading_arguments(parser)
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
 
-def _add_tune(commands: Commands) -> None:
-    parser = commands.add("tune", _tune, "Tune a language model contrastively on captions.")
+def _add_tune_command(commands: Commands) -> None:
+    parser = commands.add("tune", _run_tune, "Tune a language model contrastively on captions.")
     parser.add_argument(
         "data",
         nargs="*",
@@ -75,21 +75,21 @@ def _add_tune(commands: Commands) -> None:
         help="Caption sources; images are not needed. In a source without splits, the captions of images that `fit` "
         "would hold out are skipped.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/encoder.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder. The tuned encoder is in OUT/encoder.")
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
 
 
-def _add_embed(commands: Commands) -> None:
-    parser = commands.add("embed", _embed, "Encode every caption in DATA once and write the embeddings to a store.")
+def _add_embed_command(commands: Commands) -> None:
+    parser = commands.add("embed", _run_embed, "Encode every caption in DATA once, and store the embeddings.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
     parser.add_argument(
         "--engine",
         choices=["local", "ray"],
         default="local",
-        help="local: run in this process, or in all ranks started by torchrun or accelerate. ray: use a Ray cluster.",
+        help="local: use this process, or all ranks started by torchrun or accelerate. ray: use a Ray cluster.",
     )
     parser.add_argument(
         "--ray_workers",
@@ -101,7 +101,7 @@ def _add_embed(commands: Commands) -> None:
         "--phrases",
         type=bool,
         default=True,
-        help="Also encode the short phrases in DATA, which `align` uses for training by default. Reads all captions "
+        help="Also encode short phrases, such as 'red hat', on which `align` trains by default. Reads all captions "
         "into memory.",
     )
     add_reading_arguments(parser)
@@ -109,8 +109,8 @@ def _add_embed(commands: Commands) -> None:
     parser.add_class_arguments(EmbedConfig, "embed")
 
 
-def _add_align(commands: Commands) -> None:
-    parser = commands.add("align", _align, "Train a vision tower on images and the caption embeddings in a store.")
+def _add_align_command(commands: Commands) -> None:
+    parser = commands.add("align", _run_align, "Train a vision tower on images and the caption embeddings in a store.")
     parser.add_argument(
         "data",
         nargs="+",
@@ -127,14 +127,14 @@ def _add_align(commands: Commands) -> None:
         help="Store for image features of the frozen tower (--align.tower_lr 0), which several runs can share. "
         "Default: a folder in OUT.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(AlignConfig, "align")
 
 
-def _add_distill(commands: Commands) -> None:
-    parser = commands.add("distill", _distill, "Train a small text encoder to replace the LLM and adapter of a model.")
+def _add_distill_command(commands: Commands) -> None:
+    parser = commands.add("distill", _run_distill, "Train a small text encoder to replace the LLM and adapter.")
     parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
     parser.add_argument(
         "data",
@@ -158,7 +158,7 @@ def _add_distill(commands: Commands) -> None:
         help="Store with caption embeddings from the teacher's encoder. Only texts that are not in the store are "
         "encoded. Default: the store next to the model, if there is one.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Output folder; the result is OUT/model.")
+    parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
     add_reading_arguments(parser)
     parser.add_class_arguments(DistillConfig, "distill")
     parser.add_class_arguments(EvaluateConfig, "evaluate")
@@ -172,7 +172,7 @@ def add_stage_settings(parser: ArgumentParser) -> None:
     parser.add_class_arguments(AlignConfig, "align")
 
 
-def _fit(args: Namespace) -> list[str]:
+def _run_fit(args: Namespace) -> list[str]:
     check_output_folder(args.out, "fit")
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
@@ -181,7 +181,7 @@ def _fit(args: Namespace) -> list[str]:
     if args.encoder.path != AUTO:
         args.encoder.path = resolve_encoder(args.encoder.path)
     check_pretrained(args.align.tower)
-    index_data = _format_index_data(args)  # all images, including images without an accepted caption
+    index_data = _format_index_data(args)  # includes images without an accepted caption
     write_captions = prepare_captions(args)
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once
@@ -196,7 +196,7 @@ def _fit(args: Namespace) -> list[str]:
 
 
 def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
-    """On the main process, check the resources for a model that is not yet trained. Return warnings to print."""
+    """Check disk space and memory for a model that is not yet trained. Return warnings to print."""
     from llm2clip.runs.ranks import process_state
     from llm2clip.tools.plan import check_resources
 
@@ -205,7 +205,7 @@ def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
     return check_resources(run.config, run.out, records)
 
 
-def _tune(args: Namespace) -> list[str]:
+def _run_tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     if args.tune.qlora:
         check_extra("qlora", "--tune.qlora")
@@ -220,7 +220,7 @@ def _tune(args: Namespace) -> list[str]:
     return [f"Caption encoder: {encoder}", f"Next: {hint}"]
 
 
-def _embed(args: Namespace) -> list[str]:
+def _run_embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     if args.engine == "ray":
         check_extra("ray", "--engine ray")
@@ -236,7 +236,7 @@ def _embed(args: Namespace) -> list[str]:
     return [f"Store: {out} ({captions})", f"Next: {format_command('align', *args.data, *flags)}"]
 
 
-def _align(args: Namespace) -> list[str]:
+def _run_align(args: Namespace) -> list[str]:
     check_output_folder(args.out, "align")
     check_data(args, args.held_out)
     check_stores(args.store)
@@ -253,7 +253,7 @@ def _align(args: Namespace) -> list[str]:
     return [f"Model: {model}", *_format_next_commands(model, args)]
 
 
-def _distill(args: Namespace) -> list[str]:
+def _run_distill(args: Namespace) -> list[str]:
     check_output_folder(args.out, "distill")
     check_data(args, args.evaluate.data, image_check="ignore")
     check_stores(*([args.store] if args.store else []))
@@ -274,7 +274,7 @@ def _distill(args: Namespace) -> list[str]:
 def _format_next_commands(
     model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
 ) -> list[str]:
-    """Return hints about the next commands. `flags` are additional arguments of `evaluate`."""
+    """Format the commands to run next. `flags` are additional arguments for `evaluate`."""
     index_data = index_data or _format_index_data(args)
     index = model.parent / "index"
     return [
@@ -286,12 +286,12 @@ def _format_next_commands(
 
 
 def _format_index_data(args: Namespace) -> list[str]:
-    """Return the sources that `index` can read, and the flags for their columns."""
+    """Return the sources that `index` can read, and the --columns flag."""
     return [*list_local_sources(args.data), *format_column_flags(args.columns)]
 
 
 def _make_encoder_flags(encoder: EncoderConfig) -> list[str]:
-    """Return the --encoder flags that are needed to use a store of this encoder."""
+    """Return the --encoder flags that `align` needs for a store created with this encoder."""
     flags = []
     for name, value in vars(encoder).items():
         if name == "path":

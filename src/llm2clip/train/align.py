@@ -1,8 +1,8 @@
 """The `align` stage: training of the vision tower, its projection and the adapter on cached caption embeddings.
 
 Each step minimises a contrastive loss between a batch of images and one or more captions per image. The LLM is not
-loaded: its caption embeddings are read from the embedding store. If the tower is frozen (`tower_lr` is 0), its image
-features are computed once, cached in a second store and read from there during training.
+loaded, because its caption embeddings are read from the embedding store. The image features of a frozen tower
+(`tower_lr` is 0) are also computed only once and cached in a second store.
 """
 
 import copy
@@ -39,15 +39,15 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.store.encode import TowerEncoder, store_image_features
 from llm2clip.store.store import CaptionSource
-from llm2clip.train.loop import StepLoop, StepResult, Validator
+from llm2clip.train.loop import StepResult, TrainingLoop, Validator
 from llm2clip.train.losses import distillation_loss, get_loss, matryoshka_loss
 from llm2clip.train.optim import (
     compile_blocks,
     compute_cached_loss,
     make_optimizer,
-    restore_blocks,
     select_trainable_weights,
     should_compile,
+    uncompile_blocks,
 )
 from llm2clip.train.sampling import AlignBatches, Batch, resolve_decoding_workers
 
@@ -68,15 +68,14 @@ def align(
     Args:
         records: Training data. Phrases that are not in the store are ignored.
         model: Model with a pretrained tower and newly initialised heads, modified in place.
-        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl. No other process may write to this
-            folder (see `run_lock`).
+        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl, locked with `run_lock`.
         log: Log of undecodable images.
         validate: Function that evaluates the model on held-out images. Default: no evaluation.
         features: Folder of a frozen tower's feature store. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. `training_images` is set only
-            on the main process.
+        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. Its attribute `training_images`
+            is set only on the main process.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
@@ -84,12 +83,12 @@ def align(
         FloatingPointError: The loss or a gradient is not finite.
     """
     pretrained_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
-    process_state()  # the devices must be known before the seed is set
+    process_state()  # selects this rank's device, which set_seed must seed
     set_seed(config.seed)
     select_trainable_weights(model, config)  # also initialises the LoRA layers
     set_fsdp_wrap_policy(model.tower.get_blocks())
-    loop = StepLoop("align", "images", config, run_dir, config.report_to)
-    data = _open_batches(records, store, model, loop, features, log)
+    loop = TrainingLoop("align", "images", config, run_dir, config.report_to)
+    data = _make_batches(records, store, model, loop, features, log)
 
     optimizer = make_optimizer(model, config, loop.device)
     unsharded = copy_to_meta_device(model) if is_fsdp_enabled() else None
@@ -103,7 +102,7 @@ def align(
         loop.run(batches, partial(_compute_gradients, loop, pretrained_tower), log, model.clamp_logit_scale)
 
     # Restore the original model structure: remove compilation, sharding and LoRA layers.
-    restore_blocks(model.tower)
+    uncompile_blocks(model.tower)
     if unsharded is not None:
         model = gather_to_cpu(unsharded, model).to(loop.device)  # type: ignore[assignment]
     merge_tower_lora(model.tower)
@@ -112,17 +111,17 @@ def align(
     return model.requires_grad_(True).eval()
 
 
-def _open_batches(
+def _make_batches(
     records: RecordTable,
     store: CaptionSource,
     model: LLM2CLIP,
-    loop: StepLoop,
+    loop: TrainingLoop,
     features: Path | None,
     log: SkipLog,
 ) -> AlignBatches:
-    """Return the batches of a run, after checking that a resumed run has the same data and settings.
+    """Return the batches of a run. Raise ValueError if a resumed run has different data or settings.
 
-    Batches contain pixels or, if the tower is frozen, its features, which are computed first.
+    If the tower is frozen, its image features are computed first, and batches contain features instead of pixels.
     """
     config: Any = loop.config
     feature_store = None
@@ -146,9 +145,9 @@ def _open_batches(
     )
     if loop.items_per_step is None and data.images_per_step < config.batch_size * world_size:
         print_once(
-            f"{data.image_count:,} images: using {data.images_per_step:,} images per step instead of "
-            f"{config.batch_size * world_size:,}, in {format_count(len(data), 'step')}. To train longer, raise "
-            "--align.epochs"
+            f"Using {data.images_per_step:,} images per step instead of {config.batch_size * world_size:,}, because "
+            f"the data has only {format_count(data.image_count, 'image')}. The run has "
+            f"{format_count(len(data), 'step')}. To train longer, raise --align.epochs"
         )
     properties = {
         "image order": data.orders.image_order,
@@ -162,15 +161,15 @@ def _open_batches(
 
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # set for this thread; otherwise, pinning would also use memory on the first GPU
-    with closing(data.batches(first_step)) as batches:
+        torch.cuda.set_device(device)  # the default in a new thread is GPU 0, on which pinning would allocate memory
+    with closing(data.iterate_batches(first_step)) as batches:
         for batch in batches:
             yield batch.pin_memory() if device.type == "cuda" else batch
 
 
-def _compute_gradients(loop: StepLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
+def _compute_gradients(loop: TrainingLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
     config: Any = loop.config
-    # Seed dropout, so that a run resumed on the same number of ranks uses the same dropout masks.
+    # A run resumed on the same number of ranks must use the same dropout masks.
     seed = np.random.SeedSequence([config.seed, step, loop.accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     batch = batch.to(loop.device)
@@ -193,15 +192,15 @@ def _compute_loss(
     config: AlignConfig,
     accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss of a batch and the logit scale. With gradient caching, this takes several forward passes.
+    """Return the loss of a batch and the logit scale, using gradient caching if the batch takes several forward passes.
 
-    `pretrained_features` are the pretrained tower's features for self-distillation, of shape (N, feature_dim).
+    `pretrained_features` has shape (N, feature_dim) and contains the pretrained tower's features for self-distillation.
     """
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
 
-    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts. If a run is resumed on
-    # fewer ranks, batches larger than `batch_size` are also split, so that the memory per rank does not grow.
+    # Part n of the batch contains images bounds[n] to bounds[n + 1] - 1 and all of their texts.
+    # If a run is resumed on fewer ranks, batches with more than `batch_size` images per rank are also split.
     size = config.micro_batch_size or config.batch_size
     bounds = [*range(0, len(images), size), len(images)]
 

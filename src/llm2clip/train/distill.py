@@ -2,8 +2,8 @@
 
 The student replaces the caption encoder and the adapter. Its last layer maps texts directly to the shared embedding
 space, so serving needs no LLM, and existing image embeddings remain valid. The loss is the cosine distance to the
-teacher's text embeddings, as in NanoVDR (arXiv 2603.12824), where it was the best of six objectives, and in LEAF (arXiv
-2509.12539). The teacher encodes each text once, before training. Batches consist of texts of similar length.
+teacher's text embeddings, as in LEAF (arXiv 2509.12539) and in NanoVDR (arXiv 2603.12824), where the cosine distance
+was the best of six losses. The teacher encodes each text once, before training.
 """
 
 import copy
@@ -30,7 +30,7 @@ from llm2clip.config import DistillConfig
 from llm2clip.cpu_tuning import free_memory, onednn_matmul
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
-from llm2clip.io_utils import iterate_lines
+from llm2clip.io_utils import format_count, iterate_lines
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import check_model_source, fingerprint, hash_weights
 from llm2clip.models.model_folder import AdapterConfig
@@ -49,13 +49,13 @@ from llm2clip.store.layout import (
 )
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train.initial_model import repeat_phrases
-from llm2clip.train.loop import StepLoop, StepResult
+from llm2clip.train.loop import StepResult, TrainingLoop
 from llm2clip.train.optim import ADAM_BETAS
 
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
 STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to its token embeddings
-SORTED_STEPS = 64  # texts are sorted by length within groups of this many steps
-HEAD_TEXTS = 4096  # maximum number of texts for computing the initial weights of the student's last layer
+SORTED_STEPS = 64  # number of steps whose texts are sorted by length together
+HEAD_TEXTS = 4096  # maximum number of texts for initialising the student's last layer
 RIDGE = 1e-2  # ridge penalty, relative to the mean variance of the inputs
 TOKENIZE_CHUNK = 1 << 16
 
@@ -64,15 +64,17 @@ TOKENIZE_CHUNK = 1 << 16
 
 
 class Teacher:
-    """Text encoder of a model. Caption embeddings are read from stores where possible.
+    """Text encoder of a model, which reads caption embeddings from stores where possible.
 
     Attributes:
-        model: Model whose caption encoder is loaded only for texts that are in none of the stores.
-        stores: Stores with embeddings from the model's caption encoder.
+        model: llm2clip model, whose caption encoder is loaded only for texts that are in none of the stores.
+        stores: Stores of embeddings from the model's caption encoder.
     """
 
     def __init__(self, model: LLM2CLIP, folder: Path, store: str | None = None) -> None:
-        """Open the store in the folder `store`. By default, open the store next to the model, as in a `fit` run.
+        """
+        Args:
+            store: Folder of a store with caption embeddings. Default: the store next to the model folder, if any.
 
         Raises:
             ValueError: The model has no caption encoder.
@@ -80,8 +82,8 @@ class Teacher:
         """
         if not model.has_encoder:
             raise ValueError(
-                f"{folder} has no caption encoder, so a student cannot learn its text embeddings. Add the encoder that "
-                f"it was trained with: llm2clip convert {folder} --text ENCODER --out MODEL"
+                f"{folder} has no caption encoder, so a student cannot learn its text embeddings. Add the encoder "
+                f"with which the model was trained: llm2clip convert {folder} --text ENCODER --out MODEL"
             )
         self.model, self.folder = model, folder
         self.stores: list[EmbeddingStore] = []
@@ -89,20 +91,20 @@ class Teacher:
         if store is not None:
             self._add_store(Path(store))
         elif (neighbour / MANIFEST).is_file():
-            with suppress(StoreError):  # the store belongs to a different model
+            with suppress(StoreError):  # raised if the store belongs to a different model
                 self._add_store(neighbour)
 
     def _add_store(self, folder: Path) -> None:
-        """Add a store. Raise StoreError if it was created with a different encoder. The precision may differ."""
+        """Add a store. Raise StoreError if the store's encoder differs in any setting other than the precision."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]
         check_identity({n: stored.get(n) for n in names}, {n: expected[n] for n in names}, folder)
         self.stores.append(store)
 
-    def embed(self, texts: Iterable[str], folder: Path) -> None:
-        """Encode all texts that are not in the stores into an additional store. Must be called by all ranks."""
-        missing = self.select(texts, is_stored=False)
+    def embed_missing_texts(self, texts: Iterable[str], folder: Path) -> None:
+        """Encode all texts that are not in the stores into a new store in `folder`. Must be called by all ranks."""
+        missing = self.select_texts(texts, is_stored=False)
         first = next(missing, None)
         if first is not None:
             encoder = CaptionEncoder.from_pretrained(self.folder, device="cpu")
@@ -111,18 +113,18 @@ class Teacher:
             free_memory()
 
     def open_store(self, folder: Path) -> None:
-        """Open the store that `embed` wrote. It does not exist if the other stores already contained all texts."""
+        """Open the store of `embed_missing_texts`, which exists unless the other stores contain all texts."""
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 
-    def select(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
-        """Yield the texts that are in a store or, if `is_stored` is False, the texts that are in none of the stores."""
+    def select_texts(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
+        """Yield the texts that are in one of the stores or, if `is_stored` is False, in none of the stores."""
         for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
-            mask = (self._find(chunk)[0] >= 0) == is_stored
+            mask = (self._find_rows(chunk)[0] >= 0) == is_stored
             yield from compress(chunk, mask.tolist())
 
-    def _find(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return each text's store number (-1 if it is in no store) and row, both of shape (N,), int64."""
+    def _find_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the store index (-1 if no store contains the text) and row of each text, both of shape (N,), int64."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
         for number, store in enumerate(self.stores):
@@ -133,7 +135,7 @@ class Teacher:
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Return L2-normalised text embeddings in the shared space, float32 of shape (N, embed_dim), on the CPU."""
-        numbers, rows = self._find(texts)
+        numbers, rows = self._find_rows(texts)
         embeddings = torch.zeros(len(texts), self.model.config.text_dim)
         for number, store in enumerate(self.stores):
             members = np.flatnonzero(numbers == number)
@@ -149,8 +151,8 @@ class Teacher:
 # ---- student ---------------------------------------------------------------------------------------------------------
 
 
-def open_student(name: str, teacher_folder: Path, embed_dim: int, config: DistillConfig) -> CaptionEncoder:
-    """Load a student on the CPU, with a new last layer that maps its embeddings to the shared space.
+def load_student(name: str, teacher_folder: Path, embed_dim: int, config: DistillConfig) -> CaptionEncoder:
+    """Load a student on the CPU, and add a new last layer that maps its embeddings to the shared space.
 
     Args:
         name: Folder, hub id or built-in name of a sentence-transformers model or LLM; `layers:N` for the first N layers
@@ -192,7 +194,7 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
     from transformers import AutoTokenizer
 
     check_model_source(tokenizer_path)
-    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # an llm2clip model folder
+    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # the folder of an llm2clip model
         tokenizer_path = str(Path(tokenizer_path) / "text")
     tokenizer = getattr(AutoTokenizer.from_pretrained(tokenizer_path), "backend_tokenizer", None)
     if tokenizer is None:
@@ -213,10 +215,10 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
     )
 
 
-def list_token_texts(student: CaptionEncoder) -> list[str]:
-    """Return the text of each token of a static student, or "" for special tokens and parts of characters.
+def decode_vocabulary(student: CaptionEncoder) -> list[str]:
+    """Return the text of each token in a static student's vocabulary, or an empty list for other students.
 
-    For other students, return an empty list.
+    The texts of special tokens and of incomplete UTF-8 characters are "".
     """
     if not student.is_static:
         return []
@@ -227,22 +229,23 @@ def list_token_texts(student: CaptionEncoder) -> list[str]:
 @torch.no_grad()
 @onednn_matmul()
 def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "DistillTexts") -> None:
-    """Compute the initial weights of a student's new layers.
+    """Initialise the new layers of a student.
 
-    The token embeddings of a static student are the teacher's embeddings of the tokens' texts. For other students, the
-    last layer is a ridge regression from the student's to the teacher's embeddings of a sample of the training texts.
+    The token embeddings of a static student are initialised with the teacher's embeddings of the tokens' texts. The
+    last layer of other students is initialised by ridge regression from the student's to the teacher's embeddings of a
+    sample of the training texts.
     """
     if student.is_static:
-        texts = list_token_texts(student)
+        texts = decode_vocabulary(student)
         tokens = [token for token, text in enumerate(texts) if text]
         weights = student.st[0].embedding.weight
         for chunk in iter_chunks(tokens, TOKENIZE_CHUNK):
-            # With a variance of about 1 per dimension, the activation function is not linear.
+            # Scaled to a variance of about 1 per dimension, because the GELU would be nearly linear for small inputs.
             weights[chunk] = teacher.encode([texts[token] for token in chunk]) * weights.shape[1] ** 0.5
         return
     sample = np.linspace(0, len(data) - 1, min(HEAD_TEXTS, len(data))).astype(np.int64)
     head = student.st.pop(-1)
-    ids = data.get_ids(sample)
+    ids = data.get_token_ids(sample)
     prompt_length = student.count_prompt_tokens(student.prefix)
     inputs = student.to(process_state().device).encode(
         TokenizedTexts(ids, [], [prompt_length] * len(ids)), progress=True
@@ -254,7 +257,7 @@ def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "Distill
 
 
 def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a linear layer from inputs (N, D) to targets (N, E). Return its weight (E, D) and bias (E,)."""
+    """Fit a linear layer that maps inputs (N, D) to targets (N, E). Return the weight (E, D) and the bias (E,)."""
     input_mean, target_mean = inputs.mean(0), targets.mean(0)
     centred = inputs - input_mean
     gram = centred.T @ centred
@@ -280,7 +283,7 @@ def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
 
 @dataclass(frozen=True)
 class DistillTexts:
-    """Distinct training texts, tokenized by the student: first the captions, then the phrases.
+    """Distinct training texts, tokenized by the student. Captions precede phrases.
 
     Attributes:
         tokens: Token ids of all texts, of shape (T,), int32, in a memory-mapped file.
@@ -303,7 +306,7 @@ class DistillTexts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def get_ids(self, items: np.ndarray) -> list[list[int]]:
+    def get_token_ids(self, items: np.ndarray) -> list[list[int]]:
         return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
 
     def get_targets(self, items: np.ndarray) -> Tensor:
@@ -311,7 +314,7 @@ class DistillTexts:
         return torch.from_numpy(self.targets.take(self.rows[items]))
 
 
-def prepare_texts(
+def prepare_training_texts(
     records: RecordTable,
     other_texts: Path | None,
     student: CaptionEncoder,
@@ -319,15 +322,16 @@ def prepare_texts(
     folder: Path,
     max_skipped: float,
 ) -> DistillTexts:
-    """Embed the records' captions and phrases with the teacher, and tokenize them. Must be called by all ranks.
+    """Embed the training texts with the teacher, and tokenize the texts for the student. Must be called by all ranks.
 
-    Texts that one of the tokenizers cannot encode are skipped. `folder` receives the store `targets`, which contains
-    the teacher's text embeddings in the shared space, and a temporary file with 4 bytes per token and rank. Memory:
-    about 25 bytes per distinct text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB).
+    Texts that the teacher's or the student's tokenizer cannot encode are skipped. Takes 25 bytes of memory per distinct
+    text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB).
 
     Args:
-        other_texts: File with additional texts, one per line. They count as captions.
-        max_skipped: Maximum fraction of the texts that the student's tokenizer cannot encode.
+        other_texts: File with additional texts, one per line, which count as captions.
+        folder: Output folder for targets/, the store of the teacher's text embeddings in the shared space, and for a
+            temporary file of 4 bytes per token and rank.
+        max_skipped: Maximum fraction of texts that the student's tokenizer cannot encode.
 
     Raises:
         ValueError: There are no texts, or the student's tokenizer cannot encode too many of them.
@@ -336,7 +340,7 @@ def prepare_texts(
     identity["encoder"] = [fingerprint(store.manifest["identity"]) for store in teacher.stores]
     identity["adapter"] = hash_weights(teacher.model.adapter)
     dim = teacher.model.config.embed_dim
-    texts = teacher.select(chain(*iterate_texts(records, other_texts)), is_stored=True)
+    texts = teacher.select_texts(chain(*iterate_texts(records, other_texts)), is_stored=True)
     targets = store_text_embeddings(texts, teacher.encode, dim, identity, folder / "targets", dtype="float16")
     with TemporaryFile(dir=folder) as file:
         tokenized = _TokenWriter(student, targets, file)
@@ -350,25 +354,25 @@ def prepare_texts(
 
 
 def iterate_texts(records: RecordTable, other_texts: Path | None) -> tuple[Iterator[str], Iterator[str]]:
-    """Return iterators over the captions (of the records and in the file) and over the phrases."""
+    """Return an iterator over the captions and the texts in the file, and an iterator over the phrases."""
     other_lines = iterate_lines(other_texts) if other_texts else ()
     return chain(records.iterate_texts(CAPTION_FIELDS), other_lines), records.iterate_texts(("phrases",))
 
 
 class _TokenWriter:
-    """Tokenizer of distinct texts that have an embedding in `targets`. The tokens are written to a file."""
+    """Writer that tokenizes distinct texts with an embedding in `targets`, and writes the token ids to a file."""
 
     def __init__(self, student: CaptionEncoder, targets: EmbeddingStore, file: IO[bytes]) -> None:
         self.student, self.targets, self.file = student, targets, file
         self.count = 0
-        self._ignored_ids = _find_ignored_ids(student)
+        self._ignored_ids = _list_ignored_token_ids(student)
         self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # for each row of `targets`
         self._rows, self._lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         self._hash = hashlib.sha256()
         self._num_failed, self._first_failed = 0, ""
 
     def add(self, texts: Sequence[str]) -> None:
-        """Tokenize the new texts that have an embedding."""
+        """Tokenize the texts that have an embedding and have not been added before."""
         keys = make_caption_keys(texts)
         rows = self.targets.find_keys(keys)
         is_new = np.zeros(len(texts), bool)
@@ -394,12 +398,11 @@ class _TokenWriter:
     def finish(self, num_captions: int, max_skipped: float) -> DistillTexts:
         total, failed = self.count + self._num_failed, self._num_failed
         if not total:
-            raise ValueError("there are no texts to learn from: the training records have no captions")
+            raise ValueError("there are no texts to train on: the training records have no captions")
         if failed > max_skipped * total or not self.count:
             raise ValueError(
-                f"the student's tokenizer cannot encode {failed:,} of {total:,} texts, such as "
-                f"{self._first_failed[:120]!r}: they consist of unknown tokens. Choose a student "
-                "for the language of these texts"
+                f"the student's tokenizer cannot encode {failed:,} of {format_count(total, 'text')}, such as "
+                f"{self._first_failed[:120]!r}, which has only unknown tokens. Choose a student for the texts' language"
             )
         if failed:
             print_once(f"Texts that the student's tokenizer cannot encode: {failed:,}, such as {self._first_failed!r}")
@@ -415,7 +418,7 @@ class _TokenWriter:
         )
 
 
-def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
+def _list_ignored_token_ids(student: CaptionEncoder) -> set[int]:
     if not student.is_static:
         return set(student.tokenizer.all_special_ids)
     unknown = getattr(student.tokenizer.model, "unk_token", None)
@@ -423,11 +426,11 @@ def _find_ignored_ids(student: CaptionEncoder) -> set[int]:
     return ids | ({student.tokenizer.token_to_id(unknown)} if unknown is not None else set())
 
 
-def plan_epoch(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
+def sample_epoch_batches(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
     """Return the indices of the texts for each step of an epoch, of shape (steps, texts_per_step), int64.
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. The remaining texts that do not fill a step are omitted, different texts in each epoch.
+    `repeat_phrases`. Each epoch omits a few random texts if the last step would be incomplete.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
@@ -462,14 +465,14 @@ def distill(
     """
     if is_fsdp_enabled():
         raise ValueError("distill does not support FSDP, because students are small: remove --use_fsdp")
-    loop = StepLoop("distill", "texts", config, run_dir)
+    loop = TrainingLoop("distill", "texts", config, run_dir)
     texts_per_step, world_size = loop.items_per_step, loop.accelerator.num_processes
     if texts_per_step is None:
         texts_per_step = min(config.batch_size, max(1, len(data) // world_size)) * world_size
     if texts_per_step > len(data):
-        raise ValueError(f"there are fewer texts ({len(data)}) than processes ({world_size})")
+        raise ValueError(f"there are fewer texts ({len(data)}) than processes ({world_size}). Add texts to train on")
     # Phrases are repeated, so an epoch may have more texts than `data`.
-    steps_per_epoch = len(plan_epoch(data, texts_per_step, config.seed, 0))
+    steps_per_epoch = len(sample_epoch_batches(data, texts_per_step, config.seed, 0))
     properties = {
         "texts": data.text_hash,
         "teacher": data.targets.manifest["fingerprint"],
@@ -480,7 +483,7 @@ def distill(
     if loop.checkpoints.latest is None:
         initialize_student(student, teacher, data)
     student.to(loop.device)
-    # Disable dropout: the targets are exact, and the student underfits rather than overfits.
+    # Train without dropout, because small students underfit rather than overfit.
     student.eval()
     groups = _select_parameters(student, config)
     loop.start(student.st, torch.optim.Adam(groups, betas=ADAM_BETAS), lr=groups[0]["lr"])
@@ -491,24 +494,24 @@ def distill(
 
 
 def _iterate_batches(
-    data: DistillTexts, loop: StepLoop, texts_per_step: int, steps_per_epoch: int
+    data: DistillTexts, loop: TrainingLoop, texts_per_step: int, steps_per_epoch: int
 ) -> Iterator[np.ndarray]:
     rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
     first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
     for epoch in count(first_epoch):
-        steps = plan_epoch(data, texts_per_step, loop.config.seed, epoch)
+        steps = sample_epoch_batches(data, texts_per_step, loop.config.seed, epoch)
         for items in steps[first_step if epoch == first_epoch else 0 :]:
             yield items[rank::world_size]
 
 
 def _compute_gradients(
-    loop: StepLoop, student: CaptionEncoder, data: DistillTexts, step: int, items: np.ndarray
+    loop: TrainingLoop, student: CaptionEncoder, data: DistillTexts, step: int, items: np.ndarray
 ) -> StepResult:
-    # The loss is a mean over texts, so the gradients do not depend on how the batch is split.
+    # The loss is a mean over texts, so splitting the batch into several forward passes does not change the gradients.
     loss = torch.zeros((), device=loop.device)
     parts = list(batch_by_length(data.lengths[items].tolist(), get_default_batch_tokens(loop.device)))
     for number, part in enumerate(parts, 1):
-        batch = student.collate(data.get_ids(items[part]))
+        batch = student.collate(data.get_token_ids(items[part]))
         targets = data.get_targets(items[part]).to(loop.device)
         with nullcontext() if number == len(parts) else loop.accelerator.no_sync(loop.net):
             part_loss = cosine_loss(loop.net(batch)["sentence_embedding"], targets) * (len(part) / len(items))
@@ -527,7 +530,7 @@ def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[d
             {"params": list(embeddings.parameters()), "lr": lr},
             {"params": layer_weights, "lr": STATIC_LAYER_LR * lr},
         ]
-    student.llm.get_input_embeddings().requires_grad_(False)  # a large matrix, of which texts use few rows
+    student.llm.get_input_embeddings().requires_grad_(False)  # each step uses few rows of this large matrix
     pooler = getattr(student.llm, "pooler", None)  # llm2clip does not use the pooler of BERT-like models
     if pooler is not None:
         pooler.requires_grad_(False)

@@ -1,9 +1,8 @@
 """Initial model for the `align` stage: a pretrained vision tower with new heads or with a CLIP model's heads.
 
 By default, the projection and the adapter are randomly initialised. With representation inheritance (`config.inherit`),
-the first stage of ProCLIP (arXiv 2510.18795), the projection is taken from the tower's CLIP model. The adapter first
-learns from text alone to map the LLM embedding of a text to the CLIP model's embedding of the same text. The texts are
-the captions and phrases of the training data, with or without an image.
+the first stage of ProCLIP (arXiv 2510.18795), the projection is taken from the tower's CLIP model. The adapter is first
+trained to map the LLM embedding of each caption and phrase to the CLIP model's embedding of the same text.
 """
 
 import hashlib
@@ -46,27 +45,27 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_c
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # minimum number of steps; few texts are trained on for more than `EPOCHS` epochs
+MIN_STEPS = 500  # minimum number of steps, even if a small dataset needs more than `EPOCHS` epochs for them
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
 MAX_REPEATS = 16  # maximum number of times that a phrase occurs per epoch
-MAX_TEST_TEXTS = 1000  # maximum number of held-out texts on which the cosine similarity is measured
+MAX_TEST_TEXTS = 1000  # maximum number of held-out texts for measuring the cosine similarity
 
 
 @dataclass
 class PretrainedParts:
-    """Pretrained parts of a model, on the CPU."""
+    """Pretrained weights from which a model is built, on the CPU."""
 
     tower: VisionTower
     clip: ClipTextEncoder | None  # CLIP model whose text space is inherited, or None without `--align.inherit`
     logits: tuple[float, float | None] | None  # scale and bias of the tower's CLIP model; None if not inherited
-    random_state: Tensor  # PyTorch's state after loading; restored before new weights are initialised
+    random_state: Tensor  # state of PyTorch's random generator after loading, from which new weights are initialised
 
 
 @torch.random.fork_rng(devices=[])
 def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
-    """Load everything that `create_initial_model` needs. Call this before tuning, so that errors occur early.
+    """Load the pretrained weights that `create_initial_model` needs.
 
     Raises:
         OSError: A model does not exist, or cannot be downloaded.
@@ -107,7 +106,7 @@ def create_initial_model(
     Args:
         train: Training records. With `config.inherit`, the adapter is trained on their texts.
         out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
-        parts: Pretrained parts, which become part of the model. Default: from `load_pretrained_parts`.
+        parts: Result of `load_pretrained_parts`. Its tower becomes part of the model. Default: loaded here.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
@@ -120,7 +119,7 @@ def create_initial_model(
         model = build_model_in_clip_space(model_config, parts.tower, parts.clip)
         precision = resolve_precision("align", config.precision, device)
         inherit_text_space(model, parts.clip, train, store, config.seed, precision, out)
-        parts.clip = None  # free the CLIP model's memory, even if the caller keeps `parts`
+        parts.clip = None  # frees the CLIP model's memory, even if the caller still holds `parts`
         free_memory()
     else:
         model = LLM2CLIP(model_config, parts.tower)
@@ -137,7 +136,7 @@ def make_model_config(
 ) -> LLM2CLIPConfig:
     """Return the config of the model that `align` trains. `encoder` is the caption encoder's identity, if known."""
     embed_dim = config.embed_dim or tower.feature_dim
-    if config.adapter_depth == 0:  # caption embeddings are text embeddings
+    if config.adapter_depth == 0:  # the shared space is the caption encoder's space
         embed_dim = text_dim
     return LLM2CLIPConfig(
         tower=tower.config,
@@ -167,8 +166,8 @@ def inherit_text_space(
 ) -> None:
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
-    The main process trains the adapter. The adapter's weights are saved in `folder`, with a signature of everything
-    that they depend on. If `folder` already contains weights with the same signature, they are loaded instead.
+    The main process trains the adapter and saves its weights in `folder`, with a signature of the data, models and
+    settings. If `folder` already contains weights with the same signature, the saved weights are loaded instead.
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model, modified in place.
@@ -219,7 +218,7 @@ class TrainingTexts:
     num_captions: int
     text_hash: str
 
-    def load(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    def load_embeddings(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the LLM and CLIP embeddings of the texts with these indices."""
         embeddings = torch.from_numpy(self.store.take(self.rows[items])).to(device)
         return embeddings, torch.from_numpy(self.clip_store.take(self.clip_rows[items])).to(device)
@@ -250,7 +249,7 @@ def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Itera
 
 
 def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store: EmbeddingStore) -> TrainingTexts:
-    """Find the embeddings of all training texts. Memory: about 50 bytes per text, including duplicates."""
+    """Find the embeddings of all training texts. Takes about 50 bytes of memory per text, including duplicates."""
     rows, clip_rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     num_captions = 0
     digest = hashlib.sha256()
@@ -279,7 +278,7 @@ def _read_signature(file: Path) -> object:
 
 
 def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.device, seed: int, precision: str) -> float:
-    """Train the adapter. Print and return the mean cosine similarity of its outputs to the CLIP embeddings.
+    """Train the adapter. Print and return the mean cosine similarity of its outputs to the CLIP text embeddings.
 
     The similarity is measured on held-out texts or, if there are fewer than 20 texts in total, on the training texts.
     """
@@ -303,7 +302,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
         epoch_step = step % steps_per_epoch
         if epoch_step == 0:
             train = rng.permutation(train)
-        embeddings, teacher = texts.load(train[epoch_step * batch_size :][:batch_size], device)
+        embeddings, teacher = texts.load_embeddings(train[epoch_step * batch_size :][:batch_size], device)
         with autocast:
             student = adapter(embeddings)
         distillation_loss(student, teacher, gather=False).backward()
@@ -313,7 +312,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
         schedule.step()
     adapter.eval()
     with torch.no_grad():
-        embeddings, teacher = texts.load(test if test_size else train, device)
+        embeddings, teacher = texts.load_embeddings(test if test_size else train, device)
         similarity = F.cosine_similarity(adapter(embeddings), teacher).mean().item()
     split = "held-out" if test_size else "training"
     print_once(f"inherit: cosine similarity {similarity:.3f} to the CLIP text embeddings of the {split} texts")

@@ -1,8 +1,8 @@
 """Training loop shared by `align` and `distill`.
 
-A stage passes its model, its optimizer, its batches and a function that computes the gradients of a batch to
-`StepLoop`. `StepLoop` handles mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on
-held-out images, checkpoints, experiment trackers, and exact resumption.
+The stages provide the model, the optimizer, the batches and a function that computes the gradients of a batch.
+`TrainingLoop` provides mixed precision, gradient clipping, the learning rate schedule, metrics, evaluation on held-out
+images, checkpoints, experiment trackers and exact resumption.
 """
 
 import json
@@ -43,13 +43,11 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 
-# In fp16, the gradient scaler skips steps with non-finite gradients and then halves its scale factor. After this many
-# consecutive skipped steps, the scale factor cannot be the cause, so training stops with an error.
+# Maximum number of consecutive steps with non-finite gradients in fp16, each of which halves the loss scale.
 MAX_SKIPPED_STEPS = 20
 
-
 Validator = Callable[[Any], dict[str, float]]
-"""Function that evaluates a model on held-out images and returns its metrics. The model must be in eval mode."""
+"""Function that evaluates a model in eval mode on held-out images and returns the metrics."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,10 @@ class StepResult:
 
     Attributes:
         loss: Loss of this rank's items, a scalar without gradients.
-        num_items: Number of this rank's items.
+        num_items: Number of items on this rank.
         metrics: Additional scalars to log.
-        refs: This rank's items, which are listed in a file if the loss is not finite.
-        failures: Error messages for undecodable items of this rank, keyed by name.
+        refs: References to this rank's items, which are listed in a file if the loss is not finite.
+        failures: Error messages for undecodable items of this rank, keyed by item name.
     """
 
     loss: Tensor
@@ -71,13 +69,13 @@ class StepResult:
     failures: Mapping[str, str] = field(default_factory=dict)
 
 
-class StepLoop:
+class TrainingLoop:
     """Training loop of one stage. All methods must be called by all ranks, in the order in which they are defined.
 
     Attributes:
         precision: Training precision: fp32, bf16 or fp16.
         checkpoints: Checkpoints in `run_dir/checkpoints`.
-        items_per_step: Items per step over all ranks of the run to resume. None for a new run.
+        items_per_step: Number of items per step, over all ranks, of the run to resume. None for a new run.
         net: The model with its distributed wrapper, available after `start`.
     """
 
@@ -92,10 +90,9 @@ class StepLoop:
         """Set up mixed precision and find the checkpoint to resume from.
 
         Args:
-            items: Plural noun for the training items, such as "images". Part of metric names.
-            report_to: Names of experiment trackers.
+            items: Plural noun for the training items, such as "images", for metric names and messages.
         """
-        state = process_state()  # must precede Accelerator(), which would set up the ranks differently
+        state = process_state()  # must precede Accelerator(), which would initialise the ranks with other options
         self.stage, self.items, self.config, self.run_dir = stage, items, config, run_dir
         self.precision = resolve_precision(stage, config.precision, state.device)
         self._trackers = make_tracker_options(report_to, run_dir)
@@ -115,7 +112,7 @@ class StepLoop:
     def check_signature(self, steps: int, items_per_step: int, data: Mapping[str, Any]) -> None:
         """Raise ValueError if a resumed run has a different number of steps, different settings or different data.
 
-        `data` contains hashes and other properties of the data and the models that affect the result.
+        `data` contains properties of the data and the models, such as hashes, that a resumed run must not change.
         """
         self.steps = steps
         settings = {**vars(self.config), "precision": self.precision}
@@ -147,7 +144,7 @@ class StepLoop:
                 self.evaluations = MetricsLog(self.run_dir / "evaluations.jsonl", resume_step)
         if self._trackers:
             if "tensorboard" in self._trackers and resume_step:
-                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # later steps are repeated
+                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # hides steps that will be repeated
             plain = int, float, str, bool
             settings = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.config).items()}
             self.accelerator.init_trackers("llm2clip", settings, self._trackers)
@@ -170,7 +167,7 @@ class StepLoop:
             batches: This rank's batch for each remaining step.
             compute_gradients: Function that runs the forward and backward pass, given the step number (from 1) and the
                 batch.
-            log: Log of undecodable items. Raises TooManySkipped if there are too many of them.
+            log: Log of undecodable items. Raises TooManySkipped if there are too many undecodable items.
             after_step: Function to call after each optimizer step.
 
         Raises:
@@ -178,7 +175,7 @@ class StepLoop:
         """
         is_hidden, start = self.metrics is None, self.checkpoints.step
         with ProgressBar(total=self.steps, initial=start, desc=self.stage, unit="step", disable=is_hidden) as progress:
-            report = StepReport(self, log, progress)
+            report = StepLogger(self, log, progress)
             clock = time.perf_counter()
             for step in range(start + 1, self.steps + 1):
                 data_start = time.perf_counter()
@@ -188,7 +185,7 @@ class StepLoop:
                 loss, grad_norm = self._update_weights(result)
                 after_step()
 
-                # On a GPU, `report.add` waits for the previous step, so this measures the time between steps.
+                # On a GPU, `report.add_step` waits for the previous step, so `step_seconds` is the time between steps.
                 now = time.perf_counter()
                 step_seconds, clock = now - clock, now
                 items_per_second = result.num_items * self.accelerator.num_processes / step_seconds
@@ -197,14 +194,14 @@ class StepLoop:
                     f"{self.items}_per_second": items_per_second,
                     "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
                 }
-                report.add(step, result, loss, grad_norm, step_metrics)
+                report.add_step(step, result, loss, grad_norm, step_metrics)
                 progress.update()
                 if self._evaluate_and_save(step, report):
                     clock = time.perf_counter()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training() would also destroy the process group
         self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(self.model).pop("_is_accelerate_prepared", None)  # so that later training uses autocast again
+        vars(self.model).pop("_is_accelerate_prepared", None)  # so that a later call to prepare() adds autocast again
 
     def _update_weights(self, result: StepResult) -> tuple[Tensor, Tensor]:
         loss = self.accelerator.reduce(result.loss, "mean")
@@ -214,8 +211,8 @@ class StepLoop:
         self.schedule.step()
         return loss, grad_norm
 
-    def _evaluate_and_save(self, step: int, report: "StepReport") -> bool:
-        """Evaluate the model and save a checkpoint if due. Return True if either was done."""
+    def _evaluate_and_save(self, step: int, report: "StepLogger") -> bool:
+        """Evaluate the model if due, and save a checkpoint if due. Return True if either was due."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last
@@ -236,7 +233,7 @@ class StepLoop:
             metrics = self.validate(self.model)
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # FSDP keeps gathered weights in memory until the next backward pass
+                    module.reshard()  # otherwise, FSDP keeps the gathered weights until the next backward pass
             self.accelerator.log(metrics, step)
             if self.evaluations is not None:
                 self.evaluations.write(step, **metrics)
@@ -244,33 +241,33 @@ class StepLoop:
         wait_for_everyone()
 
 
-class StepReport:
-    """Logger of each training step's metrics, which stops training if a value is not finite.
+class StepLogger:
+    """Logger of each training step's metrics, which raises an error if the loss or gradient norm is not finite.
 
-    Reading a value from a GPU waits until the GPU has computed it. On a GPU, the values of a step are therefore read
-    when the next step is added, by which time they have usually been computed. Call `flush` before evaluating or saving
-    weights, so that the values of all previous steps are checked.
+    Reading a value from a GPU waits until the GPU has computed the value. On a GPU, the values of a step are therefore
+    read after the next step, when they have usually been computed. Call `flush` before evaluating or saving weights, so
+    that the values of all previous steps are checked.
     """
 
-    def __init__(self, loop: StepLoop, log: SkipLog | None, progress: ProgressBar) -> None:
+    def __init__(self, loop: TrainingLoop, log: SkipLog | None, progress: ProgressBar) -> None:
         self.loop, self.log, self.progress = loop, log, progress
         self.skipped_steps = 0  # number of consecutive steps with non-finite gradients
-        self._pending: list[tuple[int, StepResult, dict[str, float], DeviceValues]] = []
+        self._pending: list[tuple[int, StepResult, dict[str, float], AsyncScalars]] = []
 
-    def add(
+    def add_step(
         self, step: int, result: StepResult, loss: Tensor, grad_norm: Tensor, step_metrics: dict[str, float]
     ) -> None:
-        """Report a completed step. Must be called by all ranks. Can raise the same errors as `StepLoop.run`."""
+        """Add a completed step. Must be called by all ranks. Raises the same errors as `TrainingLoop.run`."""
         accelerator = self.loop.accelerator
         values = [loss, grad_norm, *result.metrics.values()]
         if accelerator.num_processes > 1:
             failures = torch.full((), len(result.failures), dtype=torch.float32, device=loss.device)
             values.append(accelerator.reduce(failures, "sum"))
-        self._pending.append((step, result, step_metrics, DeviceValues(values)))
+        self._pending.append((step, result, step_metrics, AsyncScalars(values)))
         self._report(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
-        """Report all steps added so far. Must be called by all ranks. Can raise the same errors as `add`."""
+        """Log all steps that have been added. Must be called by all ranks. Raises the same errors as `add_step`."""
         self._report(pending=0)
 
     def _report(self, pending: int) -> None:
@@ -293,13 +290,13 @@ class StepReport:
             self.loop.accelerator.log({name: value for name, value in line.items() if value is not None}, step)
             self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-    def _log_failures(self, result: StepResult, failures_of_all_ranks: list[float]) -> None:
-        """Log the failures of all ranks, so that all ranks stop at the same step if there are too many.
+    def _log_failures(self, result: StepResult, total_failures: list[float]) -> None:
+        """Log undecodable items. All ranks log the items of all ranks, so that all ranks stop at the same step.
 
-        `failures_of_all_ranks` contains the total number of failures, or is empty in a single-process run.
+        `total_failures` contains the number of failures on all ranks, or is empty in a single-process run.
         """
         failures = list(result.failures.items())
-        if any(failures_of_all_ranks):
+        if any(total_failures):
             failures = gather_object(failures)
         for name, reason in failures:
             assert self.log is not None
@@ -307,7 +304,7 @@ class StepReport:
             self.log.check()
 
     def _check_finite(self, name: str, value: float, step: int, result: StepResult) -> None:
-        """Raise FloatingPointError if a value is not finite. First, list the names of the step's items in a file."""
+        """Raise FloatingPointError if a value is not finite, after listing the step's items in a file."""
         if math.isfinite(value):
             return
         stage, items = self.loop.stage, self.loop.items
@@ -320,7 +317,7 @@ class StepReport:
         raise_if_not_finite(name, value, step, self.loop.checkpoints, advice)
 
 
-class DeviceValues:
+class AsyncScalars:
     """Scalars that are copied from the device to the host in the background."""
 
     def __init__(self, values: list[Tensor]) -> None:
@@ -335,7 +332,7 @@ class DeviceValues:
         self._copied.record(torch.cuda.current_stream(stacked.device))
 
     def read(self) -> list[float]:
-        """Wait until the device has computed the values, and return them."""
+        """Return the values, after waiting until the device has computed them."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
@@ -346,7 +343,7 @@ class DeviceValues:
 
 
 def make_tracker_options(names: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue their tracker run.
 
     Raises:
         ValueError: A tracker name is unknown.

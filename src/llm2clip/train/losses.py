@@ -1,15 +1,14 @@
 """Contrastive losses between the images and texts of a batch.
 
-An image may have any number of texts. All images have equal weight in the loss, and so do all texts of an image. If
-several images share a text, the text is not a negative for any of these images. An image's other known texts
-(`other_texts`) are not negatives for that image, either. Logits are always float32.
+An image may have any number of texts. All images have equal weight in the loss, and all texts of an image have equal
+weight. If several images share a text, the text is not a negative for any of these images. Further known texts of
+an image (`other_texts`) are not negatives for that image, either. Logits are always float32.
 
-`tests/test_losses.py` defines each loss in a few lines. `info_nce` and `sigmoid_loss` compute the same values for large
-batches and multiple ranks:
+`info_nce` and `sigmoid_loss` are efficient for large batches and multiple ranks. Simple definitions of the same losses
+are in `tests/test_losses.py`.
 
 - The full logit matrix is never stored, so memory is linear in the batch size instead of quadratic. Rows are computed
-  in chunks, once for the loss and again for the gradient. The gradient is hand-written: InfoNCE takes four matmuls,
-  whereas automatic differentiation would take six.
+  in chunks. With the hand-written gradient, InfoNCE takes four matmuls instead of the six of automatic differentiation.
 - In a distributed run, ranks gather the embeddings without gradients and exchange sums of exponentials. Each rank then
   computes the gradients with respect to its own embeddings. Averaged over ranks, as in DistributedDataParallel, the
   loss and its gradients equal those of a single process with the complete batch.
@@ -31,7 +30,7 @@ from torch import Tensor
 from llm2clip.models.llm2clip import truncate_and_normalize
 from llm2clip.runs.ranks import RaggedGather
 
-LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # a chunk fits in a CPU's cache, and takes 256 MB on a GPU
+LOGITS_PER_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}  # 8 MB, which fits in a CPU's cache, and 256 MB on a GPU
 
 
 def info_nce(
@@ -45,21 +44,21 @@ def info_nce(
 ) -> Tensor:
     """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020) for any number of texts per image.
 
-    In the image-to-text direction, an image must retrieve each of its texts from among that text and the texts of all
-    other images. The image's remaining texts are not candidates. In the text-to-image direction, each text must
-    retrieve its image from all images. With one text per image, this is CLIP's loss.
+    In the image-to-text direction, an image must retrieve each of its texts from candidates consisting of that text and
+    the texts of all other images. In the text-to-image direction, each text must retrieve its image from all images.
+    With one text per image, the loss is the same as CLIP's.
 
     Args:
         image, text: Embeddings of shapes (N, D) and (M, D), L2-normalised.
         logit_scale: Factor applied to the cosine similarities (1 / temperature).
         image_of_text: Index of each text's image, of shape (M,), int64, ascending. Every image must have at least one
             text. Default: text i belongs to image i.
-        text_ids: int64 tensor of shape (M,). Identical texts must have the same id. Default: all texts are treated
-            as distinct, which avoids a GPU synchronisation. Must be None on all ranks or on none.
+        text_ids: Id of each text, of shape (M,), int64. Identical texts must have the same id. Default: all texts are
+            treated as distinct, which avoids a GPU synchronisation. Must be None on all ranks or on none.
         other_texts: Known texts of the images, inside or outside this batch, as (image index, text id) pairs of shape
-            (K, 2), int64. A known text is not used as a negative for its image. Default: none. Must be None on all
-            ranks or on none. Requires `text_ids`.
-        gather: Use the texts and images of all ranks as negatives. All ranks must then call this function.
+            (K, 2), int64. A known text is not used as a negative for its image. Default: no other texts. Must be None
+            on all ranks or on none. Requires `text_ids`.
+        gather: Use the texts and images of all ranks as negatives. If True, all ranks must call this function.
 
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
@@ -82,8 +81,8 @@ def sigmoid_loss(
     `logit_bias` is added to the logits. For the other arguments, see `info_nce`.
 
     Returns:
-        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. A pair's weight
-        is 1 / (number of texts of the image that the pair's text belongs to).
+        The loss as a float32 scalar: the weighted sum over all pairs, divided by the number of images. The weight of a
+        pair is 1 / (number of texts of the image to which the pair's text belongs).
     """
     scalars = [logit_scale, logit_bias]
     return _apply_loss(_Sigmoid, image, text, scalars, image_of_text, text_ids, other_texts, gather)
@@ -112,9 +111,9 @@ class Loss:
     Attributes:
         function: Function with the same arguments as `sigmoid_loss`, or as `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
-        matmuls: Number of matmuls between all image and text embeddings of a step, for the loss and its gradient: in a
-            single process, and in each process of a distributed run.
-        chunk_tensors: Number of chunk-sized tensors (see `LOGITS_PER_CHUNK`) in memory at the same time.
+        matmuls: Number of matmuls between image and text embeddings for the loss and its gradient, in a single-process
+            run and per rank of a distributed run.
+        chunk_tensors: Number of tensors of `LOGITS_PER_CHUNK` elements in memory at the same time.
     """
 
     function: Callable[..., Tensor]
@@ -168,14 +167,14 @@ def get_loss(name: str) -> Loss:
 class _InfoNCE(torch.autograd.Function):
     """Multi-positive InfoNCE.
 
-    Let p be the logit of a text t and its image i, and let n be the logits of the negatives. The text contributes the
-    following term in each direction:
+    Let p be the logit of a text t and its image i, and let n be the logits of the negatives. In each direction, the
+    loss contains the following term for the text:
 
         -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
 
     lse is `image_lse` (one value per image) in the image-to-text direction, and `text_lse` (one value per text) in the
-    text-to-image direction. If w_t is the weight of text t, the derivatives of the loss (before averaging over the two
-    directions) are
+    text-to-image direction. If w_t is the weight of text t, the derivatives of the loss, before averaging over the two
+    directions, are
 
         with respect to p:                      -w_t * (sigmoid(image_lse_i - p) + sigmoid(text_lse_t - p))   =: -coef_t
         with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
@@ -240,7 +239,7 @@ class _InfoNCE(torch.autograd.Function):
 class _Sigmoid(torch.autograd.Function):
     """Pairwise sigmoid loss.
 
-    A positive pair (a text and its image) contributes softplus(-logit), and a negative pair contributes
+    The loss of a positive pair (a text and its image) is softplus(-logit). The loss of a negative pair is
     softplus(logit). Each term depends on a single pair, so the loss and its gradients are computed together with three
     matmuls.
     """
@@ -311,9 +310,9 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
         self.num_images = num_images
 
-        # The next tensors exist only if some texts are identical. `group` assigns the same number to identical texts,
-        # `by_group` lists the indices of all texts sorted by group, and `group_starts` contains the position in
-        # `by_group` at which each group starts.
+        # `group` contains the group number of each text. Identical texts have the same number.
+        # `by_group` lists the indices of all texts, sorted by group number.
+        # `group_starts` contains the position in `by_group` at which each group starts.
         self.group: Tensor | None = None
         if text_ids is not None:
             unique_ids, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -321,8 +320,7 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Pairs of an image and a text in `other_texts`, as two int64 vectors of image and text indices. The indices are
-        # global: they refer to the batch gathered from all ranks.
+        # Pairs in `other_texts`, as int64 vectors of image and text indices in the batch gathered from all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -351,9 +349,9 @@ class _ImageTextLayout:
 
     @cached_property
     def text_starts(self) -> list[int]:
-        """Index of each image's first text: image i has texts text_starts[i] to text_starts[i + 1] - 1.
+        """Index of each image's first text. Image i has texts text_starts[i] to text_starts[i + 1] - 1.
 
-        Computing the indices synchronises with the GPU. They are needed only if the logits do not fit in one chunk.
+        Computed on first use, because the computation synchronises with the GPU and is unnecessary with a single chunk.
         """
         images = torch.arange(self.num_images + 1, device=self.image_of_text.device)
         starts: list[int] = torch.searchsorted(self.image_of_text, images).tolist()
@@ -409,7 +407,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of the positive pairs of a slice of images in place. Their logits have derivatives -coef."""
+    """Add the gradients of a slice of images' positive pairs, whose logits have derivatives -coef, in place."""
     texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
@@ -419,7 +417,7 @@ def _add_positive_grads(
 def _scale_grads(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale the gradients of the embeddings in place. Return the gradients of the embeddings and the logit scale."""
+    """Scale the embeddings' gradients in place. Return the gradients of image, text and logit scale."""
     grad_scale = torch.linalg.vecdot(image, grad_image).sum() * grad_output  # logits = scale * cosines
     factor = scale * grad_output
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
@@ -446,7 +444,7 @@ def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _mask_logits(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """Set logits[rows[k], columns[k]] to -inf for every k. Out-of-range rows are ignored."""
+    """Set logits[rows[k], columns[k]] to -inf for every k, ignoring out-of-range rows."""
     is_inside = (rows >= 0) & (rows < len(logits))
     logits[rows[is_inside], columns[is_inside]] = -torch.inf
 
@@ -464,16 +462,15 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 
     The formulas are taken from `train_one_epoch_stage1` and `train_one_epoch_stage2` in training/train.py of
     https://github.com/VisionXLab/ProCLIP. ProCLIP's code sums over items and over the pairs of each rank. This function
-    averages over items and over the pairs of all ranks instead, so that the loss does not scale with the batch size or
-    the number of ranks. In its second stage, ProCLIP's code compares image embeddings, whereas `align` compares the
-    tower's features before the projection, because a new projection has no teacher. Memory use is quadratic in N.
+    averages over items and over the pairs of all ranks, so that the loss does not grow with the batch size or the
+    number of ranks. ProCLIP's second stage compares image embeddings, whereas `align` compares the tower's features
+    before the projection, because a new projection has no teacher. Memory use is quadratic in N.
 
     Args:
-        student, teacher: Embeddings of the same N items, of shape (N, D), not necessarily normalised. The teacher's
-            embeddings receive no gradients.
-        gather: Use the pairs of all ranks. All ranks must then call this function. If all ranks have the same number of
-            items, the loss and its gradients, averaged over ranks, equal those of a single process with all
-            items.
+        student, teacher: Embeddings of the same N items, of shape (N, D), not necessarily normalised. Only the
+            student's embeddings receive gradients.
+        gather: Use the pairs of all ranks. If True, all ranks must call this function. If all ranks have equally many
+            items, the loss and its gradients, averaged over ranks, equal those of a single process with all items.
 
     Returns:
         The loss as a float32 scalar. With a single item, the structure loss is 0.
@@ -493,10 +490,10 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 
 
 def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return the Euclidean distances, of shape (N, M), between L2-normalised vectors of shapes (N, D) and (M, D).
+    """Return the Euclidean distances (N, M) between L2-normalised vectors of shapes (N, D) and (M, D).
 
-    The distance between nearly identical vectors is set to 0 without a gradient, because the gradient of the square
-    root at 0 is infinite.
+    Distances between nearly identical vectors are 0 and have no gradient, because the gradient of the square root at 0
+    is infinite.
     """
     squares = 2 - 2 * a @ b.T
     is_distinct = squares > 1e-6  # in float32, the absolute error is about 1e-7

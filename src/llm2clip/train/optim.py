@@ -21,13 +21,12 @@ from llm2clip.runs.ranks import print_once
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Matches the names of learned position embeddings and tokens in timm and transformers towers, which are excluded from
-# weight decay.
-_EMBEDDING = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
+# Names of learned position embeddings and class tokens in timm and transformers towers, which have no weight decay.
+_NO_DECAY = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
 def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Freeze or unfreeze the tower, or add LoRA layers to it. All other parameters are always trained.
+    """Freeze the tower, add LoRA layers, or train all tower weights. All other parameters are always trained.
 
     Raises:
         ValueError: The tower has no layers to which LoRA can be applied.
@@ -37,7 +36,7 @@ def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
     for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):  # used only in DINO pretraining, so it has no gradient
+        if name.endswith("mask_token"):  # has no gradient, because it is used only in DINO pretraining
             parameter.requires_grad_(False)
 
 
@@ -68,7 +67,7 @@ def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str
         if name.startswith("tower."):
             layers_below_top = top - layers[name.removeprefix("tower.")]
             lr = config.tower_lr * config.layer_decay**layers_below_top
-        is_decayed = parameter.ndim > 1 and not _EMBEDDING.search(name)
+        is_decayed = parameter.ndim > 1 and not _NO_DECAY.search(name)
         weight_decay = WEIGHT_DECAY if is_decayed else 0.0
         groups.setdefault((lr, weight_decay), []).append(parameter)
     return [
@@ -78,10 +77,10 @@ def make_parameter_groups(model: LLM2CLIP, config: AlignConfig) -> list[dict[str
 
 
 def make_cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Return a function from step to learning rate factor: linear warm-up, followed by cosine decay to zero.
+    """Return a function from the step (from 0) to the learning rate factor: linear warm-up, then cosine decay to zero.
 
-    The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py), where steps start at 0. Unlike in
-    transformers' cosine schedule, the first step has a learning rate greater than 0 and is not wasted.
+    The schedule is taken from the LLM2CLIP authors' code (training/scheduler.py). Unlike in transformers' cosine
+    schedule, the first step has a learning rate greater than 0.
     """
     warmup = round(steps * warmup_ratio)
 
@@ -97,9 +96,8 @@ def make_cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], flo
 def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
     """Return the layer index of each tower parameter: 0 for the stem, then the blocks, then the final norm.
 
-    As in the paper, the final norm is a separate layer above the last block. The norm therefore has the full learning
-    rate, and the last block has `layer_decay` times this rate. timm assigns the norm and the last block to the same
-    layer.
+    timm assigns the final norm and the last block to the same layer. Here, as in the paper, the norm is a separate
+    layer with the full learning rate, and the last block has `layer_decay` times the full learning rate.
     """
     layers = tower.get_parameter_depths()
     top_block = max((layer for name, layer in layers.items() if tower.is_in_block(name)), default=0)
@@ -112,24 +110,22 @@ def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
 
 # ---- gradient caching ------------------------------------------------------------------------------------------------
 
-# GradCache (arXiv 2101.06983) computes contrastive losses over batches that are too large for one forward pass. The
-# loss, and its gradient with respect to the embeddings, depend only on the embeddings of the complete batch. The
-# parameter gradients can therefore be computed in three steps:
-#
-# 1. Run the model on each part of the batch in turn, without storing activations.
-# 2. Compute the loss over the embeddings of all parts, and its gradient with respect to these embeddings.
-# 3. Run the model on each part again and backpropagate the gradient of the part's embeddings through the model.
-#
-# The resulting gradients equal those from a single pass over the complete batch. Only one part's activations are in
-# memory at a time. The cost is a second forward pass over the batch.
-
 ForwardPass = Callable[[], tuple[Tensor, ...]]
 
 
 def compute_cached_loss(
     passes: Sequence[ForwardPass], loss_function: Callable[..., Tensor], model: nn.Module, device: torch.device
 ) -> Tensor:
-    """Return the loss on the outputs of all passes. Calling backward() on the loss reruns each pass.
+    """Compute a contrastive loss over a batch that is too large for one forward pass (GradCache, arXiv 2101.06983).
+
+    The parameter gradients are computed in three steps:
+
+    1. Run the model on each part of the batch in turn, without storing activations.
+    2. Compute the loss over the embeddings of all parts, and its gradient with respect to these embeddings.
+    3. Run the model on each part again and backpropagate the gradient of the part's embeddings through the model.
+
+    The gradients equal those of a single pass over the complete batch. Only one part's activations are in memory at a
+    time, at the cost of a second forward pass over the batch.
 
     Args:
         passes: One function per part of the batch. Each function runs `model` on its part and returns a tuple of
@@ -137,15 +133,18 @@ def compute_cached_loss(
         loss_function: Function that returns the scalar loss. Its n-th argument is the concatenation of the n-th tensors
             from all passes.
         model: The model, including its DDP or FSDP wrapper. Gradients are reduced only once, in the last pass.
-        device: Device on which the passes run. Its random state is saved and restored, so that reruns use the same
+        device: Device of the model. Its random state is saved and restored, so that repeated passes use the same
             dropout masks.
+
+    Returns:
+        The loss. Calling backward() on the loss runs the third step.
     """
     # 1. Forward passes, without storing activations.
     random_states, outputs = [], []
     with torch.no_grad():
         for run in passes:
             random_states.append(_get_random_state(device))
-            # Detached, because an output that is a view of a parameter would require a gradient.
+            # An output that is a view of a parameter, such as the logit scale, requires a gradient even under no_grad.
             outputs.append(tuple(x.detach() for x in run()))
 
     # 2. Loss, and its gradient with respect to the outputs.
@@ -157,7 +156,7 @@ def compute_cached_loss(
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         gradients.append(gradient.split([len(part) for part in parts]))
 
-    # 3. Forward and backward passes, run when backward() is called on the loss.
+    # 3. Forward and backward passes, which run when backward() is called on the loss.
     def backpropagate_each_pass(grad_output: Tensor) -> None:
         state_after = _get_random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
@@ -192,17 +191,14 @@ def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
 
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
-# torch.compile fuses elementwise operations on GPUs. Each block of the tower is compiled separately ("regional
-# compilation"). All blocks of a vision transformer have the same code and shapes, so PyTorch compiles the first block
-# and reuses the result for the others. Compilation takes one to two minutes, which short runs do not recoup.
 MIN_COMPILED_STEPS = 1000
 COMPILE_BACKEND = "inductor"
 
 
 def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool:
-    """Return True if compilation is likely to save time over the remaining steps of a run.
+    """Return True if compilation, which takes one to two minutes, is likely to save time over the remaining steps.
 
-    The tower must be trained on a GPU and consist of identical blocks, unlike a convolutional network.
+    Only towers of identical blocks that are trained on a GPU are compiled, which excludes convolutional networks.
     """
     if device.type != "cuda" or steps < MIN_COMPILED_STEPS or torch._dynamo.config.disable:
         return False
@@ -214,7 +210,9 @@ def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool
 def compile_blocks(tower: VisionTower) -> None:
     """Compile the tower's blocks in place for training. In eval mode, the blocks still run uncompiled.
 
-    Compilation takes place in the first step. If it fails, the blocks run uncompiled, and PyTorch logs a warning.
+    torch.compile fuses elementwise operations. Each block is a separate compilation unit. If all blocks have the same
+    code and shapes, as in a vision transformer, PyTorch compiles the first block and reuses the result for the others.
+    If compilation fails in the first step, the blocks run uncompiled, and PyTorch logs a warning.
     """
     print_once(
         "Compiling the vision tower: the first step takes about one to two minutes longer, and later steps are faster. "
@@ -222,11 +220,11 @@ def compile_blocks(tower: VisionTower) -> None:
     )
     torch._dynamo.config.suppress_errors = True
     for block in tower.get_blocks():
-        # Replace `forward` instead of calling `block.compile()`, so that FSDP hooks are not compiled.
+        # `block.compile()` would also compile FSDP hooks, so only `forward` is compiled.
         block.forward = _make_mode_dependent_forward(block, torch.compile(block.forward, backend=COMPILE_BACKEND))
 
 
-def restore_blocks(tower: VisionTower) -> None:
+def uncompile_blocks(tower: VisionTower) -> None:
     for block in tower.get_blocks():
         block.__dict__.pop("forward", None)
 
@@ -234,7 +232,7 @@ def restore_blocks(tower: VisionTower) -> None:
 def _make_mode_dependent_forward(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Return a `forward` that runs the compiled function in training mode and the uncompiled method in eval mode.
 
-    Evaluation uses different batch sizes and precisions, each of which would require recompilation.
+    In eval mode, each batch size and precision would require recompilation.
     """
     eager = block.forward
 

@@ -30,17 +30,17 @@ from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, fin
 
 HASH_DIGITS = 16
 Sample = tuple[int, int]  # (epoch, index of the image's record)
-# Counters that distinguish uses of random numbers, after the seed, the epoch and the image.
+# Counters that make the random numbers for crops, kinds of captions and captions independent.
 _CROP, _KINDS, _CAPTIONS = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of the batch of a training step: N images and M captions of these images."""
+    """One rank's part of a training batch: N images and M captions of these images."""
 
     images: Tensor
-    """Pixels of shape (N, 3, S, S), uint8, or, if the tower is frozen, features of shape (N, feature_dim). Features are
-    float32 or float16."""
+    """Pixels of shape (N, 3, S, S), uint8. If the tower is frozen: features of shape (N, feature_dim), float32 or
+    float16."""
     embeddings: Tensor
     """Text embeddings of the captions, of shape (M, text_dim), float32 or float16."""
     caption_rows: Tensor
@@ -53,16 +53,16 @@ class Batch:
     first_caption: list[int]
     """N + 1 integers. Image n has the captions with indices first_caption[n] to first_caption[n + 1] - 1."""
     all_distinct: bool
-    """True if all captions of the step are known to be distinct and no phrases are used. The loss then does not compare
+    """True if all captions of the step are known to be distinct and `phrases` is None. The loss then does not compare
     row numbers, which avoids a GPU synchronisation."""
     image_refs: ImageList
-    """Reference to each image, for error messages. Names are read from the table only when needed."""
+    """Reference to each image, for error messages. Image names are read from the record table on demand."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. These images are replaced with
     duplicates of other images in the batch."""
 
     def to(self, device: torch.device) -> Batch:
-        """Copy the tensors to a device. float16 tensors are converted to float32 there."""
+        """Copy the tensors to a device, and convert float16 tensors to float32 on that device."""
         is_cuda = device.type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Batch:
         return self.map_tensors(move)
 
     def pin_memory(self) -> Batch:
-        """Copy the tensors to pinned memory, so that copying them to a GPU is asynchronous."""
+        """Copy the tensors to pinned memory, which makes their copies to a GPU asynchronous."""
         return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -101,10 +101,10 @@ class AlignBatches:
         Args:
             records: Training data. Records without an image or without captions are ignored.
             ranks: (rank, world size).
-            features: Store of a frozen tower's image features, which batches then contain instead of pixels. Images
-                without features are ignored.
-            images_per_step: Total over all ranks. Default: see `resolve_images_per_step`.
-            image_order: Default: see `choose_image_order`.
+            features: Store of a frozen tower's image features. If set, batches contain features instead of pixels, and
+                images without features are ignored.
+            images_per_step: Number of images per step over all ranks. Default: see `resolve_images_per_step`.
+            image_order: Order of the images within an epoch. Default: see `choose_image_order`.
 
         Raises:
             ValueError: There are too few images, or the caption mix is invalid.
@@ -112,7 +112,7 @@ class AlignBatches:
         """
         if not records.has_image.all():
             records = records.select(records.has_image)
-        # Ignore phrases with weight 0, even for images that have no other kinds of captions.
+        # Phrases with weight 0 are ignored, even for images that have no other kinds of captions.
         fields = TEXT_FIELDS if config.samples_phrases else CAPTION_FIELDS
         hashed_fields = TEXT_FIELDS if config.uses_phrases else CAPTION_FIELDS
         self.caption_hash = records.compute_identity(*hashed_fields)[:HASH_DIGITS]
@@ -143,28 +143,28 @@ class AlignBatches:
         """Return the number of steps in the run."""
         return max(1, round(self.steps_per_epoch * self.config.epochs))
 
-    def batches(self, first_step: int) -> Generator[Batch]:
+    def iterate_batches(self, first_step: int) -> Generator[Batch]:
         """Yield this rank's batch for each step, starting at `first_step`.
 
         Raises:
             ValueError: None of the images in a batch can be decoded.
         """
-        if first_step >= len(self):  # the run is complete, so no workers are started
+        if first_step >= len(self):  # returns without starting workers, because the run is complete
             return
         if self.features is not None:
-            for samples in self.samples(first_step):
+            for samples in self.iterate_samples(first_step):
                 features = _take_rows(self.features, self.feature_rows[[image for _, image in samples]])
                 yield self._make_batch(features, samples, failures={})
             return
         workers = resolve_decoding_workers(self.config)
         loader = DataLoader(
             self.images,
-            batch_sampler=cast(Any, self.samples(first_step)),
+            batch_sampler=cast(Any, self.iterate_samples(first_step)),
             num_workers=workers,
             collate_fn=_collate,
             persistent_workers=False,
             **build_worker_options(workers, __name__),
-            generator=torch.Generator(),  # keeps the global random state unchanged
+            generator=torch.Generator(),  # otherwise, the DataLoader would change the global random state
         )
         for pixels, samples, failures in loader:
             if pixels is None:
@@ -172,7 +172,7 @@ class AlignBatches:
                 raise ValueError(f"none of the images in a batch can be decoded; first failure: {name}: {reason}")
             yield self._make_batch(pixels, samples, failures)
 
-    def samples(self, first_step: int) -> Iterator[list[Sample]]:
+    def iterate_samples(self, first_step: int) -> Iterator[list[Sample]]:
         for step in range(first_step, len(self)):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             start = step_in_epoch * self.images_per_step
@@ -198,25 +198,25 @@ class AlignBatches:
 
 
 def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
-    """Return the text inputs or embeddings of N rows. If there is a GPU, embeddings are read into pinned memory.
+    """Return the text inputs or embeddings in the given rows. If there is a GPU, read embeddings into pinned memory.
 
-    float16 embeddings are not converted, which halves their memory and the time to copy them to a GPU.
+    float16 embeddings are not converted to float32, because copying float16 to a GPU takes half the time.
     """
     if not isinstance(source, EmbeddingStore):
         return torch.from_numpy(source.take(rows))
     dtype = torch.float16 if source.manifest["dtype"] == "float16" else torch.float32
-    embeddings = allocate_pinned((len(rows), source.embed_dim), dtype)
+    embeddings = allocate_pinned_tensor((len(rows), source.embed_dim), dtype)
     source.take(rows, out=embeddings.numpy())
     return embeddings
 
 
-def allocate_pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def allocate_pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     # PyTorch reuses the pinned memory of freed tensors only after their copies to a GPU are complete.
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
-    """Return (position in `images`, row number in the store) for each caption of the images, of shape (K, 2), int64."""
+    """Return a (position in `images`, row number in the store) pair for each caption, of shape (K, 2), int64."""
     starts, counts = captions.starts[images], captions.starts[images + 1] - captions.starts[images]
     position = np.repeat(np.arange(len(images)), counts)
     first_caption = np.cumsum(counts) - counts
@@ -225,7 +225,7 @@ def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
 
 
 def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: int) -> int:
-    """Return the number of images per step over all ranks: `batch_size` per rank, but at most all images.
+    """Return the number of images per step over all ranks: `batch_size` per rank, or fewer if there are too few images.
 
     Raises:
         ValueError: There are too few images, or the caption mix is invalid.
@@ -248,7 +248,7 @@ def resolve_images_per_step(num_images: int, config: AlignConfig, world_size: in
 
 
 def resolve_decoding_workers(config: AlignConfig) -> int:
-    """Return the number of image decoding processes of this rank. Default: one per two CPU cores, at most 16."""
+    """Return the number of image decoding processes for this rank. Default: one per two CPU cores, at most 16."""
     if config.workers is not None:
         return config.workers
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -256,16 +256,13 @@ def resolve_decoding_workers(config: AlignConfig) -> int:
 
 
 class _ImageDataset(Dataset):
-    """Dataset of decoded random crops. A sample's crop does not depend on the worker process."""
+    """Dataset of random crops, each of which depends only on the seed, the epoch and the image."""
 
     def __init__(self, refs: ImageList, transform: TrainTransform, seed: int) -> None:
         self.refs, self.transform, self.seed = refs, transform, seed
 
     def __getitems__(self, samples: list[Sample]) -> list[tuple[str, Tensor | str, Sample]]:
-        """Return the image name, the pixels and the sample for each sample of a batch.
-
-        If an image cannot be decoded, the error message is returned instead of the pixels.
-        """
+        """Return (image name, pixels or decoding error message, sample) for each sample of a batch."""
         epochs, images = np.array(samples, np.int64).T
         refs, generator = self.refs.take(images), torch.Generator()
         items = []
@@ -277,18 +274,19 @@ class _ImageDataset(Dataset):
         return items
 
 
-def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
-    """Collate decoded images in the worker process. Return the pixels, the samples and a dict of error messages.
+def _collate(
+    items: list[tuple[str, Tensor | str, Sample]],
+) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
+    """Collate decoded images. Return the pixels, the samples and the error messages, keyed by image name.
 
-    Pixels are stacked into a single tensor, because the main process needs one file descriptor per received tensor. If
-    none of the images can be decoded, the pixels are None.
+    The pixels are stacked in the worker process, because the main process needs one file descriptor for each tensor
+    that it receives. If none of the images can be decoded, the pixels are None.
     """
     failures = {name: result for name, result, _ in items if isinstance(result, str)}
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Replace undecodable images with duplicates of other images in the batch. Duplicates are harmless, because the loss
-    # does not use identical captions as negatives.
+    # Duplicates of other images replace undecodable images, because the loss excludes identical captions as negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
 
@@ -297,11 +295,11 @@ def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | No
 
 
 class CaptionSampler:
-    """Sampler of captions for all images of a batch at once.
+    """Vectorised sampler of captions for all images of a batch.
 
-    The kind of each caption (such as short or long) is sampled according to the caption mix. Within a kind, captions
-    are sampled without replacement, so an image with few captions may receive fewer than requested. If all of an
-    image's kinds have weight 0, they are sampled with equal weights.
+    The kind of each caption, such as short or long, is sampled according to the caption mix. Within a kind, captions
+    are sampled without replacement, so an image may receive fewer captions than requested. If an image has only kinds
+    with weight 0, these kinds are sampled with equal weights.
 
     The random numbers are hashes of the seed, the epoch and the image (see `counter_random`).
     """
@@ -314,7 +312,7 @@ class CaptionSampler:
         """Sample captions for N images. `epochs` and `images` (image indices) have shape (N,), int64.
 
         Returns:
-            The captions' row numbers in the store, and the position of each caption's image in `images`, both of shape
+            Row number of each caption in the store, and position of each caption's image in `images`, both of shape
             (M,), int64. Positions are in ascending order.
         """
         starts = np.stack([captions.starts[images] for captions in self.captions_by_kind])
@@ -340,10 +338,10 @@ class CaptionSampler:
         return _take_captions(shuffled, counts, kinds)
 
     def _sample_kinds(self, used: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Sample the kind of each caption by its weight. Return kinds of shape (captions_per_image, N).
+        """Sample the kinds of captions in proportion to their weights. Return kinds of shape (captions_per_image, N).
 
-        `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N). `numbers` are
-        random numbers in [0, 1) of shape (captions_per_image, N).
+        `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N). `numbers`
+        contains random numbers in [0, 1) of shape (captions_per_image, N).
         """
         weights = np.where(used, self.weights[:, None], 0.0)
         weights = np.where(weights.any(axis=0), weights, used)
@@ -354,11 +352,15 @@ class CaptionSampler:
 
 
 def _take_captions(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take the next row of the sampled kind for each caption. Skip the caption if no rows of its kind are left.
+    """Take the next caption of each sampled kind, unless no captions of that kind are left for the image.
 
-    `shuffled` contains the permuted row numbers of each kind, of shape (N, captions). `counts` contains the number of
-    valid row numbers per kind and image, of shape (kinds, N). `kinds` has shape (captions per image, N). Return the
-    selected row numbers and their image positions, both of shape (M,), sorted by position. All arrays are int64.
+    Args:
+        shuffled: Permuted row numbers of each kind, of shape (N, captions), int64.
+        counts: Number of valid row numbers in `shuffled` per kind and image, of shape (kinds, N), int64.
+        kinds: Sampled kinds, of shape (captions per image, N), int64.
+
+    Returns:
+        The row numbers and image positions of the captions, both of shape (M,), int64, sorted by position.
     """
     images = np.arange(kinds.shape[1])
     taken = np.zeros_like(counts)

@@ -6,7 +6,7 @@ result is an ordinary sentence-transformers model.
 
 Captions have 10 to 200 tokens, so padding a complete batch to its longest text would waste half the compute. Texts are
 therefore sorted by length and encoded in several forward passes, each with a limited number of tokens. With gradient
-caching, only one pass's activations are in memory at a time.
+caching, the activations of only one forward pass are in memory at a time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -68,9 +68,9 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
 
     Args:
         sources: Image captions or text pairs, one list per source.
-        encoder: Caption encoder. If `steps` is 0, it is saved without tuning.
+        encoder: Caption encoder, which is saved without tuning if `steps` is 0.
         run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in the
-            sentence-transformers format. No other process may write to this folder (see `run_lock`).
+            sentence-transformers format, locked with `run_lock`.
 
     Raises:
         ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
@@ -104,13 +104,14 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
 def _sample_pairs(
     sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> pa.Table:
-    """Sample the text pairs for all steps, identical on all ranks. `pairs_per_step` is None for a new run."""
+    """Sample the text pairs for all steps, which are the same on all ranks. `pairs_per_step` is None for a new run."""
     if pairs_per_step is None:
         world_size = process_state().num_processes
         pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
         if pairs_per_step < config.batch_size * world_size:
             print_once(
-                f"Too little data for {config.batch_size * world_size:,} pairs per step: using {pairs_per_step:,}"
+                f"Using {pairs_per_step:,} text pairs per step instead of {config.batch_size * world_size:,}, because "
+                "there is too little data"
             )
     options = {"seed": config.seed, "hard_negative_group_size": config.hard_negative_group_size}
     batches = iter_pair_batches(sources, pairs_per_step, config.steps, **options)
@@ -124,10 +125,10 @@ def _sample_pairs(
 
 
 def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[Precision, LoraSession | None]:
-    """Select the trainable weights: new LoRA layers, or all LLM weights except the token embeddings.
+    """Make new LoRA layers trainable or, without LoRA, all LLM weights except the token embeddings.
 
-    With LoRA, the frozen matrices take up nearly all memory, so they are stored in the training precision or, with
-    QLoRA, in 4 bits.
+    With LoRA, the frozen weight matrices take up nearly all memory, so the matrices are stored in the training
+    precision or, with QLoRA, in 4 bits.
     """
     torch.manual_seed(config.seed)
     device = process_state().device
@@ -147,7 +148,7 @@ def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tu
         lora = LoraSession(encoder, lora_config, precision.dtype, device, config.qlora)
     else:
         llm.requires_grad_(True)
-        llm.get_input_embeddings().requires_grad_(False)  # a large matrix, of which captions use few rows
+        llm.get_input_embeddings().requires_grad_(False)  # each step uses few rows of this large matrix
         if pooler is not None:
             pooler.requires_grad_(False)
     encoder.to(device)
@@ -187,7 +188,7 @@ def _train(
         config.temperature,
         config.batch_tokens or get_default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
-        # If the run is resumed on fewer ranks, the memory per rank must not grow.
+        # A run that is resumed on fewer ranks has larger batches per rank, which must not take more memory.
         grad_cache=config.grad_cache or batch_size > config.batch_size,
     )
     trainer = _TuneTrainer(
@@ -201,15 +202,14 @@ def _train(
     TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
     enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
-    # On CPUs, compute attention with plain matmuls: the bf16 backward pass of PyTorch's fused attention is slow for
-    # short captions (see `benchmarks/tune.py`).
+    # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions (`benchmarks/tune.py`).
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # makes later training use autocast again
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that a later call to prepare() adds autocast again
 
 
 def _make_training_arguments(
@@ -232,8 +232,7 @@ def _make_training_arguments(
         report_to="none",
         dataloader_drop_last=True,
         logging_nan_inf_filter=False,
-        # The number of forward passes depends on text lengths and may differ between ranks, so forward passes must not
-        # run collective operations.
+        # Ranks may run different numbers of forward passes, so forward passes must not contain collective operations.
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
