@@ -133,7 +133,7 @@ def test_encode_document_adds_the_embeddings_of_texts_and_images(model: LLM2CLIP
     torch.testing.assert_close(model.encode_document("a"), texts[:1], atol=1e-5, rtol=0)
     assert model.encode_document([]).shape == (0, 12)
     for document in ({"caption": "a"}, {"text": ""}, ""):
-        with pytest.raises(ValueError, match=r"document 2 has neither an image nor a non-empty text \(its keys: \['"):
+        with pytest.raises(ValueError, match=r"document 2 has neither an image nor a non-empty text \(keys: \['"):
             model.encode_document(["a", files[0], document])
     model._encoder.clear()  # images need no caption encoder
     torch.testing.assert_close(model.encode_document(files), images, atol=1e-5, rtol=0)

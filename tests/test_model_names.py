@@ -65,7 +65,7 @@ def test_hub_ids_are_told_from_paths() -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_paths_that_do_not_exist_are_not_sent_to_the_hub(loader: str, hub_requests: list[str]) -> None:
     for name in PATHS:
-        with pytest.raises(FileNotFoundError, match="is not a folder, a file or a hub id"):
+        with pytest.raises(FileNotFoundError, match="is neither an existing path nor a hub id"):
             LOADERS[loader](name)
     assert not hub_requests
 

@@ -15,7 +15,7 @@ from llm2clip.io_utils import read_json
 from llm2clip.models.loading import (
     WITHOUT_HUB_CODE,
     check_not_quantized,
-    check_tokenizer,
+    check_tokenizer_normalizer,
     hide_load_report,
     hide_loading_bars,
     read_config,
@@ -54,7 +54,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | None) -> Se
     if modules_file is not None:
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
-            check_tokenizer(path, module["path"])
+            check_tokenizer_normalizer(path, module["path"])
         # llm2clip's own class is passed directly, so that no remote code is needed.
         return SentenceTransformer._load_with_module_classes(
             path,
@@ -64,7 +64,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | None) -> Se
             model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         )
 
-    check_tokenizer(path)
+    check_tokenizer_normalizer(path)
     transformer = _load_transformer(path)
     pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
     st = SentenceTransformer(modules=[transformer, pooling_module], device=device)
