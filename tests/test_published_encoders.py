@@ -307,7 +307,7 @@ def test_latent_attention_cannot_be_replaced_or_exported(converted: Path) -> Non
     with pytest.raises(ValueError, match="cannot be replaced with 'lasttoken' pooling"):
         CaptionEncoder.from_pretrained(converted, pooling="lasttoken", device="cpu")
     model: Any = SimpleNamespace(encoder=encoder)
-    with pytest.raises(ValueError, match="latent attention pooling, which this format does not support"):
+    with pytest.raises(ValueError, match="does not support the caption encoder's latent attention pooling"):
         build_export_model(model)
 
 
