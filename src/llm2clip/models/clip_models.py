@@ -94,7 +94,6 @@ class ClipTextEncoder:
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
-        """Count the captions longer than the context length. Return None if tokens cannot be counted."""
         if self.count_tokens is None or self.context_length is None:
             return None
         return sum(self.count_tokens(caption) > self.context_length for caption in captions)

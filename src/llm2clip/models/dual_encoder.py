@@ -72,9 +72,8 @@ class DualEncoder:
         dense: Encoder for dense image features, or None if the model does not support dense features.
         logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
-        part_identities: Function that returns a dict of everything that affects the image embeddings, and a dict of
-            everything that affects the text embeddings. Models with equal image dicts can search the same index.
-            Returns None if unsupported.
+        part_identities: Function that returns a dict of everything that affects the image embeddings and a dict for the
+            text embeddings, or None if unsupported. Models with equal image dicts can search the same index.
         llm2clip: The llm2clip model without truncation, or None for other types of models.
     """
 

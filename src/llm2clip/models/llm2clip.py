@@ -104,8 +104,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Returns:
             (image embeddings, text embeddings, logit scale, logit bias). The L2-normalised float32 embeddings have
-            shape (N, embed_dim) for images and (M, embed_dim) for texts. Without images or without texts, the
-            corresponding embeddings are None.
+            shape (N, embed_dim) for images and (M, embed_dim) for texts, or are None if the input is missing.
 
             The logits are logit scale * cosine similarity + logit bias. The logit scale is clamped to 100 only in
             training mode, because some official checkpoints have a larger logit scale.
@@ -440,9 +439,8 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
 def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     """Return a copy of a model that computes only the first `dim` dimensions of its embeddings.
 
-    The last linear layers of both towers keep only the first `dim` rows of their weights. A model without an image
-    projection gets a projection that selects the first `dim` features. In a model without an adapter, the caption
-    encoder is truncated.
+    The weights of the last linear layer of each tower are truncated to the first `dim` rows. Without an image
+    projection, a projection to the first `dim` features is added. Without an adapter, the caption encoder is truncated.
     """
     check_dim(dim, model.config.embed_dim, "the model")
     if dim == model.config.embed_dim:
@@ -471,8 +469,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
 
 
 def _rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
-    # The weights are moved to the CPU because Apple GPUs do not support float64.
-    layer.weight.copy_(rotation @ layer.weight.cpu().double())
+    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
     if layer.bias is not None:
         layer.bias.copy_(rotation @ layer.bias.cpu().double())
 

@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
     from llm2clip.models.precision import Precision
 
-# Default model of `llm2clip index` (MIT licence).
+# Default model of `llm2clip index` (MIT licence), its revision, and the files that transformers needs.
 DEFAULT_MODEL = "openai/clip-vit-base-patch32"
 DEFAULT_REVISION = "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
-# Files of the default model that transformers needs.
 DEFAULT_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "pytorch_model.bin"),
@@ -87,7 +86,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
 
 
 def check_model_source(source: str | Path) -> None:
-    """Raise FileNotFoundError if a model is neither a local path, nor in the hub's cache, nor possibly on the hub.
+    """Raise FileNotFoundError if `source` is neither a local path nor a hub id that is cached or can be looked up.
 
     If the hub cannot be reached, switch huggingface_hub to offline mode to prevent retries.
     """
@@ -122,8 +121,7 @@ def get_display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model.
 
     The name of an existing path is its last component. For RUN/model and RUN/encoder, the name is the last component of
-    RUN. If two names would be equal, all models keep the names in `models`. If a model is listed more than once, its
-    repetitions are numbered, as in "NAME (2)".
+    RUN. If two names would be equal, no name is shortened. Repetitions of a model are numbered, as in "NAME (2)".
     """
     names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):
@@ -178,8 +176,7 @@ def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
 def describe_config(config: Any) -> dict[str, Any]:
     """Return the entries of a transformers config that can affect the model's output.
 
-    Entries that are None, False, 0 or empty are omitted. Otherwise, new entries in later transformers releases would
-    change the result.
+    Entries that are None, False, 0 or empty are omitted, because new transformers releases add such entries.
     """
     return {name: value for name, value in config.to_dict().items() if value and name not in ENTRIES_WITHOUT_EFFECT}
 
@@ -193,7 +190,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the local path of a file in a folder or hub repository, or None if the file is missing."""
+    """Return the local path of a file in a folder or hub repository, or None if missing. Hub files are downloaded."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():
@@ -227,7 +224,7 @@ def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> P
 
 
 def describe_hub_error(error: BaseException, access_problem: str = "it does not exist, or you lack access") -> str:
-    """Return an error message that explains an exception from huggingface_hub and says what to do."""
+    """Return an error message with an explanation of an exception from huggingface_hub and advice."""
     from huggingface_hub.errors import HTTPError
 
     causes = [error]
@@ -323,10 +320,7 @@ def hide_loading_bars() -> Iterator[None]:
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide transformers' report of missing and unexpected weights, for code that raises an error for missing weights.
-
-    Unexpected weights are not an error. For example, a checkpoint for a CLIP vision model also contains the text model.
-    """
+    """Hide the report of missing and unexpected weights, for callers that raise an error if weights are missing."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -162,9 +162,8 @@ def copy_checkpoint_tensors(model: LLM2CLIP, checkpoint: OfficialCheckpoint) -> 
 def infer_model_config(checkpoint: OfficialCheckpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
-    Official checkpoints do not specify whether the adapter L2-normalises its input. As in the LLM2CLIP authors' code,
-    the default of `normalize_input` is True for adapters trained on cached embeddings, and False for adapters trained
-    with the LLM in the training loop.
+    `normalize_input` specifies whether the adapter L2-normalises its input. As in the LLM2CLIP authors' code, the
+    default is True for adapters trained on cached embeddings, and False for adapters trained with the LLM in the loop.
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
     adapter, text_dim, embed_dim = AdapterConfig.from_official(

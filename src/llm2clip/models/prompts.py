@@ -90,8 +90,7 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
     """Return the prompts of all search queries, and the number of prompts for each query.
 
-    The prompts of a short query are the query itself and the filled templates. The only prompt of a longer query is the
-    query itself.
+    A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query.
     """
     groups = []
     for text in texts:

@@ -43,8 +43,7 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# Maximum size of a graph's weights in the ONNX file. Larger weights are stored in a separate file, because ONNX files
-# are limited to 2 GB.
+# Larger weights are stored in a separate file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 MIN_QUANTIZED_VALUES = 1024  # weights with fewer values stay in float32
 # Short queries and captions of different lengths for measuring the error caused by 8-bit weights.
@@ -222,9 +221,7 @@ def _write_graph(graph: _Graph, folder: Path) -> str:
     cosines = [_compute_cosines(file, graph.module, inputs).min() for inputs in (graph.inputs, single_input)]
     cosine = float(torch.stack(cosines).min())
     if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
-        raise ValueError(
-            f"the embeddings from {file.name} differ from PyTorch's embeddings (cosine similarity {cosine:.5f})"
-        )
+        raise ValueError(f"{file.name}: the embeddings differ from PyTorch's (cosine similarity {cosine:.5f})")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 

@@ -99,8 +99,7 @@ class CaptionEncoder(nn.Module):
 
                 The value of `attention` is `packed` (see `models/text/packing.py`) or a transformers attention
                 implementation such as sdpa, eager, flex_attention or flash_attention_2. The default is `packed` for
-                decoders that support packed attention. `packed` and flash attention need no padding. Flash attention
-                requires bf16.
+                decoders that support packed attention. Flash attention requires bf16.
 
         Raises:
             ValueError: An option is not valid for the model.
@@ -403,8 +402,7 @@ class CaptionEncoder(nn.Module):
         self._check_encoding_precision("fp32")
         self.st.save_pretrained(str(folder), create_model_card=False)
         if not self.is_static and not is_encoder_only(self.llm) and not getattr(self.llm.config, "is_causal", True):
-            # sentence-transformers does not save the requirements.
-            file = Path(folder) / "config_sentence_transformers.json"
+            file = Path(folder) / "config_sentence_transformers.json"  # sentence-transformers omits the requirements
             atomic_write_text(file, json.dumps({**read_json(file), "requirements": REQUIREMENTS}, indent=2))
 
 

@@ -107,10 +107,7 @@ class _StrictTransformer(Transformer):
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Append a linear layer that truncates embeddings to the first `dim` dimensions.
-
-    Unlike the `truncate_dim` attribute of sentence-transformers, the layer is saved with the model.
-    """
+    """Append a linear layer that truncates embeddings to the first `dim` dimensions and is saved with the model."""
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
         raise ValueError(f"truncate_dim must be between 1 and {full_dim}, the encoder's embedding size (got {dim})")

@@ -307,10 +307,9 @@ def _compute_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs:
 
 
 class _ReplacedAttention(TorchFunctionMode):
-    """Context manager that makes `scaled_dot_product_attention` compute the attention of a dense variant.
+    """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in one thread.
 
-    Other threads are not affected. timm and transformers compute queries, keys and values in different ways, but always
-    pass the results to `scaled_dot_product_attention`.
+    All timm and transformers models pass their queries, keys and values to `scaled_dot_product_attention`.
     """
 
     def __init__(self, variant: str, grid: tuple[int, int]) -> None:

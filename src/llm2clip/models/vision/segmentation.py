@@ -55,8 +55,7 @@ class WindowAxis:
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        For an image shorter than a window, the only window has the length of the image, rounded to a multiple of
-        `cell_size`.
+        An image shorter than a window has a single window of the image's length, rounded to a multiple of `cell_size`.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
