@@ -126,7 +126,7 @@ def load_clip_text_encoder(
     Args:
         path: Folder or hub id of a transformers model, or `open_clip:NAME/PRETRAINED`, `open_clip:hf-hub:ID` or
             `open_clip:FOLDER` for an open_clip model.
-        device: Default: a GPU if available.
+        device: Device to load the model on. Default: a GPU if available.
 
     Raises:
         ValueError: The model type is not supported, or the model requires its own code and `trust_remote_code` is
@@ -285,7 +285,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
         return load_clip_text_encoder(source, device)
-    # The hub repositories of timm towers also contain the open_clip model, including its text tower.
+    # The hub repositories of timm towers also contain the open_clip model, which includes a text tower.
     if (config := find_file(source, "open_clip_config.json")) is not None:
         is_folder = str(config.parent) == source
         return load_clip_text_encoder(f"{OPEN_CLIP_PREFIX}{'' if is_folder else 'hf-hub:'}{source}", device)

@@ -68,7 +68,7 @@ class DualEncoder:
         transform: Picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
         encode_images_raw: Function that encodes a list of N outputs of `transform`.
         encode_texts_raw: Function that encodes N texts. Its second argument is True to show a progress bar.
-        count_truncated: Function that counts how many of N texts are truncated, or returns None if this is unknown.
+        count_truncated: Function that counts how many of N texts are truncated, or returns None if unknown.
         dense: Encoder for dense image features, or None if the model does not support dense features.
         logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
@@ -114,7 +114,7 @@ class DualEncoder:
         return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
-        """Return a model that truncates its embeddings to the first `dim` dimensions and normalises them again."""
+        """Return a model that truncates embeddings to the first `dim` dimensions and normalises the result."""
         check_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
@@ -147,7 +147,7 @@ def open_dual_encoder(
     trust_remote_code: bool = False,
     stage: Stage = "evaluate",
 ) -> DualEncoder:
-    """Load an image-text model by name, in one of the forms listed at the top of this module.
+    """Load an image-text model. The forms of `name` are listed at the top of `models/dual_encoder.py`.
 
     Args:
         device: Device to load the model on. Default: a GPU if available.
@@ -350,7 +350,7 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
-    # If a hub id has no owner, sentence-transformers looks for the model in its own hub organisation.
+    # sentence-transformers looks for models without an owner in its own hub organisation.
     check_model_source(path if "/" in path or Path(path).exists() else f"sentence-transformers/{path}")
     with explain_remote_code_error(name):
         model: Any = SentenceTransformer(

@@ -142,7 +142,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """Caption encoder, loaded with fp32 weights on first use unless `load_encoder` has already loaded it.
+        """Caption encoder, which is loaded with fp32 weights on first use, unless `load_encoder` was called before.
 
         Raise ValueError if the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
         """
@@ -259,8 +259,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
     ) -> Tensor:
         """Encode N search queries. Return embeddings like those of `encode_text`.
 
-        Short queries are also inserted into `config.query_templates`. Their embedding is the normalised mean over the
-        query and the resulting prompts.
+        Short queries are also inserted into `config.query_templates`. The embedding of a short query is the normalised
+        mean over the query and the resulting prompts.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
@@ -398,7 +398,7 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
 
 
 def needs_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if the LLM2CLIP authors' code uses a projection with a bias for a tower, as it does only for EVA."""
+    """Return True if the image projection for a tower has a bias in the LLM2CLIP authors' code (only for EVA)."""
     architecture = tower["architecture"]  # a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith("eva")
 

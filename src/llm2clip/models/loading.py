@@ -1,6 +1,6 @@
 """Helpers for loading models by name: hub access, safe configs, hashes and error messages.
 
-If a user mistypes a path, libraries look for the path on the hub. On an offline machine, they retry for a minute.
+If a user mistypes a path, libraries look for the path on the hub, and retry for a minute if the machine is offline.
 Therefore, call `check_model_source` before passing a name to a library.
 
 A model folder from an untrusted source can contain Python code. Its config can also name code on the hub, which

@@ -96,7 +96,7 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     """Load a caption encoder and attach the encoder to the model.
 
     `path` is the folder or hub id of a caption encoder, or of a PEFT LoRA adapter, which is merged into its base LLM.
-    An LLM released with LLM2CLIP gets its tuning template. Raise ValueError if the embedding size is wrong.
+    LLMs released with LLM2CLIP use the published template. Raise ValueError if the embedding size is wrong.
     """
     if find_adapter(path) is not None:
         encoder = load_adapter_encoder([path], model.device)
@@ -163,7 +163,7 @@ def infer_model_config(checkpoint: OfficialCheckpoint, normalize_input: bool | N
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
     `normalize_input` specifies whether the adapter L2-normalises its input. As in the LLM2CLIP authors' code, the
-    default is True for adapters trained on cached embeddings, and False for adapters trained with the LLM in the loop.
+    default is False for adapters that were trained with the LLM in the training loop, and True for other adapters.
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
     adapter, text_dim, embed_dim = AdapterConfig.from_official(

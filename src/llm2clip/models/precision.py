@@ -110,7 +110,8 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
     Args:
         encoder: Caption encoder with fp32 weights.
-        device: Default: the encoder's device. Layers of an encoder on the CPU are moved to a GPU one at a time.
+        device: Device that runs the encoder. Default: the encoder's device. If the encoder is on the CPU and the device
+            is a GPU, layers are moved to the GPU one at a time.
     """
     if device is not None and device.type != encoder.device.type:
         with offload_layers(encoder, device):
@@ -154,7 +155,7 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 @contextmanager
 def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, run an encoder with weights on the CPU on `device`, one LLM layer at a time."""
+    """Inside the `with` block, run a CPU encoder on `device`, with only a single LLM layer on the device at a time."""
     layers = get_layers(encoder.llm)
     set_layers(encoder.llm, nn.ModuleList())
     encoder.to(device)  # all modules except the layers
@@ -184,7 +185,7 @@ def tf32_matmul() -> AbstractContextManager[None]:
 
 
 def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
-    """Cast the linear layers of a transformers model to bf16, in place, except those that must stay in fp32.
+    """Cast the weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
     Autocast would cast the same weights before every matmul, so the embeddings are bit-identical. Norms, token
     embeddings, weights tied to token embeddings and, with bf16+N, the first N layers stay in fp32.

@@ -141,7 +141,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 @torch.no_grad()
 def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write text.onnx and the tokenizer. The arguments and messages are those of `export_onnx`."""
+    """Write text.onnx and the tokenizer, and return messages, as in `export_onnx`."""
     tokenizer = build_tokenizer(model.encoder)
     tokenizer.save_pretrained(folder)  # before any call with padding, which would change the tokenizer's settings
     graph = _build_text_graph(model, tokenizer)

@@ -106,8 +106,7 @@ def measure_tokens_per_second(
 ) -> float:
     """Measure the encoding speed in tokens per second on up to four batches.
 
-    In the list of batches in descending order of caption length, the timed batches are at positions 0, 1/6, 3/6 and
-    5/6.
+    The timed batches are at 0, 1/6, 3/6 and 5/6 of all batches, which are sorted by descending caption length.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})

@@ -307,9 +307,9 @@ def _compute_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs:
 
 
 class _ReplacedAttention(TorchFunctionMode):
-    """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in one thread.
+    """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in this thread.
 
-    All timm and transformers models pass their queries, keys and values to `scaled_dot_product_attention`.
+    timm and transformers pass the queries, keys and values of all supported models to `scaled_dot_product_attention`.
     """
 
     def __init__(self, variant: str, grid: tuple[int, int]) -> None:

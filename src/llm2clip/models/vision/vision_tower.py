@@ -205,7 +205,7 @@ class VisionTower(nn.Module):
         return 1 + max(self.get_parameter_depths().values())
 
     def get_blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks, ordered from input to output. If the tower has no such blocks, return []."""
+        """Return the repeated blocks, ordered from input to output, or an empty list for towers without blocks."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
@@ -263,7 +263,7 @@ def merge_tower_lora(tower: VisionTower) -> None:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Set whether timm's EVA models call the qkv layer. By default, they bypass LoRA by using only its weight."""
+    """Set whether timm's EVA models call the qkv layer. By default, they use only the layer's weight, without LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable
