@@ -119,7 +119,7 @@ def test_layers_offloaded_moves_one_layer_at_a_time(encoder: CaptionEncoder, mon
     moves: list[tuple[int, str]] = []
     monkeypatch.setattr(
         precision_choice,
-        "_move_layer_to",
+        "_move_layer",
         lambda layer, device: moves.append((layers.index(layer), type(device).__name__)),
     )
     with offload_layers(encoder, CPU):

@@ -157,13 +157,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
         (see `models/precision.py`). If the model was trained on bf16 embeddings, calibration is skipped.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
-        resolved = resolve_precision(stage, precision, self.device, lambda: self._calibrate(encoder))
+        resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))
         if not self._encoder:
             encoder.move_for_encoding(self.device, resolved)
             self._encoder.append(encoder)
         return resolved
 
-    def _calibrate(self, encoder: CaptionEncoder) -> str:
+    def _get_calibrated_precision(self, encoder: CaptionEncoder) -> str:
         trained_with = str(self.config.encoder.get("precision", ""))
         if not encoder.has_full_precision:
             return encoder.weights_precision

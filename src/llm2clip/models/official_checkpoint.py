@@ -208,7 +208,7 @@ def _infer_clip_tower(checkpoint: OfficialCheckpoint) -> dict[str, Any]:
     config = CLIPVisionConfig(**fields)
     architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
     architecture["model_type"] = "clip_vision_model"
-    preprocess = _get_preprocess(checkpoint, architecture["image_size"])
+    preprocess = _get_preprocess_config(checkpoint, architecture["image_size"])
     return {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
 
 
@@ -237,11 +237,11 @@ def _infer_timm_tower(checkpoint: OfficialCheckpoint, embed_dim: int) -> dict[st
         args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         # timm rounds width * mlp_ratio down to an integer. Adding 0.5 prevents an off-by-one error.
         args["mlp_ratio"] = (hidden + 0.5) / width
-    preprocess = _get_preprocess(checkpoint, image_size)
+    preprocess = _get_preprocess_config(checkpoint, image_size)
     return {"library": "timm", "architecture": name, "args": args, "preprocess": preprocess}
 
 
-def _get_preprocess(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
+def _get_preprocess_config(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
     # Default in the LLM2CLIP authors' code. timm's default crop for 224-pixel EVA towers is 90%.
     default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()

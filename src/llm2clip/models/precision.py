@@ -162,8 +162,8 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
     set_layers(encoder.llm, layers)
     hooks = []
     for layer in layers:
-        hooks.append(layer.register_forward_pre_hook(lambda layer, args: _move_layer_to(layer, device)))
-        hooks.append(layer.register_forward_hook(lambda layer, args, output: _move_layer_to(layer, "cpu")))
+        hooks.append(layer.register_forward_pre_hook(lambda layer, args: _move_layer(layer, device)))
+        hooks.append(layer.register_forward_hook(lambda layer, args, output: _move_layer(layer, "cpu")))
     cache_was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # otherwise, a bf16 copy of every layer would stay on the device
     try:
@@ -175,7 +175,7 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
         encoder.to("cpu")
 
 
-def _move_layer_to(layer: nn.Module, device: torch.device | str) -> None:
+def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
     layer.to(device)  # the layer is not returned, because a hook's result would replace the layer's inputs or outputs
 
 

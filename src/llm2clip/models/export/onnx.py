@@ -63,7 +63,7 @@ CALIBRATION_TEXTS = (
 
 
 @dataclass
-class _Graph:
+class _ExportGraph:
     """ONNX graph to export."""
 
     name: str  # file name without suffix: vision or text
@@ -168,19 +168,19 @@ def count_final_tokens(tokenizer: Any) -> int:
     return len(list(takewhile(bool, reversed(mask))))
 
 
-def _build_vision_graph(model: LLM2CLIP) -> _Graph:
+def _build_vision_graph(model: LLM2CLIP) -> _ExportGraph:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
     count = {0: torch.export.Dim("count")}
-    return _Graph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
+    return _ExportGraph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
 
 
-def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _Graph:
+def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _ExportGraph:
     count_and_length = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
     module = TextModule(model).eval()
     samples, calibration = (_tokenize(tokenizer, texts) for texts in (SAMPLE_TEXTS, CALIBRATION_TEXTS))
-    return _Graph("text", module, samples, (count_and_length, count_and_length), calibration)
+    return _ExportGraph("text", module, samples, (count_and_length, count_and_length), calibration)
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
+def _export_graph(graph: _ExportGraph, folder: Path, int8: bool) -> list[str]:
     messages = [_write_graph(graph, folder)]
     if int8:
         file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
@@ -197,7 +197,7 @@ def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
     return messages
 
 
-def _write_graph(graph: _Graph, folder: Path) -> str:
+def _write_graph(graph: _ExportGraph, folder: Path) -> str:
     """Write a graph. Raise ValueError if the graph's embeddings differ from PyTorch's embeddings."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -225,7 +225,7 @@ def _write_graph(graph: _Graph, folder: Path) -> str:
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 
-def _format_quantization_message(graph: _Graph, quantized: Path, original: Path) -> str:
+def _format_quantization_message(graph: _ExportGraph, quantized: Path, original: Path) -> str:
     cosines = _compute_cosines(quantized, graph.module, graph.calibration)
     sizes = [sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) for file in (quantized, original)]
     return (

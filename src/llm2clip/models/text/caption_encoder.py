@@ -105,7 +105,7 @@ class CaptionEncoder(nn.Module):
             ValueError: An option is not valid for the model.
             OSError: The model does not exist.
         """
-        path = _resolve_path(path)
+        path = _resolve_model_path(path)
         check_model_source(path)
         pooling = options.get("pooling") or "mean"
         with explain_load_errors(path):
@@ -414,7 +414,7 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
     return encoder
 
 
-def _resolve_path(path: str | Path) -> str:
+def _resolve_model_path(path: str | Path) -> str:
     path = resolve_pretrained(str(path))
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
         read_model_config(Path(path), path)  # raises an error for an unsupported format version

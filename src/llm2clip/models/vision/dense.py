@@ -323,9 +323,11 @@ class _ReplacedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
+        return self._compute_attention(*args, **(kwargs or {}))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
+    def _compute_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any
+    ) -> Tensor:
         """Compute attention for q, k and v of shape (N, heads, L, head_dim), without mask and dropout."""
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":

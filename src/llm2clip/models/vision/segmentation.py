@@ -240,7 +240,7 @@ def _build_interpolation_matrix(size_in: int, size_out: int) -> Tensor:
 class DenseMethods:
     """Mixin that adds methods for dense features, region embeddings and segmentation to `LLM2CLIP`."""
 
-    def _prepare_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
+    def _get_model_and_dense_encoder(self) -> tuple[LLM2CLIP, DenseEncoder]:
         model = cast("LLM2CLIP", self).eval()
         return model, build_dense_encoder(model.tower, model.projection)
 
@@ -262,7 +262,7 @@ class DenseMethods:
             For each image, a CPU tensor of shape (h, w, embed_dim) with L2-normalised float32 embeddings.
         """
         items = to_image_list(images)
-        _, dense = self._prepare_dense()
+        _, dense = self._get_model_and_dense_encoder()
         embeddings: list[Tensor] = []
         for start in range(0, len(items), batch_size):
             pixels = [dense.resize(load_image(item), image_size) for item in items[start : start + batch_size]]
@@ -295,7 +295,7 @@ class DenseMethods:
         """
         if (boxes is None) == (masks is None):
             raise ValueError("encode_regions requires either boxes or masks (got both or neither)")
-        model, dense = self._prepare_dense()
+        model, dense = self._get_model_and_dense_encoder()
         variant = variant or dense.localization_variant
         pixels = load_image(image)
         height, width = pixels.shape[1:]
@@ -335,7 +335,7 @@ class DenseMethods:
         is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
         if isinstance(names, str) or not classes or not is_valid:
             raise ValueError(f"names must be a list with one or more non-empty names for each class (got {names!r})")
-        model, dense = self._prepare_dense()
+        model, dense = self._get_model_and_dense_encoder()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
         transform = ResizeForWindows.for_encoder(dense)
         resized = {0: transform(load_image(image))}

@@ -89,7 +89,7 @@ class VisionTower(nn.Module):
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
-        self._set_normalization(torch.get_default_device())
+        self._set_mean_and_std(torch.get_default_device())
         # The channels-last format speeds up networks with many convolutions. A ViT has only a single convolution.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
@@ -178,14 +178,14 @@ class VisionTower(nn.Module):
         method = getattr(backbone, f"activation_checkpointing_{suffix}", None)
         (method or getattr(backbone, f"gradient_checkpointing_{suffix}"))()
 
-    def _set_normalization(self, device: torch.device) -> None:
+    def _set_mean_and_std(self, device: torch.device) -> None:
         self.mean = torch.tensor(self.preprocess.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(self.preprocess.std, device=device).view(3, 1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep `mean` and `std` in float32 when PyTorch's `to`, `half`, `cuda` or `to_empty` calls `_apply`."""
         super()._apply(fn, recurse)
-        self._set_normalization(self.mean.device)
+        self._set_mean_and_std(self.mean.device)
         return self
 
     def get_parameter_depths(self) -> dict[str, int]:
