@@ -177,7 +177,7 @@ def test_encoder_with_wrong_dimension_is_rejected(model: LLM2CLIP, tmp_path: Pat
     model.config.text_dim = 48
     model.adapter = Adapter(48, 12)
     folder = model.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"32-dimensional.*requires 48"):
+    with pytest.raises(ValueError, match=r"32 dimensions, but the adapter requires 48"):
         LLM2CLIP.from_pretrained(folder, device="cpu").encode_text(["a"])
 
 

@@ -99,7 +99,7 @@ def test_names_of_files_are_not_sent_to_the_hub(
         assert read_config(f"runs/{name}") == {}
         assert main(["convert", f"runs/{name}", "--out", "out"]) == 1
     assert main(["convert", "runs/missing.pt", "--out", "out"]) == 1
-    assert "not a folder, a file or a hub id" in capsys.readouterr().err
+    assert "neither an existing path nor a hub id" in capsys.readouterr().err
     assert not hub_requests
 
 
