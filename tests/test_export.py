@@ -254,7 +254,7 @@ def test_onnx_export_and_its_example_give_the_same_embeddings(
 
 def test_export_model_rejects_models_that_the_format_cannot_represent(tmp_path: Path) -> None:
     model = make_model(tmp_path / "max", timm_tower(), text_pooling="max")
-    with pytest.raises(ValueError, match="pooling mode must be one of .*got 'max'"):
+    with pytest.raises(ValueError, match=r"pooling mode must be one of .*got 'max'"):
         export_model(model, "transformers", tmp_path / "out")
     extended = make_model(tmp_path / "extended", timm_tower())
     extended.encoder.st.append(Dense(32, 32, bias=True))  # a trained layer after the pooling
