@@ -228,7 +228,7 @@ def test_unsuitable_model_types_are_rejected(kind: str, tmp_path: Path) -> None:
     import transformers
 
     transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"is a '{kind}' model, which is not supported: .*unknown.*\.npz"):
+    with pytest.raises(ValueError, match=rf"has the unsupported model type '{kind}': .*does not know.*\.npz"):
         open_dual_encoder(str(tmp_path), "cpu")
 
 
@@ -336,7 +336,7 @@ def test_jina_clip_needs_permission_to_run_its_code(
     folder, marker = remote_model
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask in the terminal
     for load in (open_dual_encoder, load_clip_text_encoder, has_text_tower):
-        with pytest.raises(ValueError, match=r"comes with Python code.*--trust_remote_code"):
+        with pytest.raises(ValueError, match=r"contains Python code.*--trust_remote_code"):
             load(str(folder))
     assert not marker.exists()
 
@@ -406,7 +406,7 @@ def test_sentence_transformers_model_with_its_own_code(
     (tmp_path / "custom_st.py").write_text(SENTENCE_TRANSFORMERS_CODE)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "custom_st.Transformer"}]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match=r"st:.* comes with Python code.*--trust_remote_code"):
+    with pytest.raises(ValueError, match=r"st:.* contains Python code.*--trust_remote_code"):
         open_dual_encoder(f"st:{tmp_path}", "cpu")
     model = open_dual_encoder(f"st:{tmp_path}", "cpu", trust_remote_code=True)
     texts = ["a dog runs", "two cats on a mat"]
@@ -418,5 +418,5 @@ def test_sentence_transformers_model_with_its_own_code(
 
     # Without the list of modalities, sentence-transformers 6 takes the model for a text encoder.
     (tmp_path / "custom_st.py").write_text(SENTENCE_TRANSFORMERS_CODE.replace('modalities = ["text", "image"]', ""))
-    with pytest.raises(ValueError, match=r"does not encode images.*without the prefix st:"):
+    with pytest.raises(ValueError, match=r"does not encode images.*omit the prefix st:"):
         open_dual_encoder(f"st:{tmp_path}", "cpu", trust_remote_code=True)

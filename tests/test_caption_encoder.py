@@ -167,7 +167,7 @@ def test_from_pretrained_fails_on_missing_weights(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["layers.1.mlp.up_proj.weight"]  # transformers only warns, and leaves it random
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"is missing 1 weights, including layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
         CaptionEncoder.from_pretrained(folder)
 
 

@@ -130,7 +130,7 @@ def test_has_text_tower_is_false_for_llms_and_sentence_encoders(llm: Path, tmp_p
     assert not has_text_tower(str(llm))
     CaptionEncoder.from_pretrained(llm, device="cpu").save_pretrained(tmp_path / "st")
     assert not has_text_tower(str(tmp_path / "st"))
-    with pytest.raises(FileNotFoundError, match="not a folder, a file or a hub id"):
+    with pytest.raises(FileNotFoundError, match="neither an existing path nor a hub id"):
         has_text_tower(str(tmp_path / "nothing"))
 
 

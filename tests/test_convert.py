@@ -17,12 +17,12 @@ from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.official_checkpoint import (
-    copy_tensors,
-    infer_config,
+    copy_checkpoint_tensors,
+    infer_model_config,
     load_official_checkpoint,
     save_official_checkpoint,
 )
-from llm2clip.models.official_layout import HF, Checkpoint, get_official_name
+from llm2clip.models.official_layout import HF, OfficialCheckpoint, get_official_name
 from llm2clip.models.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -168,10 +168,12 @@ def test_infer_config_matches_published_hf_parameter_counts(tower: dict[str, int
     shapes = official_shapes("hf", 4096, 1280, **tower, size=size)
     assert sum(math.prod(shape) for shape in shapes.values()) == count
     with torch.device("meta"):
-        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()}, {})
-        config = infer_config(checkpoint)
+        checkpoint = OfficialCheckpoint.from_tensors(
+            "memory", {name: torch.empty(shape) for name, shape in shapes.items()}, {}
+        )
+        config = infer_model_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
-        copy_tensors(model, checkpoint)
+        copy_checkpoint_tensors(model, checkpoint)
     assert sum(p.numel() for p in model.parameters()) == count
     assert (config.text_dim, config.embed_dim, config.adapter) == (4096, 1280, AdapterConfig())
     assert config.tower["architecture"]["num_attention_heads"] == tower["width"] // 64
@@ -195,11 +197,13 @@ def test_infer_config_eva_towers_match_open_clip(tower: dict[str, int], size: in
 
     shapes = official_shapes("eva", 4096, 1280, **tower, size=size)
     with torch.device("meta"):
-        checkpoint = Checkpoint.from_tensors("memory", {name: torch.empty(shape) for name, shape in shapes.items()}, {})
-        config = infer_config(checkpoint)
+        checkpoint = OfficialCheckpoint.from_tensors(
+            "memory", {name: torch.empty(shape) for name, shape in shapes.items()}, {}
+        )
+        config = infer_model_config(checkpoint)
         model = LLM2CLIP(config, VisionTower.from_config(config.tower))
         trunk = open_clip.create_model(reference, load_weights=False, device="meta").visual.trunk
-        copy_tensors(model, checkpoint)
+        copy_checkpoint_tensors(model, checkpoint)
     assert config.tower["architecture"] == name
     assert config.tower["args"] == {"num_classes": 0, "img_size": size}
     theirs = {n: p.shape for n, p in trunk.named_parameters() if not n.startswith("head.")}
@@ -460,7 +464,7 @@ MISMATCHES: list[tuple[str, str, Tensor | None, str]] = [
     ("eva", "visual.norm.bias", torch.zeros(128, dtype=torch.int64), r"visual\.norm\.bias is torch\.int64"),
     ("hf", "visual_projection.bias", torch.zeros(12), r"unexpected visual_projection\.bias \(12,\)$"),
     ("eva", "visual.mask_token", torch.zeros(1, 1, 128), r"unexpected visual\.mask_token"),
-    ("eva", "visual.blocks.0.attn.q_bias", torch.zeros(128), "twice with different values"),
+    ("eva", "visual.blocks.0.attn.q_bias", torch.zeros(128), "under two names, with different values"),
     ("eva", "visual.rope.freqs_cos", rotary(3, trained=14)[0], r"freqs_cos \(9, 64\) does not match the architecture"),
     ("hf", "vision_model.embeddings.position_ids", torch.arange(9)[None], r"\(1, 9\) does not match the architecture"),
 ]
@@ -485,7 +489,7 @@ def test_load_official_rejects_other_models(tmp_path: Path) -> None:
         load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path))
     folder = write_checkpoint(make_checkpoint("hf"), "hf", tmp_path)
     (folder / "config.json").write_text('{"vision_config": {"model_type": "siglip_vision_model"}}')
-    with pytest.raises(ValueError, match=r"'siglip_vision_model'; only CLIP towers"):
+    with pytest.raises(ValueError, match=r"must be 'clip_vision_model' \(got 'siglip_vision_model'\)"):
         load_official_checkpoint(folder)
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="a list, not a mapping from names to tensors"):
@@ -509,7 +513,9 @@ def test_load_official_attaches_the_caption_encoder(llm: Path, tmp_path: Path) -
 
 def test_load_official_rejects_an_encoder_of_another_size(llm: Path, tmp_path: Path) -> None:
     tensors = random_tensors(official_shapes("hf", text=48, **CLIP_SIZES))
-    with pytest.raises(ValueError, match=r"size 32, but the adapter's input size is 48.*No published .* of size 48"):
+    with pytest.raises(
+        ValueError, match=r"size 32, but the adapter's input size is 48.*No published encoder has this embedding size"
+    ):
         load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path), text=llm)
 
 

@@ -348,7 +348,7 @@ def test_encode_regions_averages_the_cells_of_boxes_and_masks(family: str) -> No
         ({"boxes": [[-1, 5, 6, 9]]}, "is not inside the image of 64 x 64 pixels: clip the boxes"),
         ({"masks": torch.ones(2, 64, 32, dtype=torch.bool)}, r"masks must have shape \(N, 64, 64\)"),
         ({"masks": torch.ones(2, 64, 64)}, r"masks must be boolean \(got torch.float32\)"),
-        ({"masks": torch.zeros(2, 64, 64, dtype=torch.bool)}, "mask 0 is empty"),
+        ({"masks": torch.zeros(2, 64, 64, dtype=torch.bool)}, "mask 0 contains no pixels"),
         ({"boxes": [[0, 0, 9, 9]], "variant": "naclip"}, "does not support the dense variant 'naclip': use 'plain'"),
     ],
 )
@@ -434,13 +434,13 @@ def test_unsupported_requests_are_rejected(monkeypatch: pytest.MonkeyPatch) -> N
     tower.backbone.blocks[-1].attn.fused_attn = False  # type: ignore[index, union-attr]
     dense = build_dense_encoder(tower, nn.Identity())
     dense.encode(pixels(64))
-    with pytest.raises(ValueError, match=r"'naclip' requires a last block .* called it 0 times: use variant 'plain'"):
+    with pytest.raises(ValueError, match=r"'naclip' requires a last block .*: 0\). Use variant 'plain'"):
         dense.encode(pixels(64), "naclip")
 
     model = make_llm2clip(timm_tower("test_resnet"))
     monkeypatch.delattr(model.tower.backbone, "feature_info")
     assert wrap_llm2clip(model, "model").dense is None
-    with pytest.raises(ValueError, match="test_resnet has no dense features"):
+    with pytest.raises(ValueError, match="test_resnet does not support dense features"):
         model.encode_dense(pixels(64)[0])
 
 

@@ -90,7 +90,7 @@ def test_cached_embeddings_are_reused(
 def test_unknown_models_are_rejected(tmp_path: Path, llm: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_dual_encoder(str(tmp_path / "nothing"), "cpu")
-    with pytest.raises(ValueError, match="not 'llm2clip'"):
+    with pytest.raises(ValueError, match="must be 'llm2clip'"):
         open_dual_encoder(str(llm), "cpu")
 
 

@@ -113,7 +113,7 @@ ERRORS = {
     "llm2clip model as tower": (
         ALIGN.replace("{tower}", "{model}") + " --align.batch_size 4", "is an llm2clip model", "--to vision",
     ),
-    "LLM folder as model": ("evaluate {llm} {data}", "not 'llm2clip'"),
+    "LLM folder as model": ("evaluate {llm} {data}", "must be 'llm2clip'"),
     "damaged weights": ("search {tmp}/badindex dog --model {tmp}/damaged", "model.safetensors", "corrupt"),
     # stores
     "store of another encoder": (

@@ -348,7 +348,7 @@ def test_quantized_encoders_are_rejected(llm: Path, tmp_path: Path) -> None:
     shutil.copytree(llm, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match=r"weights are quantised .* Use the model's original weights"):
+    with pytest.raises(ValueError, match=r"has quantised weights .* Use the model's original weights"):
         CaptionEncoder.from_pretrained(tmp_path, device="cpu")
 
 

@@ -37,7 +37,7 @@ from test_published_checkpoints import write_checkpoint
 
 REPO, MTEB_REPO = "me/model", "me/LLM2CLIP-model"
 TEXTS = ["a dog", "Two children in the snow, and an old man."]
-NOT_JSON = "the hub's response is not valid JSON (is there a proxy or login page?)"
+NOT_JSON = "the hub's response is not valid JSON: check for a proxy or login page"
 
 
 @pytest.fixture
@@ -536,7 +536,7 @@ def test_push_during_another_push_is_an_error(hub: FakeHub, model: Path, failing
     change_model(model)
     hub.faults = [Fault("POST .*/commit/", lambda: push(other, REPO))]
     message = failing_push(model, REPO)
-    assert "cannot push to me/model: the repository was changed by another push: check its files" in message
+    assert "cannot push to me/model: another push changed the repository: check the new files" in message
     files = hub.repositories[REPO].get_files()
     assert files["model.safetensors"] == (other / "model.safetensors").read_bytes()
     assert files["text/model.safetensors"] == (other / "text/model.safetensors").read_bytes()

@@ -65,7 +65,7 @@ def test_hub_ids_are_told_from_paths() -> None:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_paths_that_do_not_exist_are_not_sent_to_the_hub(loader: str, hub_requests: list[str]) -> None:
     for name in PATHS:
-        with pytest.raises(FileNotFoundError, match="is not a folder, a file or a hub id"):
+        with pytest.raises(FileNotFoundError, match="is neither an existing path nor a hub id"):
             LOADERS[loader](name)
     assert not hub_requests
 
@@ -99,7 +99,7 @@ def test_names_of_files_are_not_sent_to_the_hub(
         assert read_config(f"runs/{name}") == {}
         assert main(["convert", f"runs/{name}", "--out", "out"]) == 1
     assert main(["convert", "runs/missing.pt", "--out", "out"]) == 1
-    assert "not a folder, a file or a hub id" in capsys.readouterr().err
+    assert "neither an existing path nor a hub id" in capsys.readouterr().err
     assert not hub_requests
 
 

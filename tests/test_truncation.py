@@ -125,7 +125,7 @@ def test_rotation_sorts_dimensions_by_variance_and_keeps_similarities(
     moments = rotated_texts.double().T @ rotated_texts.double()
     expected = np.linalg.eigvalsh((texts.double().T @ texts.double()).numpy())[::-1].copy()
     torch.testing.assert_close(moments, torch.diag(torch.from_numpy(expected)), atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="only in a model with an image projection and an adapter"):
+    with pytest.raises(ValueError, match="only if the model has an image projection and an adapter"):
         rotate_to_principal_components(make_model(tmp_path, embed_dim=32, adapter=AdapterConfig(depth=0)), captions)
 
 

@@ -1,11 +1,9 @@
-"""CLIP models from other libraries: their text towers, and the parts that a model can inherit from them.
+"""Text towers, logit scales and embedding spaces of CLIP models from transformers and open_clip.
 
-Text towers serve as baselines for a caption encoder. Supported are transformers models of the types in
-`_TEXT_PREPROCESSING`, models with their own code (such as Jina-CLIP), and open_clip models. Texts longer than the
-context length are truncated, as is usual for CLIP models.
+CLIP text towers serve as baselines for a caption encoder. Texts longer than the context length are truncated.
 
-A model can inherit the logit scale, logit bias and embedding space of its vision tower's original CLIP model. The
-LLM2CLIP authors' code starts training with the pretrained logit scale, which is close to the maximum of 100.
+An LLM2CLIP model can inherit the logit scale, the logit bias and the embedding space of the CLIP model that its vision
+tower comes from. The LLM2CLIP authors' code also starts training with the pretrained logit scale.
 """
 
 import dataclasses
@@ -34,23 +32,23 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 @dataclass(frozen=True)
 class _TextPreprocessing:
-    context_length: int | None = None  # maximum text length in tokens. None: number of position embeddings
-    fully_padded: bool = False  # training texts were padded to the context length, and no attention mask was used
+    context_length: int | None = None  # in tokens; None: the number of position embeddings
+    fully_padded: bool = False  # trained on texts padded to the context length, without an attention mask
     lower_case: bool = False
 
 
 _TEXT_PREPROCESSING = {
     "clip": _TextPreprocessing(),
-    # Padding: transformers documentation for SigLIP and SigLIP 2 ("make sure to set padding='max_length'").
-    # Both models were trained on lower-case texts (arXiv 2502.14786 for SigLIP 2). SigLIP's tokenizer lower-cases texts
+    # The transformers documentation for SigLIP and SigLIP 2 requires padding='max_length'.
+    # SigLIP and SigLIP 2 (arXiv 2502.14786) were trained on lower-case texts. SigLIP's tokenizer lower-cases texts
     # (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer of SigLIP 2 does not.
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
-    # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower has 512 positions.
+    # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower allows 512 tokens.
     "chinese_clip": _TextPreprocessing(context_length=52),
-    # `max_length` in transformers' AlignProcessor. The BERT tower has 512 positions.
+    # Default `max_length` of transformers' AlignProcessor. The BERT tower allows 512 tokens.
     "align": _TextPreprocessing(context_length=64),
-    # Value in the authors' code (https://github.com/FlagAI-Open/FlagAI). The XLM-R tower has 512 positions.
+    # Value in the AltCLIP authors' code (https://github.com/FlagAI-Open/FlagAI). The XLM-R tower allows 512 tokens.
     "altclip": _TextPreprocessing(context_length=77),
     "metaclip_2": _TextPreprocessing(),
 }
@@ -62,10 +60,10 @@ class ClipTextEncoder:
 
     Attributes:
         model: CLIP model with image and text towers.
-        context_length: Maximum text length in tokens, or None if it is defined only in the model's own code.
-        tokenize: Function that converts N texts to keyword arguments of `forward`, truncated to the context length.
+        context_length: Maximum text length in tokens, or None if only the model's own code knows the maximum.
+        tokenize: Function that tokenizes and truncates N texts, and returns keyword arguments for `forward`.
         forward: Function that returns embeddings of shape (N, embed_dim).
-        count_tokens: Function that counts a text's tokens before truncation, or None if this is not possible.
+        count_tokens: Function that counts the tokens of an untruncated text, or None if tokens cannot be counted.
     """
 
     model: Any
@@ -92,7 +90,7 @@ class ClipTextEncoder:
 
     def _encode_batch(self, texts: list[str]) -> Tensor:
         batch = self.tokenize(texts)
-        device = next(self.model.parameters()).device  # `model` may have been moved since it was loaded
+        device = next(self.model.parameters()).device  # the caller may have moved the model to another device
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
     def count_truncated(self, captions: Sequence[str]) -> int | None:
@@ -115,7 +113,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
         return hasattr(model_class, "get_text_features") or hasattr(model_class, "encode_text")
     try:
         config = load_config(path)
-    except (OSError, ValueError):  # not a transformers model; reported when the model is loaded
+    except (OSError, ValueError):  # loading the model will raise a more specific error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
 
@@ -123,13 +121,15 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
 def load_clip_text_encoder(
     path: str, device: torch.device | None = None, trust_remote_code: bool = False
 ) -> ClipTextEncoder:
-    """Load the text tower of a CLIP model. Default device: a GPU if available.
+    """Load the text tower of a CLIP model.
 
-    `path` is a folder or hub id for transformers. For open_clip, it is `open_clip:NAME/PRETRAINED`, `open_clip:FOLDER`
-    (folder saved by open_clip) or `open_clip:hf-hub:ID`.
+    Args:
+        path: Folder or hub id of a transformers model, or `open_clip:NAME/PRETRAINED`, `open_clip:hf-hub:ID` or
+            `open_clip:FOLDER` for an open_clip model.
+        device: Device to load the model on. Default: a GPU if available.
 
     Raises:
-        ValueError: The model's type is not supported, or the model requires its own code and `trust_remote_code` is
+        ValueError: The model type is not supported, or the model requires its own code and `trust_remote_code` is
             False.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -148,14 +148,14 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
         config = load_config(path)
         if config.model_type not in _TEXT_PREPROCESSING:
             raise ValueError(
-                f"{path} is a {config.model_type!r} model, which is not supported: its prompt, context length and "
-                f"padding are unknown to llm2clip. Supported types: {', '.join(_TEXT_PREPROCESSING)}. To compare with "
-                "any other model, save its embeddings in an .npz file"
+                f"{path} has the unsupported model type {config.model_type!r}: llm2clip does not know the model's "
+                f"context length and padding. Supported types: {', '.join(_TEXT_PREPROCESSING)}. To compare with any "
+                "other model, save its embeddings in an .npz file"
             )
         preprocessing = _TEXT_PREPROCESSING[config.model_type]
     model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=remote_code, dtype=torch.float32)
     model = model.to(device).eval()
-    if remote_code and hasattr(model, "encode_text"):  # as in Jina-CLIP, which tokenizes and truncates the texts
+    if remote_code and hasattr(model, "encode_text"):  # for example, Jina-CLIP's method tokenizes and truncates texts
         return ClipTextEncoder(
             model=model,
             context_length=None,
@@ -164,7 +164,7 @@ def _load_transformers(path: str, device: torch.device, remote_code: bool) -> Cl
             count_tokens=None,
         )
     if not hasattr(model, "get_text_features"):
-        raise ValueError(f"{path} has neither encode_text nor get_text_features, so it is not an image-text model")
+        raise ValueError(f"{path} is not an image-text model: it has neither encode_text nor get_text_features")
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=remote_code)
     context_length = tokenizer.model_max_length
     if not remote_code:
@@ -211,12 +211,12 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
             )
     model: Any = open_clip.create_model(architecture, pretrained=pretrained or None, device=device).eval()
     tokenizer: Any = open_clip.get_tokenizer(architecture)
-    hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # some models use a Hugging Face tokenizer
+    hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # only some open_clip models use a Hugging Face tokenizer
 
     def count_tokens(text: str) -> int:
         if hf_tokenizer is not None:
             return len(hf_tokenizer(text)["input_ids"])
-        return len(tokenizer.encode(text)) + 2  # start and end tokens
+        return len(tokenizer.encode(text)) + 2  # plus the start and end tokens
 
     return ClipTextEncoder(
         model=model,
@@ -227,7 +227,7 @@ def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
     )
 
 
-# Weight files that may contain the logit scale. In timm's hub repositories, only the open_clip file contains it.
+# Weight files that may contain the logit scale. In timm's hub repositories, only the open_clip file contains the scale.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -239,26 +239,25 @@ MIN_SIMILARITY = 0.99  # minimum cosine similarity between two implementations o
 
 
 def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
-    """Read the logit scale (the factor, not its logarithm) and the logit bias (or None) of a tower's CLIP model.
+    """Read the logit scale and the logit bias of the CLIP model that a vision tower comes from.
 
-    `tower` is a name for `VisionTower.from_pretrained`. Raise ValueError if its checkpoint contains only a vision
-    tower.
+    `tower` is a name for `VisionTower.from_pretrained`. Return the logit scale as a factor, not as a logarithm, and the
+    logit bias, or None if the model has no logit bias. Raise ValueError if the checkpoint contains no logit scale.
     """
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     for name in _WEIGHT_FILES:
         file = find_file(source, name)
-        tensors = _read_tensors(file, ("logit_scale", "logit_bias")) if file is not None else {}
+        tensors = _read_named_tensors(file, ("logit_scale", "logit_bias")) if file is not None else {}
         if "logit_scale" in tensors:
             bias = tensors.get("logit_bias")
             return tensors["logit_scale"].double().exp().item(), None if bias is None else bias.item()
     raise ValueError(
         f"--align.logit_scale inherit: the checkpoint of {tower} contains no logit scale. Set --align.logit_scale to a "
-        "number. Most CLIP models finish training with a logit scale of 100"
+        "number, such as 100, the final logit scale of most CLIP models"
     )
 
 
-def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Read the named tensors from a weight file or from the shards of an index file. Missing tensors are omitted."""
+def _read_named_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     if file.name.endswith(".index.json"):
         shard_of = read_weight_map(file)
         tensors: dict[str, Tensor] = {}
@@ -266,7 +265,7 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
             if name in shard_of:
                 shard = find_file(str(file.parent), Path(shard_of[name]).name)
                 if shard is not None:
-                    tensors |= _read_tensors(shard, (name,))
+                    tensors |= _read_named_tensors(shard, (name,))
         return tensors
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as weights:
@@ -276,39 +275,40 @@ def _read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -> ClipTextEncoder:
-    """Load the CLIP model whose embedding space is inherited.
+    """Load the CLIP model whose embedding space an LLM2CLIP model inherits.
 
-    `inherit` is the name of a CLIP model, as in `load_clip_text_encoder`, or True for the tower's original CLIP model.
+    `inherit` is the name of a CLIP model, as in `load_clip_text_encoder`, or True for the CLIP model that the vision
+    tower comes from. Raise ValueError if the checkpoint of that CLIP model has no text tower.
     """
     if isinstance(inherit, str):
         return load_clip_text_encoder(inherit, device)
     source = find_hub_id_or_folder(resolve_pretrained(tower))
     if has_text_tower(source):
         return load_clip_text_encoder(source, device)
-    # The hub repositories of timm towers also contain the open_clip model, including its text tower.
+    # The hub repositories of timm towers also contain the open_clip model, which includes a text tower.
     if (config := find_file(source, "open_clip_config.json")) is not None:
         is_folder = str(config.parent) == source
         return load_clip_text_encoder(f"{OPEN_CLIP_PREFIX}{'' if is_folder else 'hf-hub:'}{source}", device)
     raise ValueError(
-        f"--align.inherit true: the checkpoint of {tower} has no text tower. Specify the CLIP model that the tower "
-        "comes from (--align.inherit NAME or --align.inherit open_clip:NAME/PRETRAINED), or remove --align.inherit"
+        f"--align.inherit true: the checkpoint of {tower} has no text tower. Pass the CLIP model that the tower comes "
+        "from (--align.inherit NAME or --align.inherit open_clip:NAME/PRETRAINED), or omit --align.inherit"
     )
 
 
 def find_visual_projection(clip: Any) -> nn.Linear | None:
-    """Return the linear layer that maps image features to embeddings in a transformers or open_clip model.
+    """Return the image projection of a transformers or open_clip model, or None if the model has none, as in SigLIP.
 
-    Return None if the features are the embeddings, as in SigLIP. Raise ValueError for any other kind of projection.
+    Raise ValueError if the projection is not a linear layer.
     """
     if hasattr(clip, "get_image_features"):  # transformers
         return getattr(clip, "visual_projection", None)
     visual = clip.visual
-    if isinstance(weight := getattr(visual, "proj", None), Tensor):  # open_clip's ViT; shape (features, embeddings)
+    if isinstance(weight := getattr(visual, "proj", None), Tensor):  # open_clip's ViT; shape (feature_dim, embed_dim)
         feature_dim, embed_dim = weight.shape
         projection = nn.Linear(feature_dim, embed_dim, bias=False)
         projection.weight = nn.Parameter(weight.detach().T.contiguous())
         return projection
-    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm model; the projection is in timm or open_clip
+    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm tower; the trunk or the head has the projection
         head = [module for module in visual.head if not isinstance(module, nn.Dropout)]
         layers = [layer for layer in (trunk.get_classifier(), *head) if not isinstance(layer, nn.Identity)]
         if not layers:
@@ -316,22 +316,22 @@ def find_visual_projection(clip: Any) -> nn.Linear | None:
         if len(layers) == 1 and isinstance(layers[0], nn.Linear):
             return layers[0]
     raise ValueError(
-        "--align.inherit: the image projection of this CLIP model is not a linear layer. Remove --align.inherit"
+        "--align.inherit: the image projection of this CLIP model is not a linear layer. Omit --align.inherit"
     )
 
 
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model that has the same image embeddings as a CLIP model, and a randomly initialised text adapter.
+    """Build a model with the same image embeddings as a CLIP model, and a randomly initialised text adapter.
 
-    The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. `tower` must
-    be the CLIP model's image tower, loaded for training. Otherwise, raise ValueError.
+    The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. Raise
+    ValueError if `tower` is not the vision tower of the CLIP model.
     """
     projection = find_visual_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(
-            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but the vision "
-            f"tower's features have {tower.feature_dim}. Specify the CLIP model that --align.tower comes from"
+            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but those of the "
+            f"vision tower have {tower.feature_dim}. Pass the CLIP model that --align.tower comes from"
         )
     config = dataclasses.replace(
         config,
@@ -348,7 +348,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 
 @torch.no_grad()
 def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
-    """Raise ValueError if the models encode a random image differently. Skip the check for different image sizes."""
+    """Raise ValueError if models with the same image size encode a random image differently."""
     tower, is_transformers = model.tower, hasattr(clip, "get_image_features")
     size = tower.preprocess.size
     clip_size = getattr(clip.config.vision_config, "image_size", None) if is_transformers else clip.visual.image_size
@@ -365,12 +365,12 @@ def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
     if similarity < MIN_SIMILARITY:
         raise ValueError(
             "--align.inherit: the vision tower is not the image tower of this CLIP model (cosine similarity between "
-            f"their image embeddings: {similarity:.2f}). Specify the CLIP model that --align.tower comes from"
+            f"their image embeddings: {similarity:.2f}). Pass the CLIP model that --align.tower comes from"
         )
 
 
 def find_hub_id_or_folder(tower: str) -> str:
-    """Return the folder or hub id of a tower's weights. For a timm model, the hub id is in timm's pretrained config."""
+    """Return the folder or hub id of a vision tower's weights. For the name of a timm model, look up the hub id."""
     prefix, colon, rest = tower.partition(":")
     name = rest if colon and prefix in ("timm", "hf") else tower
     if "/" in name or Path(name).is_dir():

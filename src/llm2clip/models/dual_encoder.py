@@ -1,6 +1,6 @@
-"""Common interface for image-text models: llm2clip models and baselines.
+"""Common interface to image-text models: llm2clip models, and CLIP models from other libraries.
 
-Models are loaded by name, in one of these forms:
+A model name has one of these forms:
 
 MODEL                        folder or hub id of an llm2clip model
 NAME                         folder or hub id of a transformers model (CLIP, SigLIP, Chinese-CLIP, Jina-CLIP, ...)
@@ -58,24 +58,23 @@ SENTENCE_TRANSFORMERS_PREFIX = "st:"
 
 @dataclass
 class DualEncoder:
-    """An image encoder and a text encoder with a shared embedding space.
+    """Image encoder and text encoder with a shared embedding space.
 
-    Use `encode_images` and `encode_texts`, which return normalised embeddings. Functions whose names end in `_raw` may
-    return unnormalised embeddings of shape (N, embed_dim) with any dtype and on any device.
+    Use `encode_images` and `encode_texts`, which return L2-normalised embeddings. The functions `encode_images_raw` and
+    `encode_texts_raw` may return unnormalised embeddings of shape (N, embed_dim), of any dtype and on any device.
 
     Attributes:
-        identity: Function that returns a dict of everything, except the precision, that affects the embeddings.
+        identity: Function that returns a dict of everything that affects the embeddings, except the precision.
         transform: Picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
-        encode_images_raw: Function of N outputs of `transform`.
-        encode_texts_raw: Function of N texts and a bool (True to show a progress bar).
-        count_truncated: Function that counts how many of N texts are truncated, or returns None if this is unknown.
-        dense: Encoder for dense image features, or None if this type of model does not support them.
-        logit_scale: Function that returns the learned factor applied to cosine similarities, or None if there is none.
+        encode_images_raw: Function that encodes a list of N outputs of `transform`.
+        encode_texts_raw: Function that encodes N texts. Its second argument is True to show a progress bar.
+        count_truncated: Function that counts how many of N texts are truncated, or returns None if unknown.
+        dense: Encoder for dense image features, or None if the model does not support dense features.
+        logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
-        part_identities: Function that returns two dicts: everything that affects the image embeddings, and everything
-            that affects the text embeddings. Models with equal first dicts can search the same index. None if
-            unsupported.
-        llm2clip: The llm2clip model without truncation, or None for models of other types.
+        part_identities: Function that returns a dict of everything that affects the image embeddings and a dict for the
+            text embeddings, or None if unsupported. Models with equal image dicts can search the same index.
+        llm2clip: The llm2clip model without truncation, or None for other types of models.
     """
 
     name: str
@@ -95,7 +94,7 @@ class DualEncoder:
     @torch.inference_mode()
     @onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform`. Return L2-normalised float32 embeddings (N, embed_dim) on the CPU."""
+        """Encode N outputs of `transform`. Return embeddings like those of `encode_texts`."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
@@ -105,7 +104,8 @@ class DualEncoder:
 
     @cached_property
     def part_fingerprints(self) -> tuple[str, str] | None:
-        """Fingerprints of `part_identities`. Computed once, because hashing the weights of an LLM takes seconds."""
+        """Fingerprints of the image encoder and the text encoder, or None if `part_identities` is unsupported."""
+        # The property is cached because hashing the weights of an LLM takes seconds.
         parts = self.part_identities()
         return None if parts is None else (fingerprint(parts[0]), fingerprint(parts[1]))
 
@@ -114,7 +114,7 @@ class DualEncoder:
         return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
-        """Return the model with embeddings truncated to their first `dim` dimensions and normalised again."""
+        """Return a model that truncates embeddings to the first `dim` dimensions and normalises the result."""
         check_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
@@ -147,18 +147,18 @@ def open_dual_encoder(
     trust_remote_code: bool = False,
     stage: Stage = "evaluate",
 ) -> DualEncoder:
-    """Load an image-text model by name, in one of the forms listed at the top of this module.
+    """Load an image-text model. The forms of `name` are listed at the top of `models/dual_encoder.py`.
 
     Args:
         device: Device to load the model on. Default: a GPU if available.
         precision: Precision of an llm2clip model (see `wrap_llm2clip`). Models of other types always run in fp32.
         trust_remote_code: Allow the model's own Python code to run. Required for Jina-CLIP.
-        stage: Stage for which `auto` selects the precision. For `serve`, the caption encoder is loaded immediately,
-            otherwise on first use.
+        stage: Stage for which `auto` selects the precision. For `serve`, the caption encoder is loaded immediately.
+            For other stages, the caption encoder is loaded on first use.
 
     Raises:
-        ValueError: The model lacks an image encoder or a text encoder, its type is not supported, or it requires its
-            own code and `trust_remote_code` is False.
+        ValueError: The model has no image encoder or no text encoder, the model type is not supported, or the model
+            requires its own code and `trust_remote_code` is False.
         OSError: The model does not exist.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -183,10 +183,10 @@ def open_dual_encoder(
 
 
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
-    """Switch an LLM2CLIP model to eval mode and wrap it. The caption encoder is loaded on first use.
+    """Wrap an LLM2CLIP model, and switch the model to eval mode. The caption encoder is loaded on first use.
 
     `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of
-    the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
+    the stage. On GPUs, the vision tower uses the dtype of the same precision.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)
@@ -219,12 +219,12 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
         dense=_try_build_dense_encoder(model.tower, model.projection, image_precision),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
         query_templates=model.config.query_templates,
-        part_identities=lambda: _identify_parts(model),
+        part_identities=lambda: _get_part_identities(model),
         llm2clip=model,
     )
 
 
-def _identify_parts(model: LLM2CLIP) -> tuple[dict[str, Any], dict[str, Any]]:
+def _get_part_identities(model: LLM2CLIP) -> tuple[dict[str, Any], dict[str, Any]]:
     image = {
         "tower": model.config.tower,
         "embed_dim": model.config.embed_dim,
@@ -248,7 +248,7 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
 
     text_encoder = load_clip_text_encoder(source, device, trust_remote_code)
     model = text_encoder.model
-    if hasattr(model, "encode_text") and hasattr(model, "encode_image"):  # Jina-CLIP's own code preprocesses the images
+    if hasattr(model, "encode_text") and hasattr(model, "encode_image"):  # Jina-CLIP's own code preprocesses images
         return _build_clip_dual_encoder(
             name, text_encoder, to_pil_image, lambda images: torch.as_tensor(model.encode_image(images))
         )
@@ -261,14 +261,14 @@ def _load_transformers(name: str, source: str, device: torch.device, trust_remot
     return _build_clip_dual_encoder(
         name,
         text_encoder,
-        transform=partial(_apply_processor, processor),
+        transform=partial(_preprocess_image, processor),
         encode_images=encode_images,
         dense=_build_transformers_dense_encoder(model, processor),
     )
 
 
-def _apply_processor(processor: Any, image: Tensor) -> dict[str, Tensor]:
-    # Defined at module level, because worker processes cannot unpickle local functions.
+def _preprocess_image(processor: Any, image: Tensor) -> dict[str, Tensor]:
+    # This function is at module level because worker processes cannot unpickle local functions.
     batch = processor(images=to_pil_image(image), return_tensors="pt")
     return {key: tensor[0] for key, tensor in batch.items()}
 
@@ -278,7 +278,7 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
         return None
     try:
         preprocess = Preprocess.from_dict(processor.to_dict())
-    except ValueError:  # the model was not trained on square images
+    except ValueError:  # `Preprocess` supports only square images
         return None
     architecture = model.config.vision_config.to_dict()
     config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
@@ -305,7 +305,7 @@ def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
 
 def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
     trunk = getattr(visual, "trunk", None)
-    if trunk is None or hasattr(visual.head, "pool"):  # open_clip's own image encoder or pooling
+    if trunk is None or hasattr(visual.head, "pool"):  # the tower or its pooling is not from timm
         return None
     size = max(cfg["size"]) if isinstance(cfg["size"], tuple | list) else cfg["size"]
     preprocess = Preprocess(
@@ -350,7 +350,7 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     from sentence_transformers import SentenceTransformer
 
     path = name.removeprefix(SENTENCE_TRANSFORMERS_PREFIX)
-    # For names without an owner, sentence-transformers also searches its own hub organisation.
+    # sentence-transformers looks for models without an owner in its own hub organisation.
     check_model_source(path if "/" in path or Path(path).exists() else f"sentence-transformers/{path}")
     with explain_remote_code_error(name):
         model: Any = SentenceTransformer(
@@ -362,9 +362,9 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
     missing = [modality for modality in ("image", "text") if modality not in model.modalities]
     if missing:
         raise ValueError(
-            f"{name} does not encode {' and '.join(missing)}s, according to sentence-transformers (supported: "
-            f"{', '.join(map(str, model.modalities))}). If transformers can load the model, use its name without the "
-            f"prefix {SENTENCE_TRANSFORMERS_PREFIX}"
+            f"{name} does not encode {'s and '.join(missing)}s, according to sentence-transformers (supported: "
+            f"{', '.join(map(str, model.modalities))}). If transformers can load the model, omit the prefix "
+            f"{SENTENCE_TRANSFORMERS_PREFIX}"
         )
 
     def encode(inputs: Sequence[Any], progress: bool = False) -> Tensor:

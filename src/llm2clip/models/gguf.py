@@ -1,11 +1,10 @@
 """Conversion of GGUF files (llama.cpp's format, usually quantised) to safetensors folders.
 
-transformers dequantises a GGUF file on every load, and cannot save the loaded model. A one-time conversion solves both
-problems: SmolLM2-135M loads in 17 s from a GGUF file, and in 1 s from safetensors.
+transformers dequantises a GGUF file on every load, and cannot save the loaded model. After a one-time conversion to
+safetensors, SmolLM2-135M loads in 1 s instead of 17 s.
 
-The weights are written in float32 (4 bytes per parameter). In the Q4_1 format, a dequantised weight is the product of a
-4-bit integer and a float16 scale, plus a float16 offset. Neither float16 nor bfloat16 can represent all such values. Of
-SmolLM2-135M's 134.5 M dequantised weights, a cast to bfloat16 changes 106.6 M, and a cast to float16 55.9 M.
+The weights are written in float32, because neither float16 nor bfloat16 can represent all dequantised weights. For
+example, a cast to bfloat16 would change 79% of the dequantised Q4_1 weights of SmolLM2-135M, and a cast to float16 42%.
 """
 
 import os
@@ -15,17 +14,18 @@ from typing import Any, BinaryIO
 
 from llm2clip.models.loading import hide_loading_bars
 
-# GGUF type codes of strings and arrays, and the size in bytes of all other types, keyed by type code.
+# GGUF type codes of strings and arrays.
 _STRING, _ARRAY = 8, 9
+# Size in bytes of a value of each other GGUF type, keyed by type code.
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 @hide_loading_bars()
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's tokenizer and decoder, without the LM head, to an existing folder.
+    """Convert a GGUF file to safetensors, and write the tokenizer and the decoder without the LM head to a folder.
 
-    All architectures that transformers can load from GGUF files are supported (llama, qwen2, qwen3, gemma3, ...). Raise
-    ValueError if the file is corrupt or lacks weights.
+    All architectures that transformers can load from GGUF files are supported, such as llama, qwen2, qwen3 and gemma3.
+    Raise ValueError if the file is corrupt or some of the model's weights are missing.
     """
     import torch
     import transformers.modeling_gguf_pytorch_utils
@@ -36,7 +36,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     gguf_utils: Any = transformers.modeling_gguf_pytorch_utils
     tqdm = gguf_utils.tqdm
     try:
-        # Hide the progress bars for conversion, loading and saving, which have no labels.
+        # Hide transformers' progress bars for the conversion, which have no labels.
         gguf_utils.tqdm = partial(tqdm, disable=True)
         model, report = AutoModel.from_pretrained(
             source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -44,13 +44,13 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     finally:
         gguf_utils.tqdm = tqdm
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers only warns, and initialises missing weights randomly
+    if missing:  # transformers would only log a warning and initialise the missing weights randomly
         raise ValueError(
-            f"{gguf} is missing {len(missing):,} of the model's weights, including {missing[0]}. The file is "
-            "incomplete, or the installed gguf package is too old"
+            f"{gguf} lacks {len(missing):,} of the model's weights, including {missing[0]}. Download the file again or "
+            "update the gguf package"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
-    # The weights are dequantised, but `save_pretrained` fails while these attributes mark the model as quantised.
+    # Although the weights are dequantised, `save_pretrained` fails if one of these attributes marks them as quantised.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)
@@ -62,11 +62,11 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
 def check_gguf_header(gguf: Path) -> None:
     """Raise ValueError if the metadata in a GGUF file's header extends past the end of the file.
 
-    The gguf package does not check array lengths, and would try to read an array of 2^40 values from a small file. File
-    format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    The gguf package does not check array lengths, so a small corrupt file could make it read an array of 2^40 values.
+    File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     with gguf.open("rb") as file:
-        reader = _GGUFReader(file)
+        reader = _GGUFMetadataReader(file)
         if file.read(4) != b"GGUF":
             raise ValueError(f"{gguf} is not a GGUF file")
         try:
@@ -78,8 +78,8 @@ def check_gguf_header(gguf: Path) -> None:
             raise ValueError(f"{gguf} is corrupt: its metadata extends past the end of the file") from error
 
 
-class _GGUFReader:
-    """Reader that skips GGUF metadata. Its methods raise EOFError instead of reading past the end of the file."""
+class _GGUFMetadataReader:
+    """Reader for GGUF metadata. All methods raise EOFError instead of reading past the end of the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

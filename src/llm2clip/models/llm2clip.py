@@ -1,4 +1,4 @@
-"""LLM2CLIP model: a vision tower and a caption encoder with a shared embedding space."""
+"""LLM2CLIP model: vision tower and caption encoder with a shared embedding space."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ from llm2clip.models.vision.segmentation import DenseMethods
 from llm2clip.models.vision.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
-# Initial standard deviation of the weights of a projection with bias, as in the LLM2CLIP authors' code
-# (eva_vit_model.py: 0.02 times an init_scale of 0.001). The bias starts at zero.
+# Initial standard deviation of the weights of an image projection with a bias, as in the LLM2CLIP authors' code
+# (0.02 times an init_scale of 0.001 in eva_vit_model.py).
 SMALL_PROJECTION_STD = 2e-5
 
 
 class LLM2CLIP(DenseMethods, nn.Module):
-    """Image encoder (vision tower and projection) and text encoder (caption encoder and adapter).
+    """LLM2CLIP model, which encodes images and texts in a shared embedding space.
 
-    The caption encoder is frozen, and its weights are not parameters of this module. `encode_text` runs the encoder,
-    whereas training reads caption embeddings from an embedding store.
+    The image encoder is a vision tower and a projection. The text encoder is a caption encoder and an adapter.
+    The caption encoder is frozen, and its weights are not parameters of this module. `encode_text` runs the caption
+    encoder, but training reads caption embeddings from an embedding store.
 
     Attributes:
         projection: Linear layer from feature_dim to embed_dim, or the identity if `config.projection` is False.
         logit_scale: Parameter of shape (1,), the logarithm of the factor applied to cosine similarities.
-        logit_bias: Parameter of shape (1,), the bias added to the logits, or None if the model has no logit bias.
-        text_folder: Folder of the saved caption encoder, if the model was loaded from a folder with an encoder.
-        training_images: Sorted uint64 hashes of the training images, of shape (N,), or None if
-            unknown. They are saved with the model.
+        logit_bias: Parameter of shape (1,), added to the logits, or None if the model has no logit bias.
+        text_folder: Folder of the saved caption encoder, or None if the model folder contains no caption encoder.
+        training_images: Sorted hashes of the training images, uint64 of shape (N,), or None if unknown. The hashes are
+            saved with the model.
     """
 
     def __init__(self, config: LLM2CLIPConfig, tower: VisionTower, encoder: CaptionEncoder | None = None) -> None:
@@ -70,7 +71,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         elif config.embed_dim != tower.feature_dim:
             raise ValueError(
                 f"embed_dim is {config.embed_dim}, but the vision tower's features have size {tower.feature_dim}. "
-                "Without an image projection, the sizes must be equal"
+                "Without an image projection, both sizes must be equal"
             )
         if any(not 0 < dim < config.embed_dim for dim in config.matryoshka_dims):
             raise ValueError(
@@ -78,10 +79,10 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 f"shared embedding space (got {config.matryoshka_dims})"
             )
         self.adapter = Adapter(config.text_dim, config.embed_dim, **dataclasses.asdict(config.adapter))
-        # Logit scale and bias are one-dimensional because FSDP cannot shard scalars.
+        # The logit scale and the logit bias are one-dimensional because FSDP cannot shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10 if config.logit_bias else 1 / 0.07)]))
         self.logit_bias = nn.Parameter(torch.tensor([-10.0])) if config.logit_bias else None
-        # Wrapped in a list, so that PyTorch does not register the encoder as a submodule.
+        # The encoder is wrapped in a list so that PyTorch does not register the encoder as a submodule.
         self._encoder = [encoder] if encoder is not None else []
         self.text_folder: Path | None = None
         self.training_images: np.ndarray | None = None
@@ -96,16 +97,17 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Embed images, texts, or both.
 
         Args:
-            pixels: uint8 tensor of shape (N, 3, S, S).
+            pixels: Images of shape (N, 3, S, S), uint8, where S is the tower's image size.
             embeddings: Unnormalised caption embeddings of shape (M, text_dim).
-            features: Tower features of shape (N, feature_dim), used instead of `pixels`.
-            return_features: Also return the tower features as a fifth item.
+            features: Vision tower features of shape (N, feature_dim), used instead of `pixels`.
+            return_features: Also return the vision tower features as a fifth item.
 
         Returns:
-            (image embeddings, text embeddings, logit scale, logit bias). The embeddings are L2-normalised and float32,
-            of shape (N, embed_dim) and (M, embed_dim), or None without the corresponding input. The logits are scale *
-            cosine similarity + bias. The scale is clamped to 100 only in training mode, because some official
-            checkpoints have a larger scale.
+            (image embeddings, text embeddings, logit scale, logit bias). The L2-normalised float32 embeddings have
+            shape (N, embed_dim) for images and (M, embed_dim) for texts, or are None if the input is missing.
+
+            The logits are logit scale * cosine similarity + logit bias. The logit scale is clamped to 100 only in
+            training mode, because some official checkpoints have a larger logit scale.
         """
         if pixels is not None:
             features = self.tower(pixels)
@@ -119,7 +121,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit scale, clamped to 100, and the logit bias if the model has one and `bias` is not None."""
+        """Set the logit scale, clamped to 100, and the logit bias, if the model has a logit bias."""
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
         if bias is not None and self.logit_bias is not None:
@@ -127,7 +129,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to 100 after an optimizer step. Above 100, its gradient would be zero."""
+        """Clamp the logit scale to 100 after an optimizer step, because its gradient would be zero above 100."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
 
     @property
@@ -140,7 +142,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """The caption encoder. Unless `load_encoder` has been called, it is loaded on first use, with fp32 weights.
+        """Caption encoder, which is loaded with fp32 weights on first use, unless `load_encoder` was called before.
 
         Raise ValueError if the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
         """
@@ -149,19 +151,19 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
-        """Load the caption encoder, unless it is loaded, with only the weights needed to encode in `precision`.
+        """Load the caption encoder with weights cast for encoding in `precision`. Return the encoder's precision.
 
-        Return the encoder's precision. `auto` selects a precision for the stage (see `models/precision.py`). A model
-        trained on bf16 embeddings uses their precision instead of a calibrated one.
+        If the caption encoder is already loaded, its weights are unchanged. `auto` selects a precision for the stage
+        (see `models/precision.py`). If the model was trained on bf16 embeddings, calibration is skipped.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
-        resolved = resolve_precision(stage, precision, self.device, lambda: self._calibrate(encoder))
+        resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))
         if not self._encoder:
             encoder.move_for_encoding(self.device, resolved)
             self._encoder.append(encoder)
         return resolved
 
-    def _calibrate(self, encoder: CaptionEncoder) -> str:
+    def _get_calibrated_precision(self, encoder: CaptionEncoder) -> str:
         trained_with = str(self.config.encoder.get("precision", ""))
         if not encoder.has_full_precision:
             return encoder.weights_precision
@@ -170,8 +172,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def _load_text_folder(self, device: torch.device | str) -> CaptionEncoder:
         if self.text_folder is None:
             raise ValueError(
-                "this model has no caption encoder: add the encoder it was trained with, using set_encoder(...) or "
-                "`llm2clip convert MODEL --text ENCODER --out MODEL`"
+                "the model has no caption encoder: add the encoder that the model was trained with, using "
+                "set_encoder(...) or `llm2clip convert MODEL --text ENCODER --out MODEL`"
             )
         encoder = CaptionEncoder.from_pretrained(self.text_folder, device=device)
         self._check_dimension(encoder, str(self.text_folder))
@@ -181,8 +183,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Set the caption encoder. Raise ValueError if the adapter was trained with a different encoder."""
         self._check_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
-        # The precision is not compared, because users choose it for each call. The LLM config is not compared, because
-        # transformers releases can rename its entries.
+        # Users choose the precision for each call, and transformers releases can rename entries of the LLM config.
+        # Therefore, neither the precision nor the LLM config is compared.
         names = [name for name in identity if name in trained_with and name not in ("precision", "config")]
         differences = [name for name in names if trained_with[name] != identity[name]]
         if differences:
@@ -196,8 +198,8 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def _check_dimension(self, encoder: CaptionEncoder, name: str) -> None:
         if encoder.embed_dim != self.config.text_dim:
             raise ValueError(
-                f"{name} produces {encoder.embed_dim}-dimensional embeddings, but the adapter requires "
-                f"{self.config.text_dim} dimensions: this is not the encoder that the adapter was trained with"
+                f"the embeddings of {name} have {encoder.embed_dim} dimensions, but the adapter requires "
+                f"{self.config.text_dim}: use the caption encoder that the adapter was trained with"
             )
 
     @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
@@ -206,9 +208,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Encode N images. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU.
 
         Args:
-            images: One image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3). An
-                image is a path, the bytes of an image file, a PIL image, a uint8 NumPy array of shape (H, W, 3) or (H,
-                W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
+            images: One image, a list of N images, a tensor of shape (N, 3, H, W) or an array of shape (N, H, W, 3).
+                An image is a path, the bytes of an image file, a PIL image, a uint8 NumPy array of shape (H, W, 3) or
+                (H, W), or a tensor of shape (3, H, W), either uint8 or float with values from 0 to 1.
 
         Raises:
             ImageError: An image cannot be decoded.
@@ -240,7 +242,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
                 the text itself, add the template "{}".
 
         Raises:
-            ValueError: A text is empty, or a template has no {} placeholder. For encoder errors, see `encoder`.
+            ValueError: A text is empty, a template has no {} placeholder, or the model has no caption encoder.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
         check_not_empty(captions)
@@ -255,21 +257,22 @@ class LLM2CLIP(DenseMethods, nn.Module):
     def encode_query(
         self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
     ) -> Tensor:
-        """Encode N search queries. Unlike `encode_text`, insert short queries into `config.query_templates`.
+        """Encode N search queries. Return embeddings like those of `encode_text`.
 
-        The embedding of a short query is the normalised mean over the query and the resulting prompts.
+        Short queries are also inserted into `config.query_templates`. The embedding of a short query is the normalised
+        mean over the query and the resulting prompts.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
         return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
 
     def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
-        """Encode N documents that queries are compared with. Return embeddings like those of `encode_text`.
+        """Encode N documents for search. Return embeddings like those of `encode_text`.
 
         Args:
-            documents: One document or a list of N documents. A document is a text, an image as for `encode_image`
-                except a path as a string, or a dict with a "text", an "image" or both. The embeddings of a text and an
-                image are added. An empty "text" is treated as missing.
+            documents: One document or a list of N documents. A document is a text, an image or a dict with a "text", an
+                "image" or both. An image can have any form that `encode_image` accepts, but outside of a dict, a string
+                is always a text. The embeddings of a text and an image are added. An empty "text" is ignored.
         """
         is_single = isinstance(documents, str | bytes | Mapping) or getattr(documents, "ndim", 1) in (2, 3)
         items = list(documents) if isinstance(documents, Iterable) and not is_single else [documents]
@@ -278,7 +281,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings (N, text_dim) to L2-normalised float32 embeddings (N, embed_dim) on the CPU."""
+        """Map caption embeddings of shape (N, text_dim) to embeddings like those of `encode_text`."""
         self.adapter.eval()  # self.eval() would take milliseconds for a vision tower
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
@@ -289,7 +292,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return texts @ images.T
 
     def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
-        """Save the model to a folder atomically, without a model card. An existing model folder is replaced.
+        """Save the model, without a model card, to a folder. An existing model folder is replaced atomically.
 
         Args:
             encoder: Caption encoder to save, or folder of a saved caption encoder. Default: the model's caption
@@ -302,7 +305,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         if folder.exists() and not is_model_folder(folder):
             raise FileExistsError(f"{folder} exists and is not a model folder: choose another folder")
         if encoder is None:
-            # An encoder with bf16 weights cannot be saved, but its original folder can be copied.
+            # An encoder with bf16 weights cannot be saved, but the folder of the original encoder can be copied.
             is_complete = self._encoder and self._encoder[0].has_full_precision
             encoder = self._encoder[0] if is_complete else self.text_folder
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -319,7 +322,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # only for users who compare model folders
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # not read, but helps to compare model folders
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
@@ -337,7 +340,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
 
         Raises:
             FileNotFoundError: The model does not exist or cannot be downloaded, or files are missing.
-            ValueError: The folder is corrupt, does not contain an llm2clip model, or has another format version.
+            ValueError: The folder is corrupt, does not contain an llm2clip model, or has a different format version.
         """
         folder = find_model_folder(path)
         file, values = folder / "config.json", read_model_config(folder, path)
@@ -350,7 +353,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             raise
         except Exception as error:  # timm and transformers can raise any exception for a malformed config
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
-        # Without one of these JSON files, the caption encoder would be loaded with different settings.
+        # If one of the caption encoder's JSON files were missing, the encoder would be loaded with different settings.
         tokenizer_file = "tokenizer_config.json" if (folder / "text/config.json").is_file() else "tokenizer.json"
         encoder_files = ("modules.json", "config_sentence_transformers.json", tokenizer_file, "*.safetensors")
         for name in ("model.safetensors", *(f"text/{name}" for name in encoder_files if (folder / "text").is_dir())):
@@ -368,14 +371,14 @@ class LLM2CLIP(DenseMethods, nn.Module):
 def encode_documents(
     documents: Sequence[Any], embed_dim: int, encoders: Mapping[str, Callable[[list[Any]], Tensor]]
 ) -> Tensor:
-    """Encode documents (see `LLM2CLIP.encode_document`) with the encoders for "image" and "text"."""
+    """Encode N documents, as described in `LLM2CLIP.encode_document`, with the encoders for "image" and "text"."""
     parts = []
     for row, item in enumerate(documents):
         part = item if isinstance(item, Mapping) else {"text" if isinstance(item, str) else "image": item}
         if isinstance(part.get("text"), str) and not part["text"].strip():
             part = {**part, "text": None}
         if all(part.get(kind) is None for kind in encoders):
-            raise ValueError(f"document {row} has neither an image nor a non-empty text (its keys: {list(part)})")
+            raise ValueError(f"document {row} has neither an image nor a non-empty text (keys: {list(part)})")
         parts.append(part)
     embeddings = torch.zeros(len(parts), embed_dim)
     for kind, encode in encoders.items():
@@ -386,7 +389,7 @@ def encode_documents(
 
 
 def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
-    """Build a randomly initialised image projection, as in the authors' code for EVA (with bias) or CLIP (without)."""
+    """Build an image projection, randomly initialised as in the LLM2CLIP authors' code."""
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
     if bias:
@@ -395,7 +398,7 @@ def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
 
 
 def needs_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if a new projection gets a bias and near-zero weights, as the authors' code does only for EVA."""
+    """Return True if the image projection for a tower has a bias in the LLM2CLIP authors' code (only for EVA)."""
     architecture = tower["architecture"]  # a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith("eva")
 
@@ -417,15 +420,14 @@ def check_dim(dim: int, embed_dim: int, name: str) -> None:
 
 @torch.no_grad()
 def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
-    """Rotate a model's embedding space in place, so that its first dimensions have the largest variance over captions.
+    """Rotate a model's embedding space in place, so that the first dimensions have the largest variance over captions.
 
-    The rotation is applied to the last layers of both towers, which are linear, so cosine similarities do not change.
-    The rows of the rotation are the uncentred principal components of the text embeddings: the eigenvectors of their
-    second-moment matrix, largest eigenvalue first. `captions` are unnormalised embeddings from the encoder, float32 of
-    shape (N, text_dim).
+    Cosine similarities do not change, because the same rotation is applied to the last linear layers of both towers.
+    The rows of the rotation are the uncentred principal components of the text embeddings, in descending order of
+    eigenvalue. `captions` are unnormalised caption embeddings of shape (N, text_dim), float32.
     """
     if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
-        raise ValueError("the embedding space can be rotated only in a model with an image projection and an adapter")
+        raise ValueError("the embedding space can be rotated only if the model has an image projection and an adapter")
     texts = model.project_text_embeddings(captions).double()  # (N, D)
     eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
     rotation = eigenvectors.flip(1).T  # (D, D)
@@ -437,8 +439,8 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
 def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     """Return a copy of a model that computes only the first `dim` dimensions of its embeddings.
 
-    The last layers of both towers are linear, so only their first `dim` rows are kept. If a tower has no projection, a
-    projection that selects the first `dim` features is added. Without an adapter, the caption encoder is truncated.
+    The weights of the last linear layer of each tower are truncated to the first `dim` rows. Without an image
+    projection, a projection to the first `dim` features is added. Without an adapter, the caption encoder is truncated.
     """
     check_dim(dim, model.config.embed_dim, "the model")
     if dim == model.config.embed_dim:
@@ -447,7 +449,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     config.matryoshka_dims = [size for size in config.matryoshka_dims if size < dim]
     if config.adapter.depth == 0:
         if not model.has_encoder:
-            raise ValueError("a model without an adapter can be truncated only with its caption encoder: add --text")
+            raise ValueError("a model without an adapter can be truncated only with its caption encoder: pass --text")
         encoder = copy.deepcopy(model.encoder)
         truncate_embeddings(encoder.st, dim)
         config.text_dim, config.encoder = dim, encoder.identity()
@@ -467,8 +469,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
 
 
 def _rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
-    """Multiply a linear layer's outputs by a float64 CPU matrix, by changing the layer's weights in place."""
-    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # Apple GPUs do not support float64
+    layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
     if layer.bias is not None:
         layer.bias.copy_(rotation @ layer.bias.cpu().double())
 

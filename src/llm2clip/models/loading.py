@@ -1,13 +1,12 @@
-"""Model loading by name, with safeguards against long retries, untrusted code and irrelevant messages.
+"""Helpers for loading models by name: hub access, safe configs, hashes and error messages.
 
-Given a mistyped path, a library would look for it on the hub and, if the machine is offline, retry for a minute.
+If a user mistypes a path, libraries look for the path on the hub, and retry for a minute if the machine is offline.
 Therefore, call `check_model_source` before passing a name to a library.
 
-A model folder may come from an untrusted source. It can contain Python code, as Jina-CLIP does, and its config can name
-code on the hub: attention implementations with names such as `OWNER/NAME`, which the `kernels` package downloads and
-runs, and the kernels of some quantisation methods. To ensure that only the user can choose an implementation, pass the
-result of `load_config` or `build_config` to every transformers model, and `WITHOUT_HUB_CODE` to every
-SentenceTransformer.
+A model folder from an untrusted source can contain Python code. Its config can also name code on the hub, which
+transformers would download and run: attention implementations of the form `OWNER/NAME`, and kernels for quantised
+weights. To prevent such downloads, pass the result of `load_config` or `build_config` to every transformers model, and
+`WITHOUT_HUB_CODE` to every SentenceTransformer.
 """
 
 from __future__ import annotations
@@ -40,28 +39,28 @@ DEFAULT_FILES = (
     *("merges.txt", "special_tokens_map.json", "pytorch_model.bin"),
 )
 HUB_TIMEOUT = 5  # seconds per request to the hub
-MAX_TEXT_GROWTH = 1000  # maximum factor by which a tokenizer's normaliser may lengthen a text
+MAX_TEXT_GROWTH = 1000  # maximum ratio of a text's length after tokenizer normalisation to its original length
 # HTTP status, hub error code, exception type or errno -> explanation and advice.
 _HUB_ERRORS: dict[Any, str] = {
     **dict.fromkeys((401, 403, 404), "{access_problem}: run `hf auth login` or set HF_TOKEN"),
-    412: "the repository was changed by another push: check its files, then push again to replace them",
+    412: "another push changed the repository: check the new files, then push again to replace them",
     429: "the hub received too many requests: try again in a few minutes",
     "GatedRepo": "the model is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN",
     "RevisionNotFound": "the revision does not exist: pass a branch, a tag or a full commit hash",
-    json.JSONDecodeError: "the hub's response is not valid JSON (is there a proxy or login page?)",
-    errno.ENOSPC: "no space is left on the disk: free some, or set HF_HOME to a folder on another disk",
+    json.JSONDecodeError: "the hub's response is not valid JSON: check for a proxy or login page",
+    errno.ENOSPC: "no space is left on the disk: free some space, or set HF_HOME to a folder on another disk",
 }
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (
     *(".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".onnx", ".npz", ".npy", ".pkl"),
     *(".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".zip", ".tar", ".gz"),
 )
-# transformers config entries that do not affect a model's output, and is_causal, which is part of encoder identities.
+# transformers config entries to ignore when configs are compared. is_causal is a separate entry of encoder identities.
 ENTRIES_WITHOUT_EFFECT = (
     *("_name_or_path", "transformers_version", "architectures", "id2label", "label2id"),
     *("dtype", "torch_dtype", "use_cache", "is_causal"),
 )
-# `from_pretrained` arguments that override the values saved in a sentence-transformers folder, for all model parts.
+# `from_pretrained` arguments that prevent a sentence-transformers folder from loading code from the hub.
 WITHOUT_HUB_CODE: dict[str, Any] = {
     "attn_implementation": None,
     "experts_implementation": None,
@@ -76,20 +75,20 @@ WITHOUT_HUB_CODE: dict[str, Any] = {
 
 
 def is_hub_id(name: str) -> bool:
-    """Return True if a name has the form OWNER/NAME and does not end with the suffix of a weight or data file."""
+    """Return True if `name` has the form OWNER/NAME and does not end with the suffix of a weight file or data file."""
     return _HUB_ID.fullmatch(name) is not None and not name.lower().endswith(_FILE_SUFFIXES)
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split OWNER/NAME@REVISION into hub id and revision. For other names, the revision is None."""
+    """Split OWNER/NAME@REVISION into a hub id and a revision. Return other names unchanged, with None as revision."""
     hub_id, _, revision = name.partition("@")
     return (hub_id, revision) if revision and is_hub_id(hub_id) and not Path(name).exists() else (name, None)
 
 
 def check_model_source(source: str | Path) -> None:
-    """Raise FileNotFoundError unless a model is a local path, or can be looked up on the hub or in the hub's cache.
+    """Raise FileNotFoundError if `source` is neither a local path nor a hub id that is cached or can be looked up.
 
-    If the hub cannot be reached, huggingface_hub is switched to offline mode to prevent retries.
+    If the hub cannot be reached, switch huggingface_hub to offline mode to prevent retries.
     """
     from huggingface_hub import constants
 
@@ -97,7 +96,7 @@ def check_model_source(source: str | Path) -> None:
     if Path(name).exists():
         return
     if not is_hub_id(name):
-        raise FileNotFoundError(f"{name} is not a folder, a file or a hub id (OWNER/NAME)")
+        raise FileNotFoundError(f"{name} is neither an existing path nor a hub id (OWNER/NAME)")
     problem = find_hub_problem()
     if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
         raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
@@ -105,7 +104,7 @@ def check_model_source(source: str | Path) -> None:
 
 @lru_cache(maxsize=1)
 def find_hub_problem() -> str:
-    """Return the reason why the hub cannot be used, or "" if it can. The hub is contacted only once per process."""
+    """Return the reason why the hub cannot be used, or "" if the hub can be used. Check only once per process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -121,8 +120,8 @@ def find_hub_problem() -> str:
 def get_display_names(models: Sequence[str]) -> list[str]:
     """Return a short, unique name for each model.
 
-    Existing paths are shortened to their last component, and RUN/model and RUN/encoder to RUN's folder name, unless two
-    short names are equal. If a model is listed more than once, its repetitions are numbered, e.g. "NAME (2)".
+    The name of an existing path is its last component. For RUN/model and RUN/encoder, the name is the last component of
+    RUN. If two names would be equal, no name is shortened. Repetitions of a model are numbered, as in "NAME (2)".
     """
     names = [_shorten_name(model) for model in models]
     if len(set(names)) < len(names):
@@ -146,19 +145,19 @@ def _shorten_name(model: str) -> str:
 def load_config(source: str | Path, **kwargs: Any) -> Any:
     """Load a transformers model's config from a folder or the hub, and remove entries that name code to run.
 
-    Raise ValueError if the model type is unknown to transformers, or the weights are quantised.
+    Raise ValueError if transformers does not support the model type, or if the weights are quantised.
     """
     from transformers import AutoConfig
 
     check_model_source(source)
-    # Otherwise, transformers would ask the user whether to run code from the folder.
+    # Without trust_remote_code=False, transformers would ask the user whether to run code from the folder.
     config = AutoConfig.from_pretrained(str(source), trust_remote_code=False, **kwargs)
     check_not_quantized(config.to_dict(), source)
     return _remove_code_entries(config)
 
 
 def build_config(architecture: dict[str, Any]) -> Any:
-    """Build a transformers config from a saved dict, and remove entries that name code to run."""
+    """Build a transformers config from a dict, and remove entries that name code to run."""
     from transformers import AutoConfig
 
     return _remove_code_entries(AutoConfig.for_model(**architecture))
@@ -169,8 +168,8 @@ def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         if part.get("quantization_config"):
             raise ValueError(
-                f"{source}: the weights are quantised (quantization_config in config.json), which is not supported. "
-                "Use the model's original weights or a .gguf file"
+                f"{source} has quantised weights (quantization_config in config.json), which are not supported. Use "
+                "the model's original weights or a .gguf file"
             )
 
 
@@ -206,13 +205,13 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # the source is neither a folder nor a hub id, or the hub cannot be reached
+    except OSError:  # `source` is neither a folder nor a hub id, or the hub cannot be reached
         return None
     return None if file is None else Path(file)
 
 
 def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
-    """Download the matching files of OWNER/NAME[@REVISION]. Return their local folder."""
+    """Download the files of OWNER/NAME[@REVISION] that match the glob patterns. Return the local folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -225,7 +224,7 @@ def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> P
 
 
 def describe_hub_error(error: BaseException, access_problem: str = "it does not exist, or you lack access") -> str:
-    """Return a message for an exception from huggingface_hub: explanation and advice."""
+    """Return an error message with an explanation of an exception from huggingface_hub and advice."""
     from huggingface_hub.errors import HTTPError
 
     causes = [error]
@@ -241,7 +240,7 @@ def describe_hub_error(error: BaseException, access_problem: str = "it does not 
         message = f"{meaning.format(access_problem=access_problem)} (details: {message})"
     network_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError)  # RuntimeError: from hf_xet
     if status >= 500 or (not status and any(isinstance(cause, network_errors) for cause in causes)):
-        message += ". Try again: files that were transferred completely are kept"
+        message += ". Try again: complete files are not transferred again"
     return hide_url_secrets(message)  # presigned URLs contain credentials
 
 
@@ -264,7 +263,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def explain_load_errors(source: str | Path) -> Iterator[None]:
-    """Convert the exceptions that libraries raise for malformed model files to a ValueError that names the model."""
+    """Convert a library's unexpected exception, such as a KeyError, to a ValueError that names the model."""
     import torch
 
     try:
@@ -277,10 +276,10 @@ def explain_load_errors(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def check_tokenizer(source: str | Path, subfolder: str = "") -> None:
+def check_tokenizer_normalizer(source: str | Path, subfolder: str = "") -> None:
     """Raise ValueError if the tokenizer's normaliser can lengthen a text by more than a factor of MAX_TEXT_GROWTH.
 
-    The tokenizers library aborts the process if such a text does not fit in memory.
+    The tokenizers library aborts the process if the normalised text does not fit in memory.
     """
     file = find_file(source, "tokenizer.json", subfolder)
     growth = 1 if file is None else _compute_text_growth(read_json_object(file).get("normalizer"))
@@ -295,17 +294,17 @@ def _compute_text_growth(normalizer: Any) -> int:
         return math.prod(_compute_text_growth(step) for step in normalizer["normalizers"])
     if normalizer.get("type") != "Replace":
         return 1
-    can_match_nothing = not normalizer["pattern"].get("String")  # empty string, or any regular expression
+    can_match_nothing = not normalizer["pattern"].get("String")  # an empty string, or any regular expression
     return max(1, len(normalizer["content"]) + can_match_nothing)
 
 
 @contextmanager
 def hide_loading_bars() -> Iterator[None]:
-    """Hide transformers' progress bars for weights, but not for downloads. Also works as a decorator."""
+    """Hide transformers' progress bars for loading weights, but not for downloads. Also works as a decorator."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    # Changing transformers' setting for progress bars also changes the setting for downloads.
+    # transformers' functions for progress bars also change huggingface_hub's setting for downloads.
     bars_enabled, downloads_hidden = transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     if not downloads_hidden:
@@ -321,10 +320,7 @@ def hide_loading_bars() -> Iterator[None]:
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide transformers' report of missing and unexpected weights. Use this only where missing weights raise an error.
-
-    Unexpected weights are normal: for example, a CLIP checkpoint also contains the text model.
-    """
+    """Hide the report of missing and unexpected weights, for callers that raise an error if weights are missing."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -335,7 +331,7 @@ def hide_load_report() -> Iterator[None]:
 
 
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
-    """Return True if loading a transformers model requires Python code that comes with it. The code is not run.
+    """Return True if a transformers model can only be loaded with Python code from its folder or hub repository.
 
     Raise ValueError if the code is required but `trust_remote_code` is False.
     """
@@ -343,7 +339,7 @@ def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
 
     try:
         config, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError):  # not a transformers model; reported when the model is loaded
+    except (OSError, ValueError):  # loading the model will raise a more specific error
         return False
     code_classes = config.get("auto_map") or {}
     is_required = "AutoModel" in code_classes and config.get("model_type") not in CONFIG_MAPPING
@@ -354,7 +350,7 @@ def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
 
 @contextmanager
 def explain_remote_code_error(path: str) -> Iterator[None]:
-    """Replace a library's error about `trust_remote_code` with a ValueError that names llm2clip's flag."""
+    """Replace a library's error about `trust_remote_code` with a ValueError that names llm2clip's command-line flag."""
     try:
         yield
     except ValueError as error:
@@ -365,13 +361,13 @@ def explain_remote_code_error(path: str) -> Iterator[None]:
 
 def _build_remote_code_error(path: str) -> ValueError:
     return ValueError(
-        f"{path} comes with Python code, which is not run by default. If you trust its authors, pass "
+        f"{path} contains Python code, which is not run by default. If you trust the model's authors, pass "
         "--trust_remote_code (in Python: trust_remote_code=True)"
     )
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """Return a hash (32 hex digits) of an encoder's `identity()`. Equal hashes imply identical embeddings."""
+    """Return a hash, as 32 hex digits, of a JSON-serialisable dict such as the `identity()` of an encoder."""
     return hash_text(json.dumps(identity, sort_keys=True))
 
 
@@ -380,7 +376,7 @@ def hash_text(text: str) -> str:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Return a hash (32 hex digits) of a module's weights and buffers, including their names, dtypes and shapes."""
+    """Return a hash, as 32 hex digits, of the values, names, dtypes and shapes of a module's weights and buffers."""
     import torch
 
     digest = hashlib.sha256()
@@ -392,10 +388,10 @@ def hash_weights(module: nn.Module) -> str:
 
 @hide_loading_bars()
 def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
-    """Load a vision-language model and its processor for inference. Code in its folder is never run."""
+    """Load a vision-language model and its processor for inference. Code in the model folder is never run."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    # LLaVA models with a timm tower need the classes of `llava.modeling_patches.register_classes`.
+    # LLaVA models with a timm tower require a prior call to `llava.modeling_patches.register_classes`.
     model: Any = AutoModelForImageTextToText.from_pretrained(
         name, config=load_config(name), dtype=precision.dtype, trust_remote_code=False
     )
@@ -403,18 +399,18 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
 
 
 def get_name_with_hash(source: str) -> str:
-    """Return a model's name with a hash of its files, such as `llava-9f3a12cd` for the folder `llava` or `llava/model`.
+    """Return a model's short name and a hash of its files, such as `llava-9f3a12cd` for the folder `llava/model`.
 
-    Hub models must already be in the hub's cache. Copies of a folder with the same name get the same result. Reading
-    the weights takes about a second per gigabyte.
+    Hub models must already be in the hub's cache. Copies of a folder with the same name get the same result. Hashing
+    takes about a second per gigabyte.
     """
     config_file = find_file(source, "config.json")
     folder = Path(source) if config_file is None else config_file.parent
     patterns = ("*model*.safetensors", "*model*.bin", "*.pt")
     weights = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
-    # A folder with EVA weights also contains other weights. The source can be a file.
+    # A folder with EVA weights also contains other weights, so the EVA weights are added explicitly.
     weights += [file for file in sorted(folder.glob("*EVA*.pt")) if file not in weights]
-    weights += [folder, folder / "1_Pooling/config.json"]
+    weights += [folder, folder / "1_Pooling/config.json"]  # `source`, and therefore `folder`, can be a single file
     settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]
     hashes = []
     for file in [*settings, *weights]:

@@ -1,4 +1,4 @@
-"""Model config and layout of a model folder.
+"""Model config, and files of a model folder:
 
 MODEL/
   config.json                model config (`LLM2CLIPConfig`)
@@ -23,10 +23,10 @@ from llm2clip.models.loading import download_snapshot
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.runs.output_folder import check_format_version
 
-# Files to download from the hub: configs, weights, tokenizers and model cards, but no pickles or code.
+# Glob patterns for the model files to download from the hub. The patterns exclude pickle files and code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
 FORMAT_VERSION = 1  # version of the model folder layout
-# Layers of a residual block: name in this package -> name in official checkpoints.
+# Layers of an adapter's residual block: name in llm2clip -> name in official checkpoints.
 _OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 
 
@@ -34,18 +34,18 @@ _OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 class AdapterConfig:
     """Architecture of the text adapter, as saved in the model config (see `Adapter`)."""
 
-    depth: int = 4  # number of residual blocks, as in the paper; 0: no adapter
-    expansion: int = 2  # hidden size of a residual block, as a multiple of its input size
+    depth: int = 4  # number of residual blocks (4 in the LLM2CLIP paper); 0: no adapter
+    expansion: int = 2  # ratio of a residual block's hidden size to its input size
     normalize_input: bool = True
 
     @classmethod
     def from_official(
         cls, names: Collection[str], get_shape: Callable[[str], tuple[int, ...]], normalize_input: bool
     ) -> tuple[AdapterConfig, int, int]:
-        """Infer the architecture from an official checkpoint. Return the config, the input size and the output size.
+        """Infer the architecture from an official checkpoint. Return (adapter config, input size, output size).
 
         In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
-        its tensor names start with an index. `names` are the adapter's tensor names, without the adapter's prefix.
+        the tensor names start with an index. `names` are the tensor names without the adapter's prefix.
         """
         depth = len({name.partition(".")[0] for name in names if ".ln." in name})
         text_dim = get_shape(f"{depth}.weight")[0]
@@ -63,23 +63,23 @@ class AdapterConfig:
 
 @dataclass
 class LLM2CLIPConfig:
-    """Architecture of a model.
+    """Architecture of an LLM2CLIP model.
 
     Attributes:
-        tower: Vision tower config (`VisionTower.config`).
+        tower: Vision tower config, as in `VisionTower.config`.
         text_dim: Dimension of the caption embeddings, which are the adapter's input.
         embed_dim: Dimension of the shared embedding space.
-        projection: If False, the tower's output is the image embedding, and `embed_dim` must equal the tower's feature
-            dimension.
-        logit_bias: True for a model with a learned logit bias, as in the sigmoid loss.
+        projection: True if the model has an image projection. Without it, the tower's features are the image
+            embeddings, and `embed_dim` must equal the tower's feature dimension.
+        logit_bias: True if the model has a learned logit bias, as the sigmoid loss requires.
         matryoshka_dims: Truncated embedding sizes that the model was trained for, in addition to `embed_dim`.
-        encoder: `CaptionEncoder.identity()` of the encoder that the adapter was trained with. Empty if unknown.
+        encoder: `identity()` of the caption encoder that the adapter was trained with, or an empty dict if unknown.
         query_templates: Prompt templates for short queries in search and evaluation. Not used by `encode_text`.
     """
 
     tower: dict[str, Any]
     text_dim: int
-    embed_dim: int = 1280  # as in the paper
+    embed_dim: int = 1280  # as in the LLM2CLIP paper
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     projection: bool = True
     projection_bias: bool = False
@@ -114,7 +114,7 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def read_model_config(folder: Path, source: str | Path) -> dict[str, Any]:
-    """Read the config.json of a model folder. `source` is the model's path or hub id, for error messages.
+    """Read the config.json of a model folder. `source` is the path or hub id that error messages mention.
 
     Raises:
         FileNotFoundError: The folder has no config.json.
@@ -126,7 +126,7 @@ def read_model_config(folder: Path, source: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{source} is not a model folder: it has no config.json")
     values = read_json_object(file)
     if values.get("model_type") != "llm2clip":
-        raise ValueError(f"{file}: model_type is {values.get('model_type')!r}, not 'llm2clip'")
+        raise ValueError(f"{file}: model_type must be 'llm2clip' (got {values.get('model_type')!r})")
     advice = "Create the model again with `llm2clip align` or `llm2clip convert`"
     check_format_version(file, values.get("format_version"), FORMAT_VERSION, advice)
     return values
@@ -141,5 +141,5 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return a model's local folder, given a folder or hub id. Raise FileNotFoundError if the model does not exist."""
+    """Return the local folder of a model. If `path` is a hub id, download the model."""
     return Path(path) if Path(path).is_dir() else download_snapshot(str(path), MODEL_FILES)

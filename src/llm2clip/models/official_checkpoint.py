@@ -1,7 +1,7 @@
-"""Official checkpoints, released by the LLM2CLIP authors: conversion to and from `LLM2CLIP` models.
+"""Conversion of the LLM2CLIP authors' official checkpoints to and from `LLM2CLIP` models.
 
-The architecture is inferred from config.json and the tensor shapes. Loading is strict: each tensor must match a model
-parameter or a buffer that can be computed from the architecture, or have a name that the layout ignores.
+The architecture is inferred from config.json and the tensor shapes. Each tensor must match a model parameter or a
+computed buffer, or have a name that the layout ignores.
 """
 
 import json
@@ -23,10 +23,10 @@ from llm2clip.models.official_layout import (
     EVA,
     HF,
     SIGLIP2,
-    Checkpoint,
-    Layout,
-    compute_buffers,
-    describe_tensors,
+    OfficialCheckpoint,
+    OfficialLayout,
+    compute_checkpoint_buffers,
+    format_tensor_shapes,
     get_official_name,
     read_checkpoint,
 )
@@ -39,10 +39,10 @@ from llm2clip.models.published_encoders import (
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
-# Buffers in official checkpoints may be stored in bfloat16, which changes cosines and sines by up to 2**-8.
+# Absolute tolerance for buffers. Official checkpoints may store cosines and sines in bfloat16, with errors up to 2**-8.
 BUFFER_TOLERANCE = 4e-3
 SAVED_LAYOUTS = {"hf": HF, "eva": EVA}
-# Head dimension of the CLIP and EVA-02 towers released with LLM2CLIP: 12 heads at width 768, 16 heads at width 1024.
+# Dimension of the attention heads in the CLIP and EVA-02 towers released with LLM2CLIP.
 HEAD_DIM = 64
 
 # Fields of a transformers CLIP vision config that define the architecture.
@@ -81,22 +81,22 @@ def load_official_checkpoint(
     Args:
         source: Folder, hub id or weight file (see `read_checkpoint`).
         text: Caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
-        normalize_input: L2-normalise the adapter's input. For the default, see `infer_config`.
+        normalize_input: L2-normalise the input of the adapter. Default: see `infer_model_config`.
     """
-    checkpoint = Checkpoint.from_tensors(str(source), *read_checkpoint(source))
-    model_config = infer_config(checkpoint, normalize_input)
+    checkpoint = OfficialCheckpoint.from_tensors(str(source), *read_checkpoint(source))
+    model_config = infer_model_config(checkpoint, normalize_input)
     model = LLM2CLIP(model_config, VisionTower.from_config(model_config.tower)).eval()
-    copy_tensors(model, checkpoint)
+    copy_checkpoint_tensors(model, checkpoint)
     if text is not None:
         attach_caption_encoder(model, text, source)
     return model
 
 
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
-    """Load a caption encoder and attach it to the model. LLMs released with LLM2CLIP get their tuning template.
+    """Load a caption encoder and attach the encoder to the model.
 
-    `path` is the folder or hub id of an encoder, or of a PEFT LoRA adapter, which is merged into its LLM. If the
-    embedding size is wrong, the error message suggests the right encoder for the official checkpoint.
+    `path` is the folder or hub id of a caption encoder, or of a PEFT LoRA adapter, which is merged into its base LLM.
+    LLMs released with LLM2CLIP use the published template. Raise ValueError if the embedding size is wrong.
     """
     if find_adapter(path) is not None:
         encoder = load_adapter_encoder([path], model.device)
@@ -105,19 +105,18 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
         suggested = suggest_encoders(checkpoint, expected, model.config.tower)
-        published = f"Published encoder: {' or '.join(suggested)}"
+        advice = f"Pass the published encoder that the adapter was trained with: {' or '.join(suggested)}"
         if not suggested:
-            published = f"No published encoder has embeddings of size {expected}"
+            advice = "Pass the encoder that the adapter was trained with. No published encoder has this embedding size"
         raise ValueError(
-            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. Pass the "
-            f"caption encoder that the adapter was trained with. {published}"
+            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. {advice}"
         )
     model.set_encoder(encoder)
 
 
 @torch.no_grad()
-def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's tensors into a model with the same architecture. Raise ValueError for any mismatch."""
+def copy_checkpoint_tensors(model: LLM2CLIP, checkpoint: OfficialCheckpoint) -> None:
+    """Copy a checkpoint's tensors into a model. Raise ValueError if the model has a different architecture."""
     layout = checkpoint.layout
     unused = dict(checkpoint.tensors)
     pairs: list[tuple[Tensor, Tensor]] = []  # (model parameter, checkpoint tensor)
@@ -138,7 +137,7 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         else:
             pairs.append((parameter, tensor))
 
-    for name, expected in compute_buffers(model, layout).items():
+    for name, expected in compute_checkpoint_buffers(model, layout).items():
         tensor = unused.pop(name, None)
         if tensor is None:
             continue
@@ -150,9 +149,9 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
     unexpected = {name: tensor for name, tensor in unused.items() if not layout.ignored.match(name)}
     problems = []
     if missing:
-        problems.append(f"missing {describe_tensors(missing)}")
+        problems.append(f"missing {format_tensor_shapes(missing)}")
     if unexpected:
-        problems.append(f"unexpected {describe_tensors(unexpected)}")
+        problems.append(f"unexpected {format_tensor_shapes(unexpected)}")
     problems += mismatches
     if problems:
         raise ValueError(f"{checkpoint.source} does not match the {layout.name!r} layout: {'; '.join(problems)}")
@@ -160,11 +159,11 @@ def copy_tensors(model: LLM2CLIP, checkpoint: Checkpoint) -> None:
         parameter.copy_(tensor)
 
 
-def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
+def infer_model_config(checkpoint: OfficialCheckpoint, normalize_input: bool | None = None) -> LLM2CLIPConfig:
     """Infer the model config from a checkpoint's tensor shapes and config.json.
 
-    Checkpoints do not specify whether the adapter L2-normalises its input (`normalize_input`). As in the authors' code,
-    the default is False if the adapter was trained with the LLM in the training loop, and True otherwise.
+    `normalize_input` specifies whether the adapter L2-normalises its input. As in the LLM2CLIP authors' code, the
+    default is False for adapters that were trained with the LLM in the training loop, and True for other adapters.
     """
     layout, prefix = checkpoint.layout, checkpoint.layout.adapter
     adapter, text_dim, embed_dim = AdapterConfig.from_official(
@@ -184,8 +183,7 @@ def infer_config(checkpoint: Checkpoint, normalize_input: bool | None = None) ->
     )
 
 
-def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Read the tower config from config.json, or infer it for the head dimension and activation of OpenAI's CLIP."""
+def _infer_clip_tower(checkpoint: OfficialCheckpoint) -> dict[str, Any]:
     from transformers import CLIPVisionConfig
 
     vision_config = checkpoint.config.get("vision_config")
@@ -193,10 +191,10 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
         model_type = vision_config.get("model_type", "clip_vision_model")
         if model_type != "clip_vision_model":
             raise ValueError(
-                f"{checkpoint.source}: the vision tower has type {model_type!r}; only CLIP towers are supported"
+                f"{checkpoint.source}: the vision tower's model type must be 'clip_vision_model' (got {model_type!r})"
             )
         fields = {key: value for key, value in vision_config.items() if key in CLIP_FIELDS}
-    else:
+    else:  # without a config.json, the tower must have the head dimension and activation function of OpenAI's CLIP
         width, _, patch_size, _ = checkpoint.get_shape("vision_model.embeddings.patch_embedding.weight")
         positions = checkpoint.get_shape("vision_model.embeddings.position_embedding.weight")[0]
         fields = {
@@ -210,20 +208,21 @@ def _infer_clip_tower(checkpoint: Checkpoint) -> dict[str, Any]:
     config = CLIPVisionConfig(**fields)
     architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
     architecture["model_type"] = "clip_vision_model"
-    preprocess = _get_preprocess(checkpoint, architecture["image_size"])
+    preprocess = _get_preprocess_config(checkpoint, architecture["image_size"])
     return {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
 
 
-def _infer_timm_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
+def _infer_timm_tower(checkpoint: OfficialCheckpoint, embed_dim: int) -> dict[str, Any]:
     is_eva, prefix = checkpoint.layout is EVA, checkpoint.layout.tower
     width, _, patch_size, _ = checkpoint.get_shape(f"{prefix}patch_embed.proj.weight")
     if not is_eva and width != embed_dim:
         raise ValueError(
             f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
-            f"In the {checkpoint.layout.name!r} layout, which has no image projection, the sizes must be equal"
+            f"In the {checkpoint.layout.name!r} layout, which has no image projection, both sizes must be equal"
         )
     positions = checkpoint.get_shape(f"{prefix}pos_embed")[1]
-    image_size = _compute_grid_size(checkpoint, positions - 1 if is_eva else positions) * patch_size  # -1: class token
+    num_patches = positions - 1 if is_eva else positions  # EVA also has a position embedding for the class token
+    image_size = _compute_grid_size(checkpoint, num_patches) * patch_size
     depth = checkpoint.count_blocks(f"{prefix}blocks.")
     hidden = checkpoint.get_shape(f"{prefix}blocks.0.mlp.{'w1' if is_eva else 'fc1'}.weight")[0]
     rotary = checkpoint.tensors.get("visual.rope.freqs_cos")  # shape (positions, head dimension), only for EVA
@@ -236,31 +235,31 @@ def _infer_timm_tower(checkpoint: Checkpoint, embed_dim: int) -> dict[str, Any]:
         name = "eva02_large_patch14_clip_336" if is_eva else "vit_base_patch16_siglip_224"
         heads = _compute_num_heads(checkpoint, width, head_dim)
         args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-        # timm rounds width * mlp_ratio down to an integer, so add 0.5 to the hidden size.
+        # timm rounds width * mlp_ratio down to an integer. Adding 0.5 prevents an off-by-one error.
         args["mlp_ratio"] = (hidden + 0.5) / width
-    preprocess = _get_preprocess(checkpoint, image_size)
+    preprocess = _get_preprocess_config(checkpoint, image_size)
     return {"library": "timm", "architecture": name, "args": args, "preprocess": preprocess}
 
 
-def _get_preprocess(checkpoint: Checkpoint, size: int) -> dict[str, Any]:
-    # Default of the authors' code. timm's default for 224-pixel EVA towers crops to 90%.
+def _get_preprocess_config(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
+    # Default in the LLM2CLIP authors' code. timm's default crop for 224-pixel EVA towers is 90%.
     default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
 
 
-def _compute_grid_size(checkpoint: Checkpoint, patches: int) -> int:
+def _compute_grid_size(checkpoint: OfficialCheckpoint, patches: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
-            f"{checkpoint.source} has position embeddings for {patches} patches, but their number must be square"
+            f"{checkpoint.source} has position embeddings for {patches} patches, which do not form a square grid"
         )
     return side
 
 
-def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int:
+def _compute_num_heads(checkpoint: OfficialCheckpoint, width: int, head_dim: int) -> int:
     if width % head_dim:
         raise ValueError(
-            f"{checkpoint.source}: the tower's width {width} is not a multiple of the head size {head_dim}"
+            f"{checkpoint.source}: the tower's width ({width}) must be a multiple of the head dimension ({head_dim})"
         )
     return width // head_dim
 
@@ -268,10 +267,11 @@ def _compute_num_heads(checkpoint: Checkpoint, width: int, head_dim: int) -> int
 def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str) -> Path:
     """Save a model atomically as a checkpoint with the tensor names of the LLM2CLIP authors' code. Return `out`.
 
-    An "hf" checkpoint is a folder with model.safetensors, config.json and preprocessor_config.json, for models with a
-    transformers CLIP tower. An "eva" checkpoint is a .pt file for models with a timm EVA-02 CLIP tower. It contains a
-    state dict, including the rotary embeddings that the authors' code expects. It contains no preprocessing config,
-    because the authors' code always resizes the shorter side to the tower's image size.
+    The "hf" layout requires a transformers CLIP tower. The checkpoint is a folder with model.safetensors, config.json
+    and preprocessor_config.json.
+
+    The "eva" layout requires a timm EVA-02 CLIP tower. The checkpoint is a .pt file with a state dict, including the
+    rotary embeddings that the LLM2CLIP authors' code expects, but without a preprocessing config.
 
     Raises:
         ValueError: The layout is unknown or cannot represent the model.
@@ -281,10 +281,10 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
     layout = SAVED_LAYOUTS.get(layout_name)
     if layout is None:
         raise ValueError(f"layout must be one of {', '.join(SAVED_LAYOUTS)} (got {layout_name!r})")
-    _check_representable(model, layout)
+    _check_layout_supports_model(model, layout)
     if layout is EVA and out.suffix != ".pt":
         raise ValueError(
-            f"with the 'eva' layout, the checkpoint is a single file whose name must end in .pt (got {out})"
+            f"the name of a checkpoint in the 'eva' layout, which is a single file, must end in .pt (got {out})"
         )
     if out.exists():
         raise FileExistsError(f"{out} already exists: choose another path")
@@ -304,7 +304,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
     return out
 
 
-def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
+def _check_layout_supports_model(model: LLM2CLIP, layout: OfficialLayout) -> None:
     config, tower = model.config, model.tower.config
     architecture = tower["architecture"]
     is_timm = tower["library"] == "timm"
@@ -315,13 +315,13 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
             problems.append(f"the vision tower is {tower_name}, but must be a transformers CLIP tower")
         elif architecture["image_size"] != model.tower.preprocess.size:
             problems.append(
-                "the preprocessed images do not have the image size of the vision tower's position embeddings"
+                "the preprocessed images and the vision tower's position embeddings have different image sizes"
             )
         if config.projection_bias:
             problems.append("the projection has a bias")
     elif not re.match("timm:eva02_(base|large)_.*_clip_", tower_name) or tower["args"].keys() - set(EVA_ARGS):
         problems.append(
-            f"the vision tower is {tower_name}, but must be a timm EVA-02 CLIP tower with no custom arguments other "
+            f"the vision tower is {tower_name}, but must be a timm EVA-02 CLIP tower without custom arguments other "
             "than sizes"
         )
     if not config.projection:
@@ -331,12 +331,12 @@ def _check_representable(model: LLM2CLIP, layout: Layout) -> None:
     if config.adapter.depth == 0:
         problems.append("there is no adapter")
     elif not config.adapter.normalize_input:
-        problems.append("the adapter does not normalise its input, but the official adapter does")
+        problems.append("the adapter does not normalise its input, but an official adapter does")
     if problems:
         raise ValueError(f"the model cannot be saved in the {layout.name!r} layout: {'; '.join(problems)}")
 
 
-def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
+def _build_official_tensors(model: LLM2CLIP, layout: OfficialLayout) -> dict[str, Tensor]:
     tensors = {
         get_official_name(name, layout, model.config.adapter): tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
@@ -345,5 +345,5 @@ def _build_official_tensors(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor
     if layout is EVA:
         if not model.config.projection_bias:  # in the "eva" layout, the projection always has a bias
             tensors["visual.head.bias"] = torch.zeros(model.config.embed_dim)
-        tensors |= {name: tensor.cpu().clone() for name, tensor in compute_buffers(model, layout).items()}
+        tensors |= {name: tensor.cpu().clone() for name, tensor in compute_checkpoint_buffers(model, layout).items()}
     return tensors

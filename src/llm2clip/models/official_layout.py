@@ -1,14 +1,12 @@
-"""Checkpoints of the LLM2CLIP authors: weight files and tensor names.
+"""Weight files and tensor names of the LLM2CLIP authors' official checkpoints.
 
-Code in a checkpoint is never executed. Weights are read from safetensors files, or from pickle files with
-`weights_only=True`. The official checkpoints have four naming schemes, called layouts:
+Code in a checkpoint is never run. Weights are read from safetensors files, or from pickle files with
+`weights_only=True`. The official checkpoints have four naming schemes for tensors, called layouts:
 
-- "hf": OpenAI's CLIP vision tower with transformers' tensor names, a projection without bias, and an adapter.
-- "openai": the same tensors with the names of the original CLIP code, which are converted to the "hf" names.
-- "eva": an EVA-02 tower with the names of the EVA-CLIP code, a projection with bias, and an adapter.
-- "siglip2": a timm SigLIP 2 tower and an adapter. There is no projection: the tower's output is the image embedding.
-
-The layout is detected from the tensor names alone.
+- "hf": a CLIP vision tower with transformers' tensor names, a projection without bias, and an adapter.
+- "openai": the same tensors as in "hf", with the names of OpenAI's CLIP code.
+- "eva": an EVA-02 vision tower with the names of the EVA-CLIP code, a projection with bias, and an adapter.
+- "siglip2": a timm SigLIP 2 vision tower and an adapter, without a projection.
 """
 
 from __future__ import annotations
@@ -44,10 +42,10 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
-    """Read a checkpoint's tensors, its config.json ({} if missing), and its preprocessing (or None).
+    """Read a checkpoint. Return (tensors, contents of config.json, preprocessing).
 
     `source` is a folder, hub id or weight file. A folder or repository must contain model.safetensors or
-    pytorch_model.bin (either may be sharded), or a single .pt file. For a weight file, no configuration is read.
+    pytorch_model.bin, possibly sharded, or a single .pt file. Missing JSON files result in {} and None.
     """
     path = Path(source)
     if path.is_file():
@@ -62,8 +60,8 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
 def select_weights_file(names: list[str], source: str) -> str:
     """Return the name of the weight file, or of the index file if the weights are sharded.
 
-    A .pt file with "EVA" in its name takes precedence, because such repositories also contain a weight file with a
-    different text tower.
+    A .pt file with "EVA" in its name takes precedence, because the official EVA repositories also contain a weight file
+    with a different text tower.
     """
     pt_files = [name for name in names if name.endswith(".pt") and "/" not in name]
     eva_files = [name for name in pt_files if "EVA" in name]
@@ -75,8 +73,8 @@ def select_weights_file(names: list[str], source: str) -> str:
     if len(pt_files) == 1:
         return pt_files[0]
     raise ValueError(
-        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. If it contains several .pt "
-        "files, pass the path of one of them"
+        f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. If the folder contains "
+        "several .pt files, pass the path of a single file"
     )
 
 
@@ -84,19 +82,19 @@ def _load_weights(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     try:
-        # Some checkpoints also contain an LLM. With mmap, unused tensors are not read from disk.
+        # With mmap, unused tensors, such as those of an LLM in the checkpoint, are not read from disk.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} contains objects other than tensors, and loading it could run code. If you trust the file, "
-            f"extract the state dict and save it with safetensors.torch.save_file ({_get_first_line(error)})"
+            f"{path} contains objects other than tensors, so loading the file could run code. If you trust the file, "
+            f"save its state dict with safetensors.torch.save_file and load that file ({_get_first_line(error)})"
         ) from error
     except Exception as error:  # corrupt files can make torch raise almost any type of exception
         raise ValueError(
-            f"{path} is corrupt, incomplete or a TorchScript archive, whose state dict you must save with "
-            f"safetensors.torch.save_file first ({_get_first_line(error)})"
+            f"{path} is corrupt, incomplete or a TorchScript archive. If the file is a TorchScript archive, save its "
+            f"state dict with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
-    for key in ("state_dict", "module", "model"):  # common keys of the state dict in training checkpoints
+    for key in ("state_dict", "module", "model"):  # keys under which training checkpoints store the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
@@ -118,7 +116,7 @@ def _load_shards(index: Path) -> dict[str, Any]:
     differing = sorted(tensors.keys() ^ shard_of.keys())
     if differing:
         raise ValueError(
-            f"{index} does not match its shards. Tensors only in the index or only in a shard: {differing[:8]}"
+            f"{index} does not match its shards. Tensors that only the index or only a shard contains: {differing[:8]}"
         )
     return tensors
 
@@ -136,7 +134,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def download_checkpoint(name: str) -> Path:
-    """Download the weights and configuration of OWNER/NAME[@REVISION]. If the download fails, use a cached copy."""
+    """Download the weights and the config of OWNER/NAME[@REVISION]. If the download fails, use the hub's cache."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HFValidationError, HTTPError
 
@@ -153,19 +151,19 @@ def download_checkpoint(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Naming scheme of an official checkpoint: the name prefixes of its tower, projection and adapter."""
+class OfficialLayout:
+    """Naming scheme of an official checkpoint: prefixes of the tensor names of the tower, projection and adapter."""
 
     name: str
-    required: tuple[str, ...]  # name prefixes that identify the layout; each must match at least one tensor
+    required: tuple[str, ...]  # prefixes that identify the layout; each prefix must match at least one tensor
     tower: str
     projection: str
     adapter: str = "text.text_adaptor."
-    # Tensors that do not affect the embeddings: the LLM and the original CLIP model's text tower.
+    # Tensors to ignore: the LLM and the original CLIP model's text tower, which do not affect the embeddings.
     ignored: re.Pattern[str] = re.compile(r"text\.text\.")
 
 
-HF = Layout(
+HF = OfficialLayout(
     name="hf",
     required=("vision_model.", "visual_projection.", "text_adapter.adaptor."),
     tower="vision_model.",
@@ -173,7 +171,7 @@ HF = Layout(
     adapter="text_adapter.adaptor.",
     ignored=re.compile(r"text_model\.|text_projection\.weight$"),
 )
-OPENAI = Layout(
+OPENAI = OfficialLayout(
     name="openai",
     required=("visual.conv1.", "visual.transformer.resblocks.", "text.text_adaptor."),
     # After `_rename_openai_tensors`, the tensors have the "hf" prefixes.
@@ -181,16 +179,18 @@ OPENAI = Layout(
     projection=HF.projection,
     adapter=HF.adapter,
 )
-EVA = Layout(
+EVA = OfficialLayout(
     name="eva",
     required=("visual.blocks.", "visual.head.", "text.text_adaptor."),
     tower="visual.",
     projection="visual.head.",
 )
-SIGLIP2 = Layout(name="siglip2", required=("visual.trunk.", "text.text_adaptor."), tower="visual.trunk.", projection="")
+SIGLIP2 = OfficialLayout(
+    name="siglip2", required=("visual.trunk.", "text.text_adaptor."), tower="visual.trunk.", projection=""
+)
 LAYOUTS = (HF, OPENAI, EVA, SIGLIP2)
 
-# Tensor name components in an EVA-02 block: timm -> EVA-CLIP code.
+# Parts of tensor names in an EVA-02 block: name in timm -> name in the EVA-CLIP code.
 _TIMM_TO_EVA = {
     "attn.norm.": "attn.inner_attn_ln.",
     "mlp.norm.": "mlp.ffn_ln.",
@@ -198,7 +198,7 @@ _TIMM_TO_EVA = {
     "mlp.fc1_x.": "mlp.w2.",
     "mlp.fc2.": "mlp.w3.",
 }
-# Tensor name components in an OpenAI tower: original CLIP code -> transformers.
+# Parts of tensor names in a CLIP vision tower: name in OpenAI's CLIP code -> name in transformers.
 _OPENAI_TO_HF = {
     "text.text_adaptor.": HF.adapter,
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -213,34 +213,34 @@ _OPENAI_TO_HF = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
 }
-# Prefix of the tensor names of an adapter that was trained with the LLM in the training loop.
+# Tensor name prefix of an adapter that was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
-# Names in some versions of the LLM2CLIP authors' code -> canonical names. The original EVA-CLIP code stores the query
-# and value biases in the attention module instead of the linear layers. Some checkpoints contain both.
+# Aliases in some versions of the LLM2CLIP authors' code -> canonical parts of tensor names. The original EVA-CLIP code
+# stores the query and value biases in the attention module. Some checkpoints contain both names.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
     _ONLINE_ADAPTER: EVA.adapter,
 }
-_DEFAULT_LOGIT_SCALE = 2.6592  # default of logit_scale_init_value in transformers' CLIPConfig: ln(1 / 0.07)
+_DEFAULT_LOGIT_SCALE = 2.6592  # default `logit_scale_init_value` of transformers' CLIPConfig, ln(1 / 0.07)
 
 
 @dataclass
-class Checkpoint:
-    """Official checkpoint: configuration, and tensors with canonical names."""
+class OfficialCheckpoint:
+    """Contents of an official checkpoint. The tensors have canonical names."""
 
     source: str
-    layout: Layout
+    layout: OfficialLayout
     tensors: dict[str, Tensor]
-    online: bool  # the adapter was trained with the LLM in the loop instead of on cached embeddings
+    online: bool  # True if the adapter was trained with the LLM in the training loop, not on cached embeddings
     config: dict[str, Any]  # contents of config.json
     preprocess: Preprocess | None  # from preprocessor_config.json
 
     @classmethod
     def from_tensors(
         cls, source: str, tensors: Mapping[str, Any], config: dict[str, Any], preprocess: Preprocess | None = None
-    ) -> Checkpoint:
-        """Create a checkpoint from a state dict. Replace aliases with canonical names, and detect the layout."""
+    ) -> OfficialCheckpoint:
+        """Create a checkpoint from a state dict. Detect the layout, and rename tensors to their canonical names."""
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)
@@ -258,13 +258,13 @@ class Checkpoint:
         return tuple(self.tensors[name].shape)
 
     def count_blocks(self, prefix: str) -> int:
-        """Count the distinct block numbers N in the tensor names that start with `prefix` + N + "."."""
+        """Count the distinct numbers N in tensor names of the form `prefix`N.NAME."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
         matches = [pattern.match(name) for name in self.tensors]
         return len({match[1] for match in matches if match})
 
 
-def get_official_name(name: str, layout: Layout, adapter: AdapterConfig) -> str:
+def get_official_name(name: str, layout: OfficialLayout, adapter: AdapterConfig) -> str:
     """Return the official name of an `LLM2CLIP` tensor."""
     part, _, rest = name.partition(".")
     if part == "tower":
@@ -277,8 +277,8 @@ def get_official_name(name: str, layout: Layout, adapter: AdapterConfig) -> str:
     return name  # logit_scale, logit_bias
 
 
-def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
-    """Compute an official checkpoint's optional buffers: position ids, or cosines and sines of rotary embeddings."""
+def compute_checkpoint_buffers(model: LLM2CLIP, layout: OfficialLayout) -> dict[str, Tensor]:
+    """Compute the position ids or rotary embeddings that official checkpoints may store as buffers."""
     if layout is SIGLIP2:
         return {}
     backbone: Any = model.tower.backbone
@@ -293,7 +293,7 @@ def compute_buffers(model: LLM2CLIP, layout: Layout) -> dict[str, Tensor]:
     return buffers
 
 
-def describe_tensors(tensors: Mapping[str, Tensor]) -> str:
+def format_tensor_shapes(tensors: Mapping[str, Tensor]) -> str:
     described = [f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items())]
     more = f" and {len(described) - 8} more" if len(described) > 8 else ""
     return ", ".join(described[:8]) + more
@@ -307,8 +307,8 @@ def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor
         canonical = _replace_substrings(name, _ALIASES)
         if canonical in renamed and not torch.equal(renamed[canonical], value):
             raise ValueError(
-                f"{source} contains the tensor {canonical} twice with different values, the second time as {name}: "
-                "remove the tensor that the model does not use"
+                f"{source} contains the tensor {canonical} under two names, with different values (the second name is "
+                f"{name}): remove the tensor that the model does not use"
             )
         renamed[canonical] = value
     return renamed
@@ -321,11 +321,11 @@ def _replace_substrings(name: str, replacements: Mapping[str, str]) -> str:
 
 
 def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of an "openai" checkpoint to the "hf" names. Some shapes also change:
+    """Convert the tensors of an "openai" checkpoint to the "hf" layout.
 
-    - `attn.in_proj_weight` of shape (3 * width, width) and `attn.in_proj_bias` of shape (3 * width,) contain the query,
-      key and value projections. Each of them is split into three tensors.
-    - `visual.proj` of shape (width, embed_dim) is used as `x @ proj`, so it is transposed for a linear layer.
+    - `attn.in_proj_weight`, of shape (3 * width, width), and `attn.in_proj_bias`, of shape (3 * width,), are split into
+      the query, key and value projections.
+    - `visual.proj`, of shape (width, embed_dim), is transposed to the weight of a linear layer.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -341,21 +341,21 @@ def _rename_openai_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> Layout:
+def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> OfficialLayout:
     for layout in LAYOUTS:
         if all(any(name.startswith(prefix) for name in tensors) for prefix in layout.required):
             return layout
     expected = [f"{layout.name!r}: {'*, '.join(layout.required)}*" for layout in LAYOUTS]
     raise ValueError(
-        f"{source} is not an LLM2CLIP checkpoint. The supported layouts require tensors with these names: "
+        f"{source} is not an LLM2CLIP checkpoint. Each supported layout requires tensors with these names: "
         f"{'; '.join(expected)}. The adapter's tensors may also be named {_ONLINE_ADAPTER}*. "
-        f"Tensors in this checkpoint: {describe_tensors(tensors)}"
+        f"Tensors in this checkpoint: {format_tensor_shapes(tensors)}"
     )
 
 
 def _get_default_logit_scale(source: str, config: Mapping[str, Any]) -> Tensor:
     value = float(config.get("logit_scale_init_value", _DEFAULT_LOGIT_SCALE))
     origin = "from config.json" if "logit_scale_init_value" in config else "transformers' default"
-    message = "%s has no logit_scale; using logit_scale_init_value %s (%s). Embeddings are not affected"
+    message = "%s has no logit_scale; using logit_scale_init_value %s (%s). The embeddings are not affected"
     log.warning(message, source, value, origin)
     return torch.tensor(value)

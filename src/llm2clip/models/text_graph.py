@@ -1,15 +1,15 @@
-"""Text encoder of a saved model as an ONNX graph, which encodes search queries without PyTorch.
+"""ONNX graph of a model's text encoder, which encodes search queries without PyTorch.
 
-PyTorch and transformers take seconds to import, but ONNX Runtime and tokenizers only a fifth of a second. A search uses
-the graph instead of the model under these conditions:
+PyTorch and transformers take seconds to import, but ONNX Runtime and tokenizers take only a fifth of a second. A search
+uses the graph instead of the model if all of the following conditions are met:
 
-- The query has no images, and neither a device nor a precision was requested.
-- The model is a local llm2clip model whose text encoder has at most MAX_TEXT_BYTES and can be exported.
-- The graph is in the user's cache folder. `llm2clip index` saves it if the packages of the `onnx` extra are installed.
+- The query has no images, and the user requests neither a device nor a precision.
+- The model is a local llm2clip model whose text encoder can be exported and has at most MAX_TEXT_BYTES.
+- The graph is in the user's cache folder. `llm2clip index` saves the graph if the `onnx` extra is installed.
 
-A graph is stored with the sizes and modification times of all model files that affect text embeddings or fingerprints,
-so an outdated graph is never used. It is also stored with the identities of the model's parts, so an index accepts or
-rejects the graph exactly like the model. In float32, its embeddings differ from PyTorch's by at most MAX_DIFFERENCE.
+The graph is stored with the sizes and modification times of all model files that affect text embeddings or
+fingerprints, so an outdated graph is never used. The identities of the model's encoders are also stored, so an index
+accepts the graph exactly if the index accepts the model.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from llm2clip.models.prompts import QueryTemplates, normalize
 if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
-FORMAT_VERSION = 1  # increase it if the files, the export or the identities change
-MAX_TEXT_BYTES = 300_000_000  # size limit of the text encoder's weights; larger encoders take minutes to export
-TEXTS_PER_BATCH = 16  # all texts are padded to the longest one, so large batches take gigabytes
-MAX_DIFFERENCE = 1e-4  # maximum absolute difference between embedding values
+FORMAT_VERSION = 1  # must be increased if the files, the export or the identities change
+MAX_TEXT_BYTES = 300_000_000  # maximum size of the text encoder's weights; larger encoders take minutes to export
+TEXTS_PER_BATCH = 16  # large batches, in which all texts are padded to the longest text, take gigabytes
+MAX_DIFFERENCE = 1e-4  # maximum absolute difference from the values of PyTorch's embeddings
 CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing in the snow.", "一只猫", "a b " * 600)
 
 
 @dataclass(frozen=True)
 class TextGraph:
-    """Text encoder of a `DualEncoder`, with the same names of attributes and methods.
+    """Text encoder with the same names of attributes and methods as `DualEncoder`.
 
     Attributes:
-        identities: `DualEncoder.part_identities()` of the model.
-        tokenizer: `tokenizers.Tokenizer` that adds the template, truncates and pads.
-        session: `onnxruntime.InferenceSession` of the graph.
+        identities: Result of `DualEncoder.part_identities()`.
+        tokenizer: `tokenizers.Tokenizer` that adds the template, truncates and pads texts.
+        session: `onnxruntime.InferenceSession` for the graph.
     """
 
     name: str
@@ -71,7 +71,7 @@ class TextGraph:
         return dataclasses.replace(self, embed_dim=dim, identities=identities)
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Encode N texts. Return L2-normalised embeddings of shape (N, embed_dim), float32."""
+        """Encode N texts. Return L2-normalised float32 embeddings of shape (N, embed_dim)."""
         texts, embeddings = list(check_texts(texts)), []
         for start in range(0, len(texts), TEXTS_PER_BATCH):
             encodings = self.tokenizer.encode_batch(texts[start : start + TEXTS_PER_BATCH])
@@ -82,44 +82,44 @@ class TextGraph:
 
 
 def open_text_graph(name: str) -> TextGraph | None:
-    """Return the graph of a model's text encoder, or None if no graph matches the current model files."""
-    settings = _read_settings(name)
+    """Open the saved graph of a model's text encoder. Return None if no graph matches the current model files."""
+    settings = _read_graph_settings(name)
     return None if settings is None else _try_load_graph(name, settings)
 
 
 def save_text_graph(model: DualEncoder) -> None:
-    """Save the graph of a model's text encoder, unless a graph exists or the encoder is unsuitable.
+    """Save the graph of a model's text encoder, unless the graph exists or the encoder is too large.
 
-    If the export fails, the error is printed, and saved so that the export is not repeated.
+    If the model cannot be exported, the error is printed and saved, so that the export is not attempted again.
     """
     name = model.name
     weights = [file.stat().st_size for file in Path(name, "text").rglob("*.safetensors")]
     if not 0 < sum(weights) <= MAX_TEXT_BYTES or not all(map(find_spec, EXTRAS["onnx"])):
         return
-    settings = _read_settings(name)
+    settings = _read_graph_settings(name)
     if settings is not None and ("error" in settings or _try_load_graph(name, settings) is not None):
         return
     try:
         folder = _get_graph_folder(name)
-    except RuntimeError:  # no home folder
+    except RuntimeError:  # the user has no home folder
         return
     print("Exporting the text encoder, which makes searches with this model faster...", flush=True)
     try:
-        _remove_old_graphs(folder.parent)
+        _remove_graphs_of_deleted_models(folder.parent)
         remove_path(folder)
         with atomic_dir(folder) as temporary:
-            settings = {**_describe_files(name), **_export_graph(model, temporary)}
+            settings = {**_describe_model_files(name), **_export_graph(model, temporary)}
             (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
-    except (OSError, MemoryError) as error:  # not caused by the model
+    except (OSError, MemoryError) as error:  # a later attempt may succeed
         print(f"The text encoder could not be exported: {error}")
-    except Exception as error:  # torch.onnx can raise any exception for a model that it does not support
+    except Exception as error:  # torch.onnx can raise any exception for an unsupported model
         print(f"The text encoder cannot be exported: {error}")
         with suppress(OSError), atomic_dir(folder) as temporary:
-            settings = {**_describe_files(name), "error": repr(error)}
+            settings = {**_describe_model_files(name), "error": repr(error)}
             (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def _remove_old_graphs(folder: Path) -> None:
+def _remove_graphs_of_deleted_models(folder: Path) -> None:
     for file in folder.glob("*/graph.json"):
         with suppress(OSError, ValueError, KeyError):
             if not Path(read_json_object(file)["model"]).exists():
@@ -131,17 +131,17 @@ def _get_graph_folder(name: str) -> Path:
     return get_cache_dir() / "text_graphs" / f"{source.name}-{hash_text(str(source))[:12]}"
 
 
-def _read_settings(name: str) -> dict[str, Any] | None:
+def _read_graph_settings(name: str) -> dict[str, Any] | None:
     """Return the settings of a saved graph, or None if no graph matches the current model files."""
-    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: no home folder
+    with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder
         settings = read_json_object(_get_graph_folder(name) / "graph.json")
-        if settings.items() >= _describe_files(name).items():
+        if settings.items() >= _describe_model_files(name).items():
             return settings
     return None
 
 
-def _describe_files(name: str) -> dict[str, Any]:
-    """Return the properties that a graph must match: the graph format and the state of the model's files."""
+def _describe_model_files(name: str) -> dict[str, Any]:
+    """Return the format version, and the sizes and modification times of the model files that affect the graph."""
     root = Path(name).resolve()
     files = [root / "config.json", root / "model.safetensors"]
     files += sorted(file for file in (root / "text").rglob("*") if file.is_file())
@@ -154,7 +154,7 @@ def _describe_files(name: str) -> dict[str, Any]:
 
 def _try_load_graph(name: str, settings: dict[str, Any]) -> TextGraph | None:
     if "error" not in settings:
-        with suppress(Exception):  # onnxruntime and tokenizers have no common exception class
+        with suppress(Exception):  # the exceptions of onnxruntime and tokenizers have no common base class
             return _load_graph(name, _get_graph_folder(name), settings)
     return None
 
@@ -167,7 +167,7 @@ def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
     tokenizer.enable_padding(pad_id=settings["pad_id"], pad_token="")
     tokenizer.enable_truncation(settings["max_length"])
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # a query is too short for several threads, which would only busy-wait
+    options.intra_op_num_threads = 1  # additional threads would mostly busy-wait, because a query is short
     return TextGraph(
         name=name,
         embed_dim=settings["embed_dim"],
@@ -179,7 +179,7 @@ def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
 
 
 def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
-    """Write text.onnx and tokenizer.json, and return the graph's settings. Raise ValueError if embeddings differ."""
+    """Write text.onnx and tokenizer.json. Return the graph's settings. Raise ValueError if the graph is inaccurate."""
     from llm2clip.models.export.onnx import export_text
     from llm2clip.models.export.transformers import build_tokenizer
     from llm2clip.models.llm2clip import LLM2CLIP
@@ -200,5 +200,5 @@ def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
     expected = source.encode_text(CHECKED_TEXTS).numpy()
     difference = float(np.abs(graph.encode_texts(CHECKED_TEXTS) - expected).max())
     if not difference <= MAX_DIFFERENCE:  # `not <=` also catches NaN
-        raise ValueError(f"the graph's embeddings differ from PyTorch's by {difference:g}")
+        raise ValueError(f"the graph's embeddings differ from PyTorch's embeddings by {difference:g}")
     return settings

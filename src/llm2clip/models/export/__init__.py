@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 class ExportFormat:
     """Third-party format to which a model can be exported.
 
-    The function takes a model and an empty folder, writes the exported model to the folder, and returns a list of
-    messages for the user, or None. It is imported lazily, so that the command line can list the formats without
-    PyTorch.
+    The export function takes a model and an empty folder, writes the exported model to the folder, and returns a list
+    of messages for the user, or None. The function is specified by name, so that the command line can list the formats
+    without importing PyTorch.
     """
 
-    function: str  # module and name
-    load_code: str  # example code that loads the exported folder {out}
+    function: str  # MODULE:FUNCTION
+    load_code: str  # example code that loads the exported model from the folder {out}
 
 
 FORMATS = {
@@ -44,14 +44,14 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
 
     Args:
         int8: Also write ONNX graphs with 8-bit weights. Supported only for "onnx".
-        dim: Dimension to which the exported model truncates its embeddings. Default: no truncation. Not supported for
+        dim: Dimension to which the exported model truncates embeddings. Default: no truncation. Not supported for
             "vision".
 
     Returns:
-        Messages for the user, for example about the cosine similarity between the exported and the original model.
+        Messages for the user, such as the cosine similarity between embeddings of the exported and the original model.
 
     Raises:
-        ValueError: The format is unknown, or cannot represent the model.
+        ValueError: The format is unknown or cannot represent the model.
         FileExistsError: `out` exists.
     """
     if to not in FORMATS:

@@ -1,4 +1,4 @@
-"""Model cards in Markdown, which describe a model's architecture, usage, evaluation and training config."""
+"""Model cards in Markdown with a model's architecture, usage, evaluation and training config."""
 
 import re
 from pathlib import Path
@@ -48,15 +48,16 @@ LIMITATIONS = (
 
 
 def write_model_card(folder: Path, name: str) -> None:
-    """Write a model card (see `render_model_card`) to a model folder's README.md, replacing an existing file."""
+    """Write a model card (see `render_model_card`) to a model folder, and replace an existing README.md."""
     atomic_write_text(folder / "README.md", render_model_card(folder, name))
 
 
 def render_model_card(folder: Path, name: str, license: str | None = None) -> str:
     """Render the model card for a model folder as Markdown with YAML front matter.
 
-    If the folder is RUN/model, the card includes the training config RUN/config.yaml and the report RUN/report.md, if
-    these files exist. Absolute paths in them are shortened to file names. `license` is a hub license identifier.
+    If the folder is RUN/model, the model card includes the training config RUN/config.yaml and the report
+    RUN/report.md. Missing files are skipped, and absolute paths are shortened to file names. `license` is a hub license
+    identifier.
     """
     config_file = folder / "config.json"
     config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
@@ -119,7 +120,7 @@ def _render_architecture_table(config: dict[str, Any], embed_dim: int | None) ->
 
 
 def _render_asset_section(run: Path) -> list[str]:
-    """Render the licenses and origins of the pretrained parts that llm2clip downloaded for a run."""
+    """Render the licenses and sources of the pretrained models that llm2clip downloaded for a run."""
     config_file = run / CONFIG_FILE
     if not config_file.is_file():
         return []
@@ -150,7 +151,7 @@ def _render_training_sections(run: Path) -> list[str]:
 
 
 def _demote_headings(report: str) -> str:
-    """Demote a report's headings by two levels, and remove its title and its link to the plots."""
+    """Demote a report's headings by two levels, and remove the title and the link to the plots."""
     lines, in_code = [], False
     for line in report.splitlines():
         if line.startswith("```"):
@@ -163,6 +164,6 @@ def _demote_headings(report: str) -> str:
 
 
 def _shorten_paths(text: str) -> str:
-    """Shorten absolute paths to their file names: /home/user/photos.csv becomes photos.csv."""
+    """Shorten absolute paths to file names. For example, /home/user/photos.csv becomes photos.csv."""
     quoted = re.sub(r"(['\"])(?:file://)?/[^'\"\n]*/([^'\"/\n]+)\1", r"\1\2\1", text)
     return re.sub(r"(?<![\w.:/])(?:file://)?/(?:[^\s/`'\"]+/)+", "", quoted)

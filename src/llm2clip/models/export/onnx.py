@@ -1,4 +1,4 @@
-"""ONNX export of the image encoder and the text encoder. The graphs are verified against PyTorch's embeddings."""
+"""ONNX export of a model's image and text encoders, with a check against PyTorch's embeddings."""
 
 import copy
 import json
@@ -43,10 +43,10 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# The weights of a larger graph are stored in a separate file, because ONNX files are limited to 2 GB.
+# Larger weights are stored in a separate file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
-MIN_QUANTIZED_VALUES = 1024  # smaller weights stay in float32
-# Texts on which the error caused by 8-bit weights is measured: short queries and captions of different lengths.
+MIN_QUANTIZED_VALUES = 1024  # weights with fewer values stay in float32
+# Short queries and captions of different lengths for measuring the error caused by 8-bit weights.
 CALIBRATION_TEXTS = (
     *("dog", "red car", "sunset at the beach", "children playing football", "an old bicycle", "people at a market"),
     "A black dog runs through shallow water with a stick in its mouth.",
@@ -63,23 +63,23 @@ CALIBRATION_TEXTS = (
 
 
 @dataclass
-class _Graph:
+class _ExportGraph:
     """ONNX graph to export."""
 
     name: str  # file name without suffix: vision or text
     module: nn.Module
-    inputs: dict[str, Tensor]  # at least two sample inputs
-    dynamic_shapes: tuple[Any, ...]  # as in torch.onnx.export
-    calibration: dict[str, Tensor]  # inputs on which the error caused by 8-bit weights is measured
+    inputs: dict[str, Tensor]  # batch of at least two sample inputs
+    dynamic_shapes: tuple[Any, ...]  # argument of torch.onnx.export
+    calibration: dict[str, Tensor]  # batch of inputs for measuring the error caused by 8-bit weights
 
 
 class VisionModule(nn.Module):
-    """Module that encodes uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings (N, embed_dim)."""
+    """Module that encodes uint8 images of shape (N, 3, S, S) as L2-normalised float32 embeddings."""
 
     def __init__(self, model: LLM2CLIP) -> None:
         super().__init__()
         self.tower = copy.deepcopy(model.tower).cpu().float()
-        self.tower._channels_last = False  # the memory format has no meaning in an ONNX graph
+        self.tower._channels_last = False  # ONNX graphs have no memory formats
         self.projection = copy.deepcopy(model.projection).cpu().float()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ class VisionModule(nn.Module):
 
 
 class TextModule(nn.Module):
-    """Module that encodes token ids and masks, int64 of shape (N, T), as L2-normalised float32 embeddings.
+    """Module that encodes token ids and attention masks as L2-normalised float32 embeddings.
 
-    The encoder can be a `StaticEmbedding`, or a transformer with mean, last-token or CLS pooling. Modules that follow
-    the pooling, such as Dense, are part of the graph.
+    The inputs have shape (N, T), int64. The encoder is a `StaticEmbedding`, or a transformer with mean, last-token or
+    CLS pooling. Modules after the pooling, such as Dense, are part of the graph.
     """
 
     def __init__(self, model: LLM2CLIP) -> None:
@@ -127,8 +127,8 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
     If `int8` is True, also write vision-int8.onnx and text-int8.onnx with 8-bit weights (see `quantize_weights`).
-    Return messages with each graph's size and its cosine similarity to PyTorch's embeddings. Raise ValueError if the
-    minimum similarity of a float32 graph is below 0.9999.
+    Return a message for each graph, with the cosine similarity of its embeddings to PyTorch's embeddings. Raise
+    ValueError if the minimum cosine similarity of a float32 graph is less than 0.9999.
     """
     check_extra("onnx", "exporting to ONNX")
     messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
@@ -141,8 +141,9 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 @torch.no_grad()
 def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
+    """Write text.onnx and the tokenizer, and return messages, as in `export_onnx`."""
     tokenizer = build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # saved first, because a call with padding changes the tokenizer's settings
+    tokenizer.save_pretrained(folder)  # before any call with padding, which would change the tokenizer's settings
     graph = _build_text_graph(model, tokenizer)
     check_text_embeddings(graph.module(*graph.inputs.values()), model)
     return _export_graph(graph, folder, int8)
@@ -150,36 +151,36 @@ def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 @torch.no_grad()
 def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
-    """Write text.onnx with 8-bit weights (see `quantize_weights`) and the tokenizer. Return a message."""
+    """Write text.onnx with 8-bit weights, and the tokenizer. Return a message with the cosine similarity."""
     export_text(model, folder)
     file, full = folder / "text.onnx", folder / "text-float32.onnx"
     file.replace(full)
     quantize_weights(full, file)
     graph = _build_text_graph(model, build_tokenizer(model.encoder))
-    message = _describe_quantized_graph(graph, file, full)
+    message = _format_quantization_message(graph, file, full)
     full.unlink()
     return message
 
 
 def count_final_tokens(tokenizer: Any) -> int:
-    """Count the special tokens after each text, which truncation preserves."""
+    """Count the special tokens that the tokenizer appends to each text, and that truncation preserves."""
     mask = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
     return len(list(takewhile(bool, reversed(mask))))
 
 
-def _build_vision_graph(model: LLM2CLIP) -> _Graph:
+def _build_vision_graph(model: LLM2CLIP) -> _ExportGraph:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
     count = {0: torch.export.Dim("count")}
-    return _Graph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
+    return _ExportGraph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
 
 
-def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _Graph:
+def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _ExportGraph:
     count_and_length = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
     module = TextModule(model).eval()
     samples, calibration = (_tokenize(tokenizer, texts) for texts in (SAMPLE_TEXTS, CALIBRATION_TEXTS))
-    return _Graph("text", module, samples, (count_and_length, count_and_length), calibration)
+    return _ExportGraph("text", module, samples, (count_and_length, count_and_length), calibration)
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -187,24 +188,23 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-def _export_graph(graph: _Graph, folder: Path, int8: bool) -> list[str]:
-    """Write a graph and, if `int8`, a copy with 8-bit weights. Return a message for each file."""
+def _export_graph(graph: _ExportGraph, folder: Path, int8: bool) -> list[str]:
     messages = [_write_graph(graph, folder)]
     if int8:
         file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
         quantize_weights(file, quantized)
-        messages.append(_describe_quantized_graph(graph, quantized, file))
+        messages.append(_format_quantization_message(graph, quantized, file))
     return messages
 
 
-def _write_graph(graph: _Graph, folder: Path) -> str:
-    """Write a graph and compare its embeddings with PyTorch's. Return a message with the cosine similarity."""
+def _write_graph(graph: _ExportGraph, folder: Path) -> str:
+    """Write a graph. Raise ValueError if the graph's embeddings differ from PyTorch's embeddings."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     file = folder / f"{graph.name}.onnx"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance\\(treespec", FutureWarning)
-        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # the batch axes share a name
+        warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # the batch axes have the same name
         program = torch.onnx.export(
             graph.module,
             tuple(graph.inputs.values()),
@@ -221,11 +221,11 @@ def _write_graph(graph: _Graph, folder: Path) -> str:
     cosines = [_compute_cosines(file, graph.module, inputs).min() for inputs in (graph.inputs, single_input)]
     cosine = float(torch.stack(cosines).min())
     if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
-        raise ValueError(f"the embeddings from {file.name} differ from PyTorch's: cosine similarity {cosine:.5f}")
+        raise ValueError(f"{file.name}: the embeddings differ from PyTorch's (cosine similarity {cosine:.5f})")
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 
-def _describe_quantized_graph(graph: _Graph, quantized: Path, original: Path) -> str:
+def _format_quantization_message(graph: _ExportGraph, quantized: Path, original: Path) -> str:
     cosines = _compute_cosines(quantized, graph.module, graph.calibration)
     sizes = [sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) for file in (quantized, original)]
     return (
@@ -235,7 +235,7 @@ def _describe_quantized_graph(graph: _Graph, quantized: Path, original: Path) ->
 
 
 def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the cosine similarities of shape (N,) between a graph's and a PyTorch module's embeddings of N inputs."""
+    """Return the cosine similarity between an ONNX graph's and a PyTorch module's embedding of each of N inputs."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -244,12 +244,12 @@ def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]
 
 
 def quantize_weights(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX graph whose weight matrices, convolutions and embedding tables are stored as int8.
+    """Write a copy of an ONNX graph with weight matrices, convolutions and embedding tables stored as int8.
 
     Each output of a weight matrix or convolution, and each row of an embedding table, has its own float32 scale. The
-    graph computes in float32, unlike onnxruntime's dynamic quantisation, which changes embeddings far more. When
-    onnxruntime loads the graph, it dequantises all weights except embedding tables. Of these, each forward pass
-    dequantises only the rows that it reads.
+    graph computes in float32, because onnxruntime's dynamic quantisation would change embeddings far more. onnxruntime
+    dequantises weight matrices and convolutions when it loads the graph. Each forward pass dequantises only the
+    embedding table rows that are needed.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -259,7 +259,7 @@ def quantize_weights(source: Path, target: Path) -> None:
     restored, replaced = [], {}
     for tensor in list(graph.initializer):
         users = [node for node in graph.node if tensor.name in node.input]
-        axes = _find_input_axes(tensor, users)
+        axes = _find_scale_axes(tensor, users)
         if axes is None:
             continue
         name = tensor.name
@@ -269,14 +269,14 @@ def quantize_weights(source: Path, target: Path) -> None:
         graph.initializer.append(numpy_helper.from_array(np.round(weights / scales).astype(np.int8), f"{name}_int8"))
         graph.initializer.append(numpy_helper.from_array(scales, f"{name}_scales"))
         if users[0].op_type != "Gather":
-            restored += _build_restoring_nodes(f"{name}_int8", f"{name}_scales", name)
+            restored += _build_dequantization_nodes(f"{name}_int8", f"{name}_scales", name)
             continue
         for node in users:
             rows, row_scales = f"{node.output[0]}_int8", f"{node.output[0]}_scales"
             replaced[node.output[0]] = [
                 helper.make_node("Gather", [f"{name}_int8", node.input[1]], [rows]),
                 helper.make_node("Gather", [f"{name}_scales", node.input[1]], [row_scales]),
-                *_build_restoring_nodes(rows, row_scales, node.output[0]),
+                *_build_dequantization_nodes(rows, row_scales, node.output[0]),
             ]
     nodes = list(restored)
     for node in graph.node:
@@ -287,8 +287,8 @@ def quantize_weights(source: Path, target: Path) -> None:
     onnx.save(model, target, save_as_external_data=is_large, location=f"{target.name}.data")
 
 
-def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
-    """Return the axes of a weight along which its values share a scale, or None if the weight must stay in float32."""
+def _find_scale_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
+    """Return the axes of a weight along which all values share a scale, or None if the weight must stay in float32."""
     from onnx import TensorProto, helper
 
     is_large = len(tensor.dims) >= 2 and np.prod(tensor.dims) >= MIN_QUANTIZED_VALUES
@@ -309,7 +309,7 @@ def _find_input_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
     return choices.pop()[1] if len(choices) == 1 else None
 
 
-def _build_restoring_nodes(values: str, scales: str, output: str) -> list[Any]:
+def _build_dequantization_nodes(values: str, scales: str, output: str) -> list[Any]:
     from onnx import TensorProto, helper
 
     return [

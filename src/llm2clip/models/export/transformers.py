@@ -1,4 +1,4 @@
-"""Export to transformers and sentence-transformers."""
+"""Export of models to the formats of transformers and sentence-transformers."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
-MAX_STATIC_TOKENS = 8192  # maximum text length of exported static encoders, which have no limit of their own
+MAX_STATIC_TOKENS = 8192  # maximum text length in tokens for exported static encoders
 POOLINGS = ("mean", "lasttoken", "cls")
 MIN_COSINE = 0.9999  # minimum cosine similarity between embeddings of the exported and the original model
 SAMPLE_TEXTS = (
@@ -30,11 +30,12 @@ SAMPLE_TEXTS = (
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
 )
-CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")  # the template must not change how these texts are tokenized
+# Texts for checking that the template does not change the tokens of the caption.
+CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that transformers can load without llm2clip, with `trust_remote_code=True`."""
+    """Write a model folder that transformers can load without llm2clip, using `trust_remote_code=True`."""
     exported = build_export_model(model)
     exported.config.architectures = [LLM2CLIPExport.__name__]
     module = Path(modeling_llm2clip.__file__).stem
@@ -55,7 +56,7 @@ def export_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
-    """Write a folder that both sentence-transformers and transformers can load, with `trust_remote_code=True`."""
+    """Write a model folder that sentence-transformers and transformers can load, using `trust_remote_code=True`."""
     export_transformers(model, folder)
     modalities = {
         "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
@@ -74,9 +75,9 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
 
 
 def export_vision(model: LLM2CLIP, folder: Path) -> None:
-    """Write the vision tower without the projection, for models that need patch features, such as LLaVA.
+    """Write the vision tower, without the projection, for models that need patch features, such as LLaVA.
 
-    `AutoModel.from_pretrained` can load the folder without remote code.
+    `AutoModel.from_pretrained` can load the vision tower without remote code.
     """
     build_vision_model(model.tower).save_pretrained(folder)
     _write_json(folder / "preprocessor_config.json", model.tower.preprocess.to_dict())
@@ -108,16 +109,14 @@ def check_pooling(encoder: CaptionEncoder) -> None:
     """Raise ValueError if the encoder is static, or its pooling is not in `POOLINGS`."""
     if encoder.is_static:
         raise ValueError(
-            "the text encoder is static, which this format does not support: use MODEL/text, which is a complete "
+            "this format does not support static text encoders: use MODEL/text, which is a complete "
             "sentence-transformers model"
         )
     if isinstance(encoder.st[1], LatentAttentionPooling):
-        raise ValueError("the caption encoder uses latent attention pooling, which this format does not support")
+        raise ValueError("this format does not support the caption encoder's latent attention pooling")
     pooling = encoder.st[1].get_config_dict()["pooling_mode"]
     if pooling not in POOLINGS:
-        raise ValueError(
-            f"the caption encoder uses {pooling!r} pooling; supported pooling modes: {', '.join(POOLINGS)}"
-        )
+        raise ValueError(f"the caption encoder's pooling mode must be one of {', '.join(POOLINGS)} (got {pooling!r})")
 
 
 def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
@@ -146,7 +145,7 @@ def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
 def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO towers always interpolate position embeddings. CLIP and SigLIP towers do so only with a flag.
+    # DINO towers always interpolate position embeddings. CLIP and SigLIP towers interpolate only if a flag is set.
     needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
     return {
         "library": library,
@@ -171,13 +170,13 @@ def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
 def check_text_embeddings(embeddings: Tensor, model: LLM2CLIP) -> None:
     """Raise ValueError if an exported model's embeddings of `SAMPLE_TEXTS` differ from the original model's embeddings.
 
-    This detects caption encoders with a module that the format cannot represent, such as an activation function.
+    The check detects caption encoders with a module that the format cannot represent, such as an activation function.
     """
     cosine = float((embeddings * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
     if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
         raise ValueError(
-            f"the exported model's text embeddings would differ from the original model's (cosine similarity "
-            f"{cosine:.4f}): the caption encoder has a module that the format does not support"
+            "the exported model's text embeddings would differ from those of the original model (cosine similarity "
+            f"{cosine:.4f}): the caption encoder has a module that this format does not support"
         )
 
 
@@ -207,16 +206,16 @@ def build_vision_model(tower: VisionTower) -> Any:
 
 
 def build_tokenizer(encoder: CaptionEncoder) -> Any:
-    """Return a copy of the encoder's tokenizer that also strips each text and adds the template's tokens."""
+    """Return a copy of the encoder's tokenizer that also strips whitespace and adds the template's tokens."""
     from tokenizers import normalizers
 
     is_static = encoder.is_static
     tokenizer = _build_static_tokenizer(encoder.st[0]) if is_static else copy.deepcopy(encoder.tokenizer)
     backend = tokenizer.backend_tokenizer
-    # Strip leading and trailing whitespace, as `CaptionEncoder.tokenize` does.
+    # `CaptionEncoder.tokenize` also strips leading and trailing whitespace.
     steps = [normalizers.Strip()] + ([] if backend.normalizer is None else [backend.normalizer])
     backend.normalizer = normalizers.Sequence(steps)
-    _normalize_texts_as_a_whole(backend)
+    _normalize_before_splitting(backend)
     if not is_static:
         tokenizer.model_max_length = encoder.st.max_seq_length or 512
     if encoder.prefix:
@@ -230,12 +229,11 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     return tokenizer
 
 
-def _normalize_texts_as_a_whole(backend: Any) -> None:
-    """Make the backend normalise the whole text before it searches the text for added tokens.
+def _normalize_before_splitting(backend: Any) -> None:
+    """Make the tokenizer normalise a complete text before the text is split at added tokens.
 
-    By default, a text is first split at added tokens, and each part is normalised separately, so that whitespace next
-    to the added tokens would also be stripped. Added tokens that the normaliser would change, such as line breaks, are
-    still split off before normalisation.
+    By default, each part between added tokens is normalised separately, so whitespace next to added tokens would be
+    stripped. Added tokens that the normaliser would change, such as line breaks, are still split off first.
     """
     from tokenizers import AddedToken
 
@@ -247,14 +245,14 @@ def _normalize_texts_as_a_whole(backend: Any) -> None:
 
 
 def _build_static_tokenizer(static: StaticEmbedding) -> Any:
-    """Return a transformers tokenizer that adds no special tokens, like `StaticEmbedding`."""
+    """Return a transformers tokenizer that adds no special tokens, as in `StaticEmbedding`."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     values = json.loads(static.tokenizer.to_str())
     values |= {"post_processor": None, "truncation": None, "padding": None}
     backend = Tokenizer.from_str(json.dumps(values))
-    # Padding is masked, so any token can be the padding token.
+    # Any token can be the padding token, because padding is masked.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=backend.id_to_token(0), model_max_length=MAX_STATIC_TOKENS
     )
@@ -264,8 +262,8 @@ def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))
-    before = _find_common_prefix(first, second)
-    after = _find_common_prefix(first[::-1], second[::-1])[::-1]
+    before = _find_common_leading_tokens(first, second)
+    after = _find_common_leading_tokens(first[::-1], second[::-1])[::-1]
     special_tokens = []
     for name, ids in (("<before>", before), ("<after>", after)):
         if ids:
@@ -274,6 +272,6 @@ def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special_tokens)
 
 
-def _find_common_prefix(first: list[int], second: list[int]) -> list[int]:
+def _find_common_leading_tokens(first: list[int], second: list[int]) -> list[int]:
     equal = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
     return [token for token, _ in equal]

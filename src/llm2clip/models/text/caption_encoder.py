@@ -1,9 +1,9 @@
 """Caption encoder, which maps a text to a single embedding.
 
-By default, the encoder is a decoder LLM with bidirectional attention and mean pooling. It can also be a BERT-like model
-or, for fast queries, a static encoder, which averages one embedding per token. The encoder is saved as an ordinary
-`SentenceTransformer`, so sentence-transformers can load it without llm2clip and computes the same embeddings. The only
-exception is NV-Embed (see `models/text/latent_attention.py`).
+By default, a caption encoder is a decoder LLM with bidirectional attention and mean pooling. Other caption encoders are
+BERT-like models and, for fast queries, static encoders, which average one embedding per token. All encoders except
+NV-Embed (see `models/text/latent_attention.py`) are saved as ordinary `SentenceTransformer` models, which
+sentence-transformers can load without llm2clip.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ from llm2clip.models.text.sentence_transformer import (
 )
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # embeddings are copied to the CPU once this many have accumulated
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of embeddings that accumulate on the device before a copy to the CPU
 
 
 class CaptionEncoder(nn.Module):
-    """LLM with a caption template and a pooling layer. Use `from_pretrained` to load it and `encode` to run it.
+    """Text encoder with a caption template and a pooling layer.
 
     Attributes:
-        st: The SentenceTransformer. Either `st[0]` is the LLM and `st[1]` is the pooling layer, or `st[0]` is a
-            `StaticEmbedding`, which has no attention and does its own pooling. Other layers may follow.
-        weights_precision: Highest precision that the weights support. `move_for_encoding` can lower it.
+        st: SentenceTransformer. Either `st[0]` is the LLM and `st[1]` is the pooling layer, or `st[0]` is a
+            `StaticEmbedding`, which includes pooling. Other layers may follow.
+        weights_precision: Highest precision that the weights support. `move_for_encoding` can lower this precision.
     """
 
     def __init__(self, st: SentenceTransformer) -> None:
@@ -87,23 +87,25 @@ class CaptionEncoder(nn.Module):
     ) -> CaptionEncoder:
         """Load a decoder LLM, a sentence-transformers model or a `.gguf` file as a caption encoder in float32.
 
-        If an option is missing or None, the value saved with the model is used. Plain LLMs default to bidirectional
-        attention, mean pooling, no template and a maximum length of 512 tokens.
+        If an option is missing or None, the value saved with the model is used. The defaults for plain LLMs are
+        bidirectional attention, mean pooling, no template and a maximum length of 512 tokens.
 
         Args:
             path: Folder or hub id of a transformers or sentence-transformers model, an llm2clip model folder, a `.gguf`
                 file, or the name of a model that llm2clip can download (see `models/pretrained.py`).
             device: Device to load the encoder on. Default: a GPU if available.
             options: `bidirectional`, `layers`, `template`, `pooling`, `max_length` and `truncate_dim`, as in
-                `EncoderConfig`, and `attention`: `packed` (see `models/text/packing.py`) or a transformers attention
-                implementation such as sdpa, eager, flex_attention or flash_attention_2. Decoders that support `packed`
-                use it by default. `packed` and flash attention need no padding. Flash attention requires bf16.
+                `EncoderConfig`, and `attention`.
+
+                The value of `attention` is `packed` (see `models/text/packing.py`) or a transformers attention
+                implementation such as sdpa, eager, flex_attention or flash_attention_2. The default is `packed` for
+                decoders that support packed attention. Flash attention requires bf16.
 
         Raises:
             ValueError: An option is not valid for the model.
             OSError: The model does not exist.
         """
-        path = _resolve_path(path)
+        path = _resolve_model_path(path)
         check_model_source(path)
         pooling = options.get("pooling") or "mean"
         with explain_load_errors(path):
@@ -111,7 +113,7 @@ class CaptionEncoder(nn.Module):
         if encoder.is_static:
             invalid = [name for name, value in options.items() if value is not None and name != "truncate_dim"]
             if invalid:
-                raise ValueError(f"{path} is a static encoder, which has no {', '.join(invalid)}: remove this setting")
+                raise ValueError(f"{path} is a static encoder, which does not support {', '.join(invalid)}")
         encoder._set_options(path, **options)
         return encoder.eval()
 
@@ -170,7 +172,7 @@ class CaptionEncoder(nn.Module):
 
     @property
     def llm(self) -> Any:
-        """The transformers model without any PEFT wrapper or, for static encoders, the token embeddings."""
+        """Transformers model without a PEFT wrapper. For static encoders, the `StaticEmbedding` module."""
         if self.is_static:
             return self.st[0]
         model = self.st[0].model
@@ -206,11 +208,11 @@ class CaptionEncoder(nn.Module):
     def tokenize(self, captions: Sequence[str], prompts: Sequence[str] | None = None) -> TokenizedTexts:
         """Tokenize captions with the template and special tokens, and truncate them to the encoder's `max_length`.
 
-        Leading and trailing whitespace is stripped, as in the LLM2CLIP authors' code. Truncation removes tokens from
-        the end of the caption but keeps the special token that follows the caption.
+        As in the LLM2CLIP authors' code, leading and trailing whitespace is stripped. Truncation removes tokens from
+        the end of the caption, but not the special token that follows the caption.
 
-        `prompts` contains an instruction for each caption, or "" for no instruction. It is inserted between the
-        template's prefix and the caption, and excluded from pooling.
+        `prompts` contains an instruction, or "", for each caption. An instruction is inserted between the template's
+        prefix and the caption, and excluded from pooling.
         """
         captions = list(check_texts(captions))
         if not captions:
@@ -240,19 +242,20 @@ class CaptionEncoder(nn.Module):
         for prompt in prompts:
             if not has_consistent_prompt_length(self.st, self.prefix + prompt):
                 raise ValueError(
-                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}: instructions "
-                    "must not end in a space or a special token. End the instruction with a line break"
+                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}, because the "
+                    "instruction ends in a space or a special token. End the instruction with a line break"
                 )
         self.st[1].include_prompt = False
 
     def collate(self, ids: Sequence[Sequence[int]], prompt_length: int | None = None) -> dict[str, Any]:
         """Build the model inputs for a batch from the token ids of B captions.
 
-        For `packed` and flash attention, the inputs form a single row without padding (see `pack_captions`). For other
-        attention implementations, the inputs are padded input_ids and attention_mask, int64, of shape (B, T). For
-        static encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
+        For `packed` and flash attention, the captions form a single row without padding (see `pack_captions`). For
+        other attention implementations, input_ids and attention_mask are padded to shape (B, T), int64. For static
+        encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
 
-        `prompt_length` leading tokens of each caption are excluded from pooling. Default: the template's prefix.
+        `prompt_length` is the number of leading tokens of each caption that are excluded from pooling. Default: the
+        number of tokens in the template's prefix.
         """
         if self.is_static:
             lengths = torch.tensor([len(row) for row in ids])
@@ -271,7 +274,7 @@ class CaptionEncoder(nn.Module):
         return batch
 
     def forward(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Encode the token ids of B captions. Return embeddings of shape (B, embed_dim), with gradients."""
+        """Encode B captions, given their token ids. Return embeddings of shape (B, embed_dim), with gradients."""
         embeddings: Tensor = self.st(self.collate(ids))["sentence_embedding"]
         return embeddings
 
@@ -287,23 +290,23 @@ class CaptionEncoder(nn.Module):
     ) -> Tensor:
         """Encode N captions. Return unnormalised embeddings of shape (N, embed_dim), float32, on the CPU.
 
-        Captions of similar length are batched together, so there is almost no padding. An embedding depends on the
-        other captions in its batch by at most about 1e-5. The embedding of a text without tokens is a zero vector.
+        Captions of similar length are batched together to avoid padding. The other captions in a batch change an
+        embedding by at most about 1e-5. The embedding of a text without tokens is a zero vector.
 
         Args:
             captions: Texts, or the output of `tokenize`.
             batch_tokens: Maximum number of tokens per batch, including padding. Default: `default_batch_tokens`.
-            precision: fp32, bf16 (two to three times as fast) or bf16+N, for models that are too inaccurate in bf16
-                (see `models/precision.py`). Default: `weights_precision`.
+            precision: fp32, bf16 (two to three times as fast as fp32), or bf16+N for LLMs that are too inaccurate in
+                bf16 (see `models/precision.py`). Default: `weights_precision`.
             progress: True to show a progress bar, or an existing `ProgressBar` to update.
 
         Raises:
             TypeError: A caption is not a string.
             ValueError: A caption is not valid Unicode, or the attention implementation does not support the precision.
         """
-        checked_precision = self._check_weights(precision or self.weights_precision)
+        checked_precision = self._check_encoding_precision(precision or self.weights_precision)
         if "flash" in self.attention and checked_precision == "fp32":
-            raise ValueError(f"{self.attention} does not support fp32: use bf16, or another attention implementation")
+            raise ValueError(f"{self.attention} does not support fp32: use bf16 or another attention implementation")
         if isinstance(captions, str):
             captions = [captions]
         tokens = captions if isinstance(captions, TokenizedTexts) else self.tokenize(list(captions))
@@ -328,7 +331,7 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Encode a batch like `self.st`, but exclude prompts from mean pooling without a GPU synchronisation."""
+        """Run `self.st` on a batch, but exclude prompts from mean pooling without a GPU synchronisation."""
         first, *modules = self.st
         features = first(batch)
         if {"prompt_length", "caption_lengths"} <= features.keys():
@@ -341,27 +344,26 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device. Keep only the weights needed to encode in `precision`.
+        """Move the encoder to a device, with weights cast for encoding in `precision`.
 
-        In bf16, the LLM's linear layers are stored in bf16 instead of fp32. Encoding then takes less than half the
-        memory and returns bit-identical embeddings. Afterwards, the encoder can no longer be saved, trained or used in
-        fp32, and `identity` raises an error.
+        For bf16, the LLM's linear layers are cast to bf16. As a result, encoding needs less than half the memory and
+        returns bit-identical embeddings, but the encoder can no longer be saved, trained or used in fp32, and
+        `identity` raises an error.
         """
-        self.weights_precision = self._check_weights(precision)
+        self.weights_precision = self._check_encoding_precision(precision)
         cast_linear_weights(self.llm, self.weights_precision)
         self.to(device)
 
     @property
     def has_full_precision(self) -> bool:
-        """True if all weights are in fp32. False after `move_for_encoding` in bf16."""
+        """True if all weights are in fp32, False after a call to `move_for_encoding` with bf16 or bf16+N."""
         return self.weights_precision == "fp32"
 
-    def _check_weights(self, name: str) -> Precision:
-        """Return a precision. Raise ValueError if it is invalid or exceeds the precision of the stored weights."""
+    def _check_encoding_precision(self, name: str) -> Precision:
         precision, available = Precision(name), self.weights_precision
         if precision == "fp16":
             raise ValueError(
-                "caption encoders do not support fp16: the precision must be fp32, bf16, or bf16+N with the first N "
+                "caption encoders do not support fp16: the precision must be fp32, bf16, or bf16+N for the first N "
                 "layers in fp32"
             )
         if available != "fp32" and (precision == "fp32" or precision.num_fp32_layers > available.num_fp32_layers):
@@ -372,8 +374,8 @@ class CaptionEncoder(nn.Module):
         return precision
 
     def identity(self, precision: str = "fp32") -> dict[str, Any]:
-        """Return a dict of everything that affects the embeddings. The weights must be in fp32."""
-        self._check_weights("fp32")
+        """Return a dict of everything that affects the embeddings. Raise ValueError if weights are in bf16."""
+        self._check_encoding_precision("fp32")
         common = {
             "weights": hash_weights(self.st),
             "tokenizer": hash_text(_serialize_tokenizer(self.tokenizer)),
@@ -396,41 +398,40 @@ class CaptionEncoder(nn.Module):
 
     @hide_loading_bars()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the encoder in the sentence-transformers format, as safetensors. The weights must be in fp32."""
-        self._check_weights("fp32")
+        """Save the encoder in the sentence-transformers format. Raise ValueError if weights are in bf16."""
+        self._check_encoding_precision("fp32")
         self.st.save_pretrained(str(folder), create_model_card=False)
         if not self.is_static and not is_encoder_only(self.llm) and not getattr(self.llm.config, "is_causal", True):
-            file = Path(folder) / "config_sentence_transformers.json"  # not saved by sentence-transformers
+            file = Path(folder) / "config_sentence_transformers.json"  # sentence-transformers omits the requirements
             atomic_write_text(file, json.dumps({**read_json(file), "requirements": REQUIREMENTS}, indent=2))
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder onto a device, with only the weights needed for the `evaluate` stage's precision."""
+    """Load a caption encoder onto a device, with weights cast for the precision of the `evaluate` stage."""
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
     encoder.move_for_encoding(device, precision)
     return encoder
 
 
-def _resolve_path(path: str | Path) -> str:
+def _resolve_model_path(path: str | Path) -> str:
     path = resolve_pretrained(str(path))
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
-        read_model_config(Path(path), path)  # checks the format version
+        read_model_config(Path(path), path)  # raises an error for an unsupported format version
         return str(Path(path) / "text")
     return str(resolve_gguf(path)) if path.endswith(".gguf") else path
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
-    """Copy the accumulated embeddings to their rows of the CPU tensor `embeddings`, and clear `on_device`."""
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
-        # A single copy is used, because each copy synchronises with the GPU.
+        # The batches are concatenated before the copy because each copy synchronises with the GPU.
         embeddings[rows] = torch.cat([batch for _, batch in on_device]).cpu()
         on_device.clear()
 
 
 def _serialize_tokenizer(tokenizer: Any) -> str:
-    """Serialise a tokenizer without its padding and truncation settings, which calls to the tokenizer may change."""
+    """Serialise a tokenizer without the padding and truncation settings, which calls to the tokenizer may change."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)  # a static encoder's tokenizer is the backend
     values = json.loads(backend.to_str())
     return json.dumps({k: v for k, v in values.items() if k not in ("padding", "truncation")}, sort_keys=True)

@@ -1,11 +1,11 @@
 """Latent attention pooling, the pooling layer of NV-Embed (arXiv 2405.17428).
 
-Each token's final hidden state attends to an array of trained vectors (the latents) and then passes through an MLP. The
-outputs are averaged over the tokens. Tokens do not attend to each other in this layer, so packed and padded batches
-produce the same embeddings.
+The final hidden state of each token attends to an array of trained vectors (the latents) and then passes through an
+MLP. The outputs are averaged over the tokens. Tokens do not attend to each other in the pooling layer, so packed and
+padded batches result in the same embeddings.
 
-The module is saved in the sentence-transformers format. Because `modules.json` contains an llm2clip class path,
-sentence-transformers can load it only if llm2clip is installed and `trust_remote_code=True` is set.
+The pooling layer is saved in the sentence-transformers format. Because `modules.json` contains an llm2clip class path,
+sentence-transformers can load the encoder only if llm2clip is installed and `trust_remote_code=True` is set.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The MLP's hidden layer is eight times as wide as the LLM's hidden states. Processing tokens in chunks limits the MLP's
-# activations to about 2 GB in fp32.
+# The MLP's hidden layer is eight times as wide as the LLM's hidden states. Tokens are processed in chunks to limit the
+# MLP's activations to about 2 GB in fp32.
 TOKENS_PER_CHUNK = 4096
 MLP_EXPANSION = 4
 
@@ -31,7 +31,7 @@ class LatentAttentionPooling(Pooling):
     def __init__(
         self, embedding_dimension: int, num_latents: int, num_heads: int, head_dim: int, include_prompt: bool = True
     ) -> None:
-        """Create the layer with random weights. `embedding_dimension` is the hidden size of the LLM."""
+        """Create a randomly initialised layer. `embedding_dimension` is the hidden size of the LLM."""
         super().__init__(embedding_dimension, "mean", include_prompt)
         self.num_latents, self.num_heads, self.head_dim = num_latents, num_heads, head_dim
         inner_dim = num_heads * head_dim
@@ -52,7 +52,7 @@ class LatentAttentionPooling(Pooling):
         return pooled
 
     def transform_tokens(self, states: Tensor) -> Tensor:
-        """Apply latent attention and the MLP to final hidden states of shape (..., D), preserving their shape."""
+        """Apply latent attention and the MLP to final hidden states of shape (..., D). Return the same shape."""
         tokens = states.flatten(0, -2)  # (T, D)
         # Keys and values have shape (heads, latents, head_dim) and do not depend on the batch.
         keys, values = (self._split_heads(x) for x in self.to_kv(self.norm_latents(self.latents)).chunk(2, dim=-1))

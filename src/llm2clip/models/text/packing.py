@@ -1,12 +1,11 @@
-"""Length-bucketed batches of texts, and packed attention without padding.
+"""Batches of texts of similar length, and packed attention without padding.
 
-Packed attention concatenates all captions in a batch into a single row, but each token attends only to its own caption.
-Consecutive captions of equal length share one attention call without a mask. In 16-bit precision on recent NVIDIA GPUs,
-a single call computes attention for all captions (`varlen_attention`). The attention function is registered with
-transformers as `packed`, so every model family can use it. For padded batches, `packed` is equivalent to `sdpa`.
+Packed attention concatenates all captions of a batch into a single row, in which each token attends only to tokens of
+the same caption. Consecutive captions of equal length share an attention call without a mask. In 16-bit precision on
+recent NVIDIA GPUs, a single call computes attention for all captions (`varlen_attention`).
 
-Restarting `position_ids` at each caption would not be enough: with `sdpa` and bidirectional attention, tokens would
-still attend to other captions.
+The attention function is registered with transformers as `packed`, so every model family can use packed attention. For
+padded batches, `packed` is equivalent to `sdpa`.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ if TYPE_CHECKING:
 
 # Default number of tokens per batch, including padding.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Maximum number of hidden-state elements (tokens * hidden size) in a default batch. An 8B LLM (hidden size 4,096)
-# therefore encodes 16,384 tokens per batch, which saturate any GPU. Their activations take 2.5 GB.
+# Maximum of tokens * hidden size in a default batch. For an 8B LLM with hidden size 4,096, the default batch has 16,384
+# tokens, which saturates any GPU and takes 2.5 GB for activations.
 MAX_HIDDEN_ELEMENTS = 1 << 26
-MIN_CAPTIONS_TO_TUNE = 4096  # for fewer captions, tuning takes more time than it saves
+MIN_CAPTIONS_TO_TUNE = 4096  # for fewer captions, tuning the batch size would take longer than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
 GPU_CANDIDATES = (8192, 16384, 32768, 65536, 131072, 262144)
-MIN_SPEEDUP = 1.02  # larger batches, which take more memory, must be faster by this factor
+MIN_SPEEDUP = 1.02  # minimum speedup that justifies the memory of a larger batch
 
 
 def get_default_batch_tokens(device: torch.device) -> int:
@@ -65,10 +64,10 @@ class TokenizedTexts:
 
 
 def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group texts of similar token length into batches, and yield the text indices of each batch.
+    """Group texts of similar token length into batches. Yield the text indices of each batch.
 
-    A batch has at most `max_tokens` tokens, including padding. A text longer than `max_tokens` forms its own batch. The
-    longest texts come first, so that an out-of-memory error occurs in the first batch rather than late in a run.
+    A batch has at most `max_tokens` tokens, including padding, unless it consists of a single longer text. The first
+    batch contains the longest texts, so that an out-of-memory error occurs early.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -79,15 +78,15 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Find the `batch_tokens` value for which an encoder encodes the given captions fastest.
+    """Return the `batch_tokens` value with which an encoder encodes the captions fastest.
 
-    Candidates are timed in increasing order, until one is slower than the best one so far or does not fit in memory.
-    For fewer than 4,096 captions, the encoder's default is returned without timing.
+    Candidates are timed in increasing order until a candidate is slower than the best candidate or does not fit in
+    memory. For fewer than 4,096 captions, the encoder's default is returned without timing.
     """
     if len(tokens.ids) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
     candidates = CPU_CANDIDATES if encoder.device.type == "cpu" else GPU_CANDIDATES
-    # If even the smallest candidate does not fit in memory, half its size is returned.
+    # If even the smallest candidate does not fit in memory, half of the smallest candidate is returned.
     best, best_speed = candidates[0] // 2, 0.0
     for candidate in candidates:
         try:
@@ -105,10 +104,9 @@ def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision
 def measure_tokens_per_second(
     encoder: CaptionEncoder, tokens: TokenizedTexts, batch_tokens: int, precision: str
 ) -> float:
-    """Measure the encoding speed on up to four batches.
+    """Measure the encoding speed in tokens per second on up to four batches.
 
-    The batches are sorted by caption length and have about the same number of tokens. The timed batches are the one
-    with the longest captions and the batches at 1/6, 3/6 and 5/6 of the list.
+    The timed batches are at 0, 1/6, 3/6 and 5/6 of all batches, which are sorted by descending caption length.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})
@@ -125,7 +123,7 @@ def measure_tokens_per_second(
 
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # in tokens; longer captions would take too much memory in `unfused_attention`
+MAX_UNFUSED_LENGTH = 512  # maximum caption length in tokens for `unfused_attention`, to limit memory
 MAX_VARLEN_HEAD_DIM = 256
 
 
@@ -136,12 +134,13 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
         Keyword arguments for the model:
 
         - input_ids and position_ids: int64, of shape (1, T).
-        - seq_idx: caption index of each token, int64, of shape (1, T). Without it, sentence-transformers' pooling would
-          synchronise with the GPU to count the tokens.
+        - seq_idx: caption index of each token, int64, of shape (1, T). Without seq_idx, sentence-transformers' pooling
+          would synchronise with the GPU to count the tokens.
         - cu_seq_lens_q and cu_seq_lens_k: cumulative caption lengths, int32, of shape (B + 1,).
         - max_length_q and max_length_k: length of the longest caption.
         - caption_lengths (only for `packed`): list of caption lengths.
-        - attention_mask (only for `packed`): 4-dimensional dummy. Without it, transformers would build a (T, T) mask.
+        - attention_mask (only for `packed`): 4-dimensional dummy mask that prevents transformers from building a mask
+          of shape (T, T).
     """
     lengths = [len(row) for row in ids]
     total = sum(lengths)
@@ -176,8 +175,8 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 def remove_prompts(features: dict[str, Any]) -> None:
     """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
-    sentence-transformers' own method of excluding prompts would synchronise with the GPU. `features` contains the
-    entries from `pack_captions` and `prompt_length`, the number of tokens to remove from the start of each caption.
+    Unlike the removal of prompts in sentence-transformers, the function does not synchronise with the GPU. `features`
+    contains the entries from `pack_captions`, and `prompt_length`, the number of leading tokens to remove per caption.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -197,16 +196,15 @@ def remove_prompts(features: dict[str, Any]) -> None:
 
 
 def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous, so that the CPU can prepare the next batch."""
+    """Copy a CPU tensor to a device. Copies to a GPU are asynchronous so that the CPU can prepare the next batch."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def can_pack(llm: Any) -> bool:
-    """Return True if a transformers model produces the same embeddings with packed attention as with padding.
+    """Return True if a transformers model returns the same embeddings with packed attention as with padding.
 
     The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention and not, for example,
-    through convolutions. Its config must specify whether attention is causal, because the definition of a sliding
-    window depends on it.
+    through convolutions. The config must specify `is_causal`, which determines the shape of sliding windows.
     """
     config = llm.config
     layers = list(getattr(llm, "layers", []))
@@ -214,7 +212,7 @@ def can_pack(llm: Any) -> bool:
         config._attn_implementation == "sdpa"
         and llm.is_backend_compatible()
         and getattr(config, "is_causal", None) is not None
-        and not getattr(config, "use_bidirectional_attention", False)  # this setting changes Gemma 3's sliding windows
+        and not getattr(config, "use_bidirectional_attention", False)  # the setting changes Gemma 3's sliding windows
         and bool(layers)
         and all(getattr(layer, "self_attn", None) is not None for layer in layers)
         and set(getattr(config, "layer_types", None) or []) <= {"full_attention", "sliding_attention"}
@@ -238,11 +236,10 @@ def packed_attention(
         query: Queries of shape (1, heads, T, D).
         key, value: Keys and values of shape (1, key heads, T, D). In grouped-query attention, consecutive query heads
             share a key head.
-        attention_mask: Mask for an ordinary padded batch. Ignored for packed rows.
-        caption_lengths: Number of tokens in each caption, T in total. None for an ordinary padded batch.
-        sliding_window: Attention span in tokens, as defined by transformers' masks. In causal attention, a token
-            attends to this many tokens, including itself. In bidirectional attention, a token attends to itself and to
-            this many tokens on each side.
+        attention_mask: Mask for a padded batch. Ignored for packed rows.
+        caption_lengths: Number of tokens in each caption, T in total. None for a padded batch.
+        sliding_window: Attention span in tokens, as defined by transformers' masks. In causal attention, the span
+            includes the token itself. In bidirectional attention, the span is the number of tokens on each side.
 
     Returns:
         Attention output of shape (1, T, heads, D), and None in place of the attention weights.
@@ -252,8 +249,8 @@ def packed_attention(
     if caption_lengths is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
             raise ValueError(
-                f"{type(module).__name__} does not pass caption_lengths to its attention function, so the captions in "
-                "a packed batch would attend to each other. Load the model with attention='sdpa'"
+                f"{type(module).__name__} does not pass caption_lengths to the attention function, so captions in a "
+                "packed batch would attend to each other. Load the model with attention='sdpa'"
             )
         padded: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, is_causal=is_causal, **kwargs
@@ -286,9 +283,9 @@ def _attend_by_length(
     is_causal: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    # One attention call for each group of consecutive captions of equal length. Captions without tokens are skipped.
+    # Consecutive captions of equal length form a group with a single attention call. Empty captions are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # `split` is used because each slice would allocate a gradient of length T in the backward pass.
+    # Unlike slices, the results of `split` do not each allocate a gradient of length T in the backward pass.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []
@@ -318,8 +315,8 @@ def unfused_attention(
 ) -> Tensor:
     """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
 
-    Queries have shape (B, heads, L, D); keys and values have shape (B, key heads, L, D). For the mask, see
-    `_build_sliding_window_mask`. If `mask` is not None, `is_causal` is ignored. The output has shape (B, L, heads, D).
+    `query` has shape (B, heads, L, D). `key` and `value` have shape (B, key heads, L, D). The output has shape (B, L,
+    heads, D). `mask` is a boolean mask of shape (1, 1, L, L). With a mask, `is_causal` is ignored.
     """
     batch, heads, length, head_dim = query.shape
     query = query * (head_dim**-0.5 if scaling is None else scaling)
@@ -347,12 +344,12 @@ def varlen_attention(
 ) -> Tensor:
     """Compute attention within each caption of a packed row with flash attention (`torch.nn.attention.varlen`).
 
-    `boundaries` are the cumulative caption lengths, int32 of shape (B + 1,), on the device of `query`. For the other
+    `boundaries` are the cumulative caption lengths, of shape (B + 1,), int32, on the device of `query`. For the other
     arguments and the output, see `packed_attention`.
     """
     varlen_attn = load_varlen_attn()
     assert varlen_attn is not None
-    # Number of earlier and later tokens that a token attends to; -1 means no limit.
+    # Maximum numbers of earlier and later tokens that a token attends to, or -1 for no limit.
     before = after = -1
     if sliding_window is not None:
         before, after = (sliding_window - 1 if is_causal else sliding_window), sliding_window
@@ -366,13 +363,13 @@ def varlen_attention(
 
 
 def get_varlen_dtype(query: Tensor) -> torch.dtype:
-    """Return the dtype of the attention: the autocast dtype under autocast, otherwise the queries' dtype."""
+    """Return the dtype for attention: the autocast dtype if autocast is enabled, or the dtype of the queries."""
     device_type = query.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
 
 def can_use_varlen(query: Tensor, dropout: float) -> bool:
-    """Return True if `varlen_attention` supports these queries, of shape (1, heads, T, D)."""
+    """Return True if `varlen_attention` supports queries of shape (1, heads, T, D) and the dropout probability."""
     device, dtype, head_dim = query.device, get_varlen_dtype(query), query.shape[-1]
     if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return False
@@ -385,7 +382,7 @@ def can_use_varlen(query: Tensor, dropout: float) -> bool:
 
 @lru_cache
 def load_varlen_attn() -> Callable[..., Any] | None:
-    """Import PyTorch's `varlen_attn`. Return None if it is missing or lacks grouped-query attention."""
+    """Import `varlen_attn` from PyTorch. Return None if PyTorch is too old for all required arguments."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

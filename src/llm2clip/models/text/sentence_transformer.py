@@ -1,4 +1,4 @@
-"""Text encoders as SentenceTransformers: loading, templates, layer truncation, and LoRA training."""
+"""Functions for SentenceTransformer models: loading, templates, layer truncation and LoRA training."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from llm2clip.io_utils import read_json
 from llm2clip.models.loading import (
     WITHOUT_HUB_CODE,
     check_not_quantized,
-    check_tokenizer,
+    check_tokenizer_normalizer,
     hide_load_report,
     hide_loading_bars,
     read_config,
@@ -26,7 +26,7 @@ from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPo
 ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
 NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see published_encoders.py)
 CAPTION_PLACEHOLDER = "{caption}"
-# For encoders with `is_causal` false in their config. sentence-transformers checks this before it loads the weights.
+# Requirements of encoders with bidirectional attention. sentence-transformers checks them before loading the weights.
 REQUIREMENTS = {
     "transformers": {"specifier": ">=5.2", "reason": "Earlier versions ignore `is_causal` and return wrong embeddings."}
 }
@@ -34,16 +34,16 @@ REQUIREMENTS = {
 
 @hide_loading_bars()
 def load_sentence_transformer(path: str, pooling: str, device: str | None) -> SentenceTransformer:
-    """Load a model from a folder or hub id as a float32 SentenceTransformer. Default device: a GPU if available.
+    """Load a model from a folder or hub id as a float32 SentenceTransformer.
 
-    A sentence-transformers model is loaded as saved. A plain transformers model gets bidirectional attention and a
-    pooling layer with the mode `pooling`. Raise ValueError if weights are missing or the model must be converted first.
+    A plain transformers model gets bidirectional attention and a pooling layer with the mode `pooling`. Raise
+    ValueError if weights are missing, or if the user must convert the model first.
     """
     from transformers.utils import cached_file
 
     if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "modules.json").is_file():
         raise ValueError(
-            f"{path} contains only a PEFT adapter. Merge the adapter into its LLM and use the result: llm2clip convert "
+            f"{path} contains only a PEFT adapter. Merge the adapter into the LLM and use the result: llm2clip convert "
             f"{path} --out ENCODER"
         )
     config = read_config(path)
@@ -54,8 +54,8 @@ def load_sentence_transformer(path: str, pooling: str, device: str | None) -> Se
     if modules_file is not None:
         for module in read_json(Path(modules_file)):
             check_not_quantized(read_config(path, module["path"]), path)
-            check_tokenizer(path, module["path"])
-        # llm2clip's own class is passed directly, so that no remote code is needed.
+            check_tokenizer_normalizer(path, module["path"])
+        # llm2clip's pooling class is passed directly so that no remote code is needed.
         return SentenceTransformer._load_with_module_classes(
             path,
             {MODULE_TYPE: LatentAttentionPooling},
@@ -64,7 +64,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | None) -> Se
             model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         )
 
-    check_tokenizer(path)
+    check_tokenizer_normalizer(path)
     transformer = _load_transformer(path)
     pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
     st = SentenceTransformer(modules=[transformer, pooling_module], device=device)
@@ -79,11 +79,11 @@ def _load_transformer(path: str) -> Transformer:
         model_kwargs={"dtype": torch.float32, **WITHOUT_HUB_CODE},
         processor_kwargs={"trust_remote_code": False},
         config_kwargs={"trust_remote_code": False},
-        # Otherwise, sentence-transformers would apply the tokenizer's chat template.
+        # Without `modality_config`, sentence-transformers would apply the tokenizer's chat template.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
         module_output_name="token_embeddings",
     )
-    transformer.__class__ = Transformer  # the class name is saved, so it must be known to sentence-transformers
+    transformer.__class__ = Transformer  # the saved class name must be importable without llm2clip
     tokenizer: Any = transformer.tokenizer
     tokenizer.chat_template = None
     if tokenizer.pad_token is None:
@@ -92,40 +92,41 @@ def _load_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer module that raises ValueError for missing weights instead of initialising them randomly."""
+    """Transformer module that raises ValueError for missing weights instead of initialising these weights randomly."""
 
     @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         loaded: Any = super()._load_model(model_name_or_path, *args, **kwargs, output_loading_info=True)
         model, report = loaded
-        # The pooler is unused, so its weights may be missing.
+        # The weights of the pooler may be missing because the pooler is unused.
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
         if missing:
-            raise ValueError(f"{model_name_or_path} is missing {len(missing):,} weights, including {missing[0]}")
+            count = f"{len(missing):,} of the model's weights"
+            raise ValueError(f"{model_name_or_path} lacks {count}, including {missing[0]}")
         return model
 
 
 def truncate_embeddings(st: Any, dim: int) -> None:
-    """Append a linear layer that keeps only the first `dim` dimensions. Unlike `truncate_dim`, the layer is saved."""
+    """Append a linear layer that truncates embeddings to the first `dim` dimensions and is saved with the model."""
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
-        raise ValueError(f"truncate_dim must be between 1 and {full_dim}, the encoder's dimension (got {dim})")
+        raise ValueError(f"truncate_dim must be between 1 and {full_dim}, the encoder's embedding size (got {dim})")
     selection = torch.eye(dim, full_dim)
     layer = Dense(full_dim, dim, bias=False, activation_function=nn.Identity(), init_weight=selection)
     st.append(layer.to(st.device))
 
 
 def set_template(st: Any, template: str) -> None:
-    """Set a SentenceTransformer's template, which is saved with the model.
+    """Set the template of a SentenceTransformer. The template is saved with the model.
 
     The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
-    caption, the tokenizer appends this token to every text.
+    caption, the tokenizer appends this special token to every text.
     """
     if template.count(CAPTION_PLACEHOLDER) != 1:
         raise ValueError(f"template must contain {CAPTION_PLACEHOLDER} exactly once (got {template!r})")
     prefix, suffix = template.split(CAPTION_PLACEHOLDER)
     if suffix:
-        _set_suffix(st.tokenizer, suffix)
+        _set_template_suffix(st.tokenizer, suffix)
     st.default_prompt_name, st[1].include_prompt = None, True
     if prefix:
         st.prompts["caption"] = prefix
@@ -133,20 +134,18 @@ def set_template(st: Any, template: str) -> None:
         st[1].include_prompt = False
         if not has_consistent_prompt_length(st, prefix):
             raise ValueError(
-                f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: it must not "
-                f"end in a space, and may end in a special token only if a special token follows {CAPTION_PLACEHOLDER}"
+                f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: the prefix must "
+                f"not end in a space, or in a special token unless a special token follows {CAPTION_PLACEHOLDER}"
             )
 
 
-def _set_suffix(tokenizer: Any, suffix: str) -> None:
-    """Make the tokenizer append the special token `suffix` instead of adding its default special tokens."""
+def _set_template_suffix(tokenizer: Any, suffix: str) -> None:
+    """Make the tokenizer append the special token `suffix` instead of the default special tokens."""
     from tokenizers.processors import TemplateProcessing
 
     ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
-        raise ValueError(
-            f"template: only one special token may follow {CAPTION_PLACEHOLDER} (got {suffix!r}, {len(ids)} token(s))"
-        )
+        raise ValueError(f"template: only a single special token may follow {CAPTION_PLACEHOLDER} (got {suffix!r})")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {suffix}", special_tokens=[(suffix, ids[0])]
     )
@@ -156,7 +155,7 @@ def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
     """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens."""
     if not prompt:
         return 0
-    # If the prompt's final space merges with the next token, tokenizing the prompt alone gives a wrong count.
+    # The final space of a prompt can merge with the next token, so tokenizing only the prompt could give a wrong count.
     first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
@@ -167,16 +166,16 @@ def has_consistent_prompt_length(st: Any, prompt: str) -> bool:
 
 
 def is_encoder_only(llm: Any) -> bool:
-    """Return True for BERT-like models, whose attention is bidirectional and cannot be made causal."""
+    """Return True for BERT-like models, whose bidirectional attention cannot be made causal."""
     return not hasattr(llm, "layers") and hasattr(llm, "encoder")
 
 
 def truncate_layers(llm: Any, count: int) -> None:
-    """Keep only the first `count` transformer layers. Models with fewer layers are unchanged."""
+    """Remove all but the first `count` transformer layers. Models with fewer layers are unchanged."""
     layers = get_layers(llm)
     if count < 1:
         raise ValueError(f"layers must be at least 1 (got {count})")
-    if count >= len(layers):  # for example, a config for a larger model
+    if count >= len(layers):
         return
     set_layers(llm, layers[:count])
     llm.config.num_hidden_layers = count
@@ -185,29 +184,29 @@ def truncate_layers(llm: Any, count: int) -> None:
 
 
 def set_bidirectional(llm: Any, bidirectional: bool) -> None:
-    """Make a model's attention bidirectional or causal. transformers saves `config.is_causal` with the model."""
+    """Make a model's attention bidirectional or causal. The setting is saved in the model's config."""
     if is_encoder_only(llm):
         if not bidirectional:
-            raise ValueError(f"{type(llm).__name__} is a bidirectional encoder: it cannot be made causal")
+            raise ValueError(f"the attention of {type(llm).__name__}, a bidirectional encoder, cannot be made causal")
         return
     llm.config.is_causal = not bidirectional
     llm.config.use_cache = False
 
 
 class LoraSession:
-    """LoRA training of an encoder's LLM. The constructor adds LoRA layers, and `finish` merges them into the LLM.
+    """LoRA training of an encoder's LLM. The constructor adds LoRA layers, and `finish` merges the layers into the LLM.
 
-    In QLoRA (arXiv 2305.14314), the frozen matrices are stored in 4 bits during training, and LoRA is afterwards merged
-    into the original weights. Without QLoRA, the frozen matrices can be stored in 16 bits, and LoRA is merged into the
-    rounded weights. Rounding has no effect if the LLM was released in the same 16-bit format.
+    With QLoRA (arXiv 2305.14314), the frozen weights are stored in 4 bits during training, and the LoRA layers are
+    merged into the original weights. Without QLoRA, the frozen weights can be stored in 16 bits, and the LoRA layers
+    are merged into the rounded weights. Rounding has no effect if the LLM was released in the same 16-bit format.
     """
 
     def __init__(self, encoder: Any, config: LoraConfig, dtype: torch.dtype, device: torch.device, quantize: bool):
         """Add LoRA to a `CaptionEncoder`'s LLM in place, and move the LLM to the training device.
 
-        If the LLM is initially on the CPU, its float32 weights need not fit in the device's memory. The frozen matrices
-        are stored in `dtype`. With `quantize`, they are stored in 4 bits and multiplied in `dtype`, and the originals
-        are kept on the CPU.
+        The frozen weights are cast to `dtype` before the move, so float32 weights on the CPU need not fit in the
+        device's memory. If `quantize` is True, the frozen weights are stored in 4 bits, their matmuls are computed in
+        `dtype`, and the original weights remain on the CPU.
         """
         self.encoder, self.config = encoder, config
         transformer = encoder.st[0]
@@ -218,11 +217,11 @@ class LoraSession:
         transformer.model.to(device)
 
     def finish(self) -> None:
-        """Merge LoRA into the original weights in place, in float32, which may fit only in the CPU's memory."""
+        """Move the LLM to the CPU, and merge the LoRA layers into the LLM's weights in float32."""
         transformer = self.encoder.st[0]
         model = transformer.model
         model = self._restore_original_layers(model) if self.original_layers else model.to("cpu")
-        cast_frozen_linear_layers(model, torch.float32)  # in 16 bits, LoRA's small updates would be rounded away
+        cast_frozen_linear_layers(model, torch.float32)  # 16-bit weights would lose small updates to rounding
         transformer.model = model.merge_and_unload()
         self.encoder.to("cpu")
 
@@ -238,14 +237,14 @@ class LoraSession:
 
 
 def cast_frozen_linear_layers(llm: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the frozen linear layers, but not norms and embeddings, whose rounding errors affect all later layers."""
+    """Cast frozen linear layers. Norms and embeddings are excluded because rounding them affects all later layers."""
     for module in llm.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.to(dtype)
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace linear layers with 4-bit layers on `device`. Return the original layers on the CPU, keyed by name."""
+    """Replace linear layers with 4-bit layers on `device`. Return the original layers, on the CPU, by name."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}

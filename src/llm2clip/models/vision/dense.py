@@ -1,23 +1,22 @@
 """Dense image features: one embedding per image patch, in the embedding space shared by images and texts.
 
-A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. Its embedding is
-computed by applying the tower's head and the image projection to this cell alone. Images can have any size. The
-embedding of a region (a box or a mask) is an average over the region's cells.
+A cell is a patch of a vision transformer or a position in a convolutional network's last feature map. The embedding of
+a cell is computed by applying the tower's head and the image projection to the cell alone. The embedding of a region (a
+box or a mask) is an average over the region's cells.
 
-CLIP is trained only to match complete images with texts, so nothing forces a patch's output to describe that patch, and
-the last block mixes all patches. The training-free variants change only this block. In the formulas, x is the block's
-input; q, k and v are the queries, keys and values of norm1(x); s is the scale 1 / sqrt(head dimension); W is the
-attention's output projection; and FFN includes its norm:
+CLIP is trained only to match complete images with texts, and the last block mixes all patches, so the output of a patch
+need not describe the patch. The training-free variants change only the last block. In the formulas, x is the block's
+input. q, k and v are the queries, keys and values of norm1(x), including their norms and rotary embeddings, if any. s
+is the scale 1 / sqrt(head dimension). W is the attention's output projection, including any layer scale. FFN includes
+the norm before the feed-forward network.
 
-plain      y = x + W(softmax(s q k^T) v); y + FFN(y). This is the block as trained.
+plain      y = x + W(softmax(s q k^T) v); y + FFN(y), as trained.
 maskclip   y = x + W(v); y + FFN(y). arXiv 2112.01071, https://github.com/chongzhou96/MaskCLIP
 sclip      y = x + W((softmax(s q q^T) + softmax(s k k^T)) v); y + FFN(y). arXiv 2312.01597,
            https://github.com/wangf3014/SCLIP
 clearclip  W(softmax(s q q^T) v). arXiv 2407.12442, https://github.com/mc-lan/ClearCLIP
 naclip     W(softmax(s k k^T + g) v), where g = exp(-d^2 / 50) for two patches at a distance of d patches, and g = 0 for
            class and register tokens. arXiv 2404.08181, https://github.com/sinahmr/NACLIP
-
-Queries and keys include their norms and rotary embeddings, if any. Any layer scale is included in W.
 """
 
 import copy
@@ -48,7 +47,7 @@ _GAUSSIAN_STD = 5.0  # standard deviation in NACLIP's attention bias, in patches
 LOCALIZATION_SCALE = 1.5
 _MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to limit their size
 _DINO_PARTS = ("norm1", "attention", "layer_scale1")
-# Supported class of pre-norm blocks -> attribute names of its norm, attention and layer scale.
+# Supported classes of pre-norm blocks -> attribute names of the norm, attention and layer scale.
 _BLOCK_PARTS = {
     "timm.models.vision_transformer.Block": ("norm1", "attn", "ls1"),
     "timm.models.eva.EvaBlock": ("norm1", "attn", "gamma_1"),
@@ -68,8 +67,8 @@ class DenseEncoder:
         cell_size: Side length of a cell in pixels: the patch size, or a convolutional network's total stride.
         image_size: The tower's training resolution, in pixels.
         variants: Supported variants. Convolutional networks support only "plain".
-        localization_variant: Recommended variant for localisation: "naclip" for towers that pool a class token, because
-            training never compared their patches with texts, and "plain" for towers that pool patches.
+        localization_variant: Recommended variant for localisation. Towers that pool patches use "plain". Towers that
+            pool a class token use "naclip", because training did not match their patches with texts.
         features: Function that takes pixels of shape (N, 3, H, W) on `device` and a variant, and returns unnormalised
             embeddings of shape (N, H / cell_size, W / cell_size, D).
     """
@@ -92,12 +91,12 @@ class DenseEncoder:
     def encode(self, pixels: Tensor, variant: str = "plain") -> Tensor:
         """Encode the cells of N images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device.
 
-        H and W must be multiples of `cell_size`. The result has shape (N, H / cell_size, W / cell_size, D). It is
-        L2-normalised, float32 and on `device`. The variants are defined at the top of this module.
+        H and W must be multiples of `cell_size`. Return L2-normalised float32 embeddings of shape (N, H / cell_size,
+        W / cell_size, D) on `device`. The variants are defined at the top of `models/vision/dense.py`.
         """
         if variant not in self.variants:
             raise ValueError(
-                f"this vision tower does not support the dense variant {variant!r}: use "
+                f"the vision tower does not support the dense variant {variant!r}: use "
                 f"{' or '.join(repr(name) for name in self.variants)}"
             )
         height, width = pixels.shape[-2:]
@@ -109,7 +108,7 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image of shape (3, H, W), uint8, to a whole number of cells.
+        """Resize an image of shape (3, H, W), uint8, to multiples of `cell_size`.
 
         The aspect ratio is kept, except for rounding and a limit of 8:1. `image_size` is the length of the shorter side
         in pixels, rounded to a multiple of `cell_size`. Default: the tower's training resolution.
@@ -126,7 +125,7 @@ class DenseEncoder:
 def build_dense_encoder(
     tower: VisionTower, project: Callable[[Tensor], Tensor], precision: Precision = FP32
 ) -> DenseEncoder:
-    """Build a dense encoder that shares the weights of an image projection and of a vision tower in eval mode.
+    """Build a dense encoder that shares the weights of a vision tower in eval mode and of an image projection.
 
     Raise ValueError if the tower's architecture has no grid of cells.
     """
@@ -140,7 +139,7 @@ def build_dense_encoder(
         return embeddings.unflatten(0, cells.shape[:3])
 
     blocks = tower.get_blocks()
-    has_variants = bool(blocks) and _get_class_name(blocks[-1]) in _BLOCK_PARTS
+    has_variants = bool(blocks) and _get_class_path(blocks[-1]) in _BLOCK_PARTS
     return DenseEncoder(
         cell_size=cell_size,
         image_size=tower.preprocess.size,
@@ -155,9 +154,9 @@ def build_dense_encoder(
 def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     """Compute the feature map before the tower's head, for example as input to a detector.
 
-    Images of shape (N, 3, H, W), uint8 or float from 0 to 1, are mapped to shape (N, C, h, w), where h and w are H and
-    W divided by the cell size. Gradients flow to all tower weights except interpolated position embeddings. Raise
-    ValueError if the tower's architecture has no grid of cells.
+    `pixels` has shape (N, 3, H, W), uint8 or float from 0 to 1. The feature map has shape (N, C, H / cell size, W /
+    cell size). Gradients flow to all tower weights except interpolated position embeddings. Raise ValueError if the
+    tower's architecture has no grid of cells.
     """
     return _encode_cells(tower, pixels, "plain").permute(0, 3, 1, 2)
 
@@ -170,7 +169,7 @@ def _get_cell_size(tower: VisionTower) -> int:
         return int(backbone.feature_info[-1]["reduction"])
     except (AttributeError, IndexError, KeyError, TypeError):
         raise ValueError(
-            f"{tower.config['architecture']} has no dense features: timm does not specify its stride"
+            f"{tower.config['architecture']} does not support dense features: timm does not specify the stride"
         ) from None
 
 
@@ -180,7 +179,7 @@ def _pools_class_token(tower: VisionTower) -> bool:
     return getattr(tower.backbone, "global_pool", "") == "token"
 
 
-def _get_class_name(module: nn.Module) -> str:
+def _get_class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__name__}"
 
 
@@ -188,17 +187,17 @@ def _get_class_name(module: nn.Module) -> str:
 
 
 def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
-    """Return the features of all cells, of shape (N, h, w, C), as passed to the tower's head."""
+    """Return the features of all cells before the tower's head, of shape (N, h, w, C)."""
     cell_size = _get_cell_size(tower)
     grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     if tower.config["library"] == "timm":
-        tower = _replace_module(tower, "backbone", _resize_timm(tower, (pixels.shape[-2], pixels.shape[-1])))
+        tower = _replace_module(tower, "backbone", _resize_timm_backbone(tower, (pixels.shape[-2], pixels.shape[-1])))
     if variant != "plain":
         block = tower.get_blocks()[-1]
         name = next(name for name, module in tower.named_modules() if module is block)
         tower = _replace_module(tower, name, _DenseBlock(block, variant, grid))
     features = tower.forward_features(pixels)
-    if features.ndim == 3:  # tokens of shape (N, L, C), which start with the class and register tokens
+    if features.ndim == 3:  # shape (N, L, C); the class and register tokens come first
         return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
     cells = features if _is_channels_last(tower) else features.permute(0, 2, 3, 1)
     if cells.shape[1:3] != grid:
@@ -211,7 +210,7 @@ def _is_channels_last(tower: VisionTower) -> bool:
 
 
 def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
-    """Apply the tower's head to each of M cells, mapping shape (M, C) to (M, feature_dim)."""
+    """Apply the tower's head to each of M cells of shape (M, C). Return shape (M, feature_dim)."""
     backbone = cast(Any, tower.backbone)
     if tower.config["library"] == "transformers":
         if hasattr(backbone, "head"):  # SigLIP pools with attention
@@ -219,15 +218,15 @@ def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, and others exclude it. With copies of the cell in place of all tokens, both
-        # kinds of heads return the cell's features.
+        # Some heads pool the class token, and other heads pool all other tokens. If all tokens are copies of the cell,
+        # all heads return the cell's features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _is_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
-def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of shape `size`. Only its position embeddings are not shared with the tower."""
+def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
+    """Return a timm backbone for images of shape `size` that shares all weights except position embeddings."""
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
     is_vit = isinstance(backbone, VisionTransformer | Eva)
@@ -258,7 +257,7 @@ def _resize_timm(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
 
 
 def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
-    """Return a copy of `root` with a different submodule `name`. `root` is unchanged: threads may be using it."""
+    """Return a copy of `root` with a different submodule `name`. Other threads can continue to use `root`."""
     first, _, rest = name.partition(".")
     root = _shallow_copy(root)
     root._modules[first] = _replace_module(root._modules[first], rest, module) if rest else module
@@ -276,7 +275,7 @@ def _shallow_copy(module: Any) -> Any:
 
 
 class _DenseBlock(nn.Module):
-    """Last block of a vision transformer, with a dense variant's attention."""
+    """Last block of a vision transformer, with the attention of a dense variant."""
 
     def __init__(self, block: nn.Module, variant: str, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -285,20 +284,20 @@ class _DenseBlock(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         with _ReplacedAttention(self.variant, self.grid) as attention:
             if self.variant in _NO_RESIDUAL:
-                output = _run_attention_branch(self.block, x, *args, **kwargs)
+                output = _compute_attention_branch(self.block, x, *args, **kwargs)
             else:
                 output = self.block(x, *args, **kwargs)
         if attention.calls != 1:
             raise ValueError(
-                f"variant {self.variant!r} requires a last block that calls PyTorch's scaled_dot_product_attention "
-                f"once, but {_get_class_name(self.block)} called it {attention.calls} times: use variant 'plain'"
+                f"variant {self.variant!r} requires a last block that calls scaled_dot_product_attention once "
+                f"(number of calls by {_get_class_path(self.block)}: {attention.calls}). Use variant 'plain'"
             )
         return output
 
 
-def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _compute_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Compute a block's attention output, without the residual connection and the feed-forward network."""
-    norm_name, attention_name, scale_name = _BLOCK_PARTS[_get_class_name(block)]
+    norm_name, attention_name, scale_name = _BLOCK_PARTS[_get_class_path(block)]
     output = getattr(block, attention_name)(getattr(block, norm_name)(x), *args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output  # transformers also returns the attention weights
     scale = getattr(block, scale_name) if scale_name else None
@@ -310,7 +309,7 @@ def _run_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any
 class _ReplacedAttention(TorchFunctionMode):
     """Context manager that makes `scaled_dot_product_attention` compute a dense variant's attention in this thread.
 
-    timm and transformers compute q, k and v in different ways, but always pass them to this function.
+    timm and transformers pass the queries, keys and values of all supported models to `scaled_dot_product_attention`.
     """
 
     def __init__(self, variant: str, grid: tuple[int, int]) -> None:
@@ -324,10 +323,12 @@ class _ReplacedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
+        return self._compute_attention(*args, **(kwargs or {}))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any) -> Tensor:
-        """Compute the attention output for q, k and v, of shape (N, heads, L, head_dim), without mask and dropout."""
+    def _compute_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any
+    ) -> Tensor:
+        """Compute attention for q, k and v of shape (N, heads, L, head_dim), without mask and dropout."""
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":
             return v
@@ -335,11 +336,11 @@ class _ReplacedAttention(TorchFunctionMode):
             return attend(q, q, v, scale=scale) + attend(k, k, v, scale=scale)
         if self.variant == "clearclip":
             return attend(q, q, v, scale=scale)
-        return attend(k, k, v, attn_mask=_build_neighbour_bias(self.grid, k), scale=scale)
+        return attend(k, k, v, attn_mask=_build_naclip_bias(self.grid, k), scale=scale)
 
 
-def _build_neighbour_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
-    """Compute NACLIP's attention bias g, of shape (L, L), with the dtype and device of k."""
+def _build_naclip_bias(grid: tuple[int, int], k: Tensor) -> Tensor:
+    """Compute NACLIP's attention bias g, of shape (L, L), with the dtype and device of the keys `k`."""
     per_axis = []
     for length in grid:
         position = torch.arange(length, device=k.device, dtype=torch.float32)
@@ -361,13 +362,14 @@ def encode_boxes(
     embed_dim: int,
     image_size: int | None = None,
 ) -> list[Tensor]:
-    """Encode the boxes in images of shape (3, H, W), uint8. Return L2-normalised float32 embeddings (R, embed_dim).
+    """Encode the boxes of each image. Return L2-normalised float32 embeddings of shape (R, embed_dim) per image.
 
     As in CLIPSelf (arXiv 2310.01403), the entire image is encoded, and the cells in each box are averaged with RoIAlign
     (arXiv 1703.06870).
 
     Args:
-        boxes: float32 tensor of shape (R, 4) for each image, with rows (left, top, right, bottom) in pixels.
+        images: Images of shape (3, H, W), uint8.
+        boxes: For each image, a float32 tensor of shape (R, 4) with rows (left, top, right, bottom) in pixels.
         image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
     """
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
@@ -394,23 +396,22 @@ def encode_boxes(
 def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
     """Average an image's cell embeddings for each mask, weighted by the mask's area in each cell.
 
-    `features` are float32 of shape (h, w, D), and `masks` are boolean of shape (N, H, W), at any resolution. Cell (i,
-    j) covers rows i * H / h to (i + 1) * H / h and columns j * W / w to (j + 1) * W / w. The result is L2-normalised,
-    of shape (N, D).
+    `features` has shape (h, w, D), float32. `masks` has shape (N, H, W), boolean. Cell (i, j) covers rows i * H / h to
+    (i + 1) * H / h and columns j * W / w to (j + 1) * W / w. Return L2-normalised embeddings of shape (N, D).
     """
     h, w, dim = features.shape
     rows, columns = (
-        _compute_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
+        _get_pixel_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
     )
     pooled = [features.new_empty(0, dim)]
-    for mask in masks:  # one at a time, because float masks take four times as much memory as boolean masks
+    for mask in masks:  # a single mask at a time, because float masks take four times as much memory as boolean masks
         areas = rows @ mask.to(features) @ columns.T  # (h, w), in pixels
         pooled.append((areas / areas.sum()).flatten()[None] @ features.flatten(0, 1))
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
-def _compute_overlaps(num_cells: int, num_pixels: int) -> Tensor:
-    """Return the overlap of each cell and pixel along an axis, in pixels, of shape (num_cells, num_pixels), float64."""
+def _get_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
+    """Return the overlaps of cells and pixels along an axis in pixels, of shape (num_cells, num_pixels), float64."""
     cell_edges = torch.arange(num_cells + 1, dtype=torch.float64) * num_pixels / num_cells
     pixel_edges = torch.arange(num_pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
@@ -451,5 +452,5 @@ def check_masks(masks: Any, height: int, width: int) -> Tensor:
         raise ValueError(f"masks must be boolean (got {tensor.dtype})")
     is_empty = ~tensor.flatten(1).any(1)
     if is_empty.any():
-        raise ValueError(f"mask {int(is_empty.nonzero()[0])} is empty: it contains no pixels")
+        raise ValueError(f"mask {int(is_empty.nonzero()[0])} contains no pixels: remove the mask")
     return tensor

@@ -1,10 +1,11 @@
 """Zero-shot segmentation with a sliding window, and the `LLM2CLIP` methods for regions and patches.
 
 SCLIP (arXiv 2312.01597) upsamples each window's cell scores to the window's size, averages overlapping windows, and
-resizes the result to the size of the labels. Each of these steps is linear and separable into rows and columns. A
-class's scores are therefore `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid. The
-matrices R (for rows) and C (for columns) combine all interpolation and averaging. Pixel scores are computed for a few
-image rows (a tile) at a time, from the corresponding rows of R, so their memory does not grow with the image size.
+resizes the result to the size of the labels. All three steps are linear and separable into rows and columns. Therefore,
+the pixel scores of a class are `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid. The
+matrices R (for rows) and C (for columns) combine all interpolation and averaging.
+
+Pixel scores are computed for a tile of a few image rows at a time, so memory does not grow with the image size.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from llm2clip.models.vision.dense import (
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
 
-# Maximum ratio of the resized image's longer side to the window's side. SCLIP limits the longer side to 2,048 pixels,
-# with a window of 224 pixels.
+# Maximum ratio of the resized image's longer side to the window's side. SCLIP limits the longer side to 2,048 pixels
+# for a window of 224 pixels.
 MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # maximum number of scores in a tile (64 MB)
 WINDOWS_PER_BATCH = 32
@@ -54,7 +55,7 @@ class WindowAxis:
     def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        An image shorter than a window gets a single window of the image's length, rounded to a multiple of `cell_size`.
+        An image shorter than a window has a single window of the image's length, rounded to a multiple of `cell_size`.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -83,10 +84,10 @@ class WindowAxis:
 
 @dataclass(frozen=True)
 class ResizeForWindows:
-    """Transform that resizes an image of shape (3, H, W), uint8, before it is split into windows.
+    """Transform that resizes an image of shape (3, H, W), uint8, before the image is split into windows.
 
-    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window. It is reduced if
-    the longer side would exceed `MAX_SCALE` times the window.
+    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window, unless the longer
+    side would exceed `MAX_SCALE` times the window.
     """
 
     window: int  # side length in pixels, a multiple of `cell_size`
@@ -95,7 +96,7 @@ class ResizeForWindows:
 
     @classmethod
     def for_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
-        """Create a transform for windows at the tower's training resolution, rounded to whole cells."""
+        """Create a transform for windows of the tower's training resolution, rounded to a multiple of the cell size."""
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
 
@@ -134,7 +135,7 @@ def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Te
 
 @dataclass(frozen=True)
 class PixelScores:
-    """Pixel scores of an image, computed tile by tile."""
+    """Pixel scores of an image, which are computed tile by tile."""
 
     grid: Tensor  # cell scores of all windows, of shape (K, A, B); see `arrange_windows`
     rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_matrix`
@@ -150,7 +151,7 @@ class PixelScores:
             yield rows, tile
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Return class scores of shape (classes, H, W): the maximum over each class's names, per pixel."""
+        """Return class scores of shape (classes, H, W). The score of a class is the maximum over the class's names."""
         return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
@@ -196,11 +197,12 @@ def segment(
     """Assign each pixel to the class with the highest score, as in SCLIP.
 
     Args:
-        names_per_class: Number of names for each class, which are adjacent in `scores`. A class's score is the highest
-            score of its names.
+        names_per_class: Number of names for each class. The names of a class are adjacent in `scores`. The score of a
+            class is the highest score of the class's names.
         logit_scale: Factor applied to the scores before the softmax over all names.
-        min_probability: Pixels whose highest probability is below this value are assigned to class 0 (background).
-        min_area: Foreground classes that cover at most this fraction of the foreground are not predicted.
+        min_probability: If the highest probability of a pixel is less than `min_probability`, assign the pixel to class
+            0 (background).
+        min_area: Foreground classes that cover at most a fraction of `min_area` of the foreground are not predicted.
 
     Yields:
         (slice of pixel rows, int64 class indices of shape (rows, W)) for each tile.
@@ -224,14 +226,13 @@ def segment(
 
 
 def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
-    """Return the maximum score over each class's names, of shape (classes, rows, W)."""
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
 
 
 def _build_interpolation_matrix(size_in: int, size_out: int) -> Tensor:
-    """Return the matrix for linear interpolation along one axis, of shape (size_out, size_in), float64."""
+    """Return the matrix for linear interpolation along an axis, of shape (size_out, size_in), float64."""
     identity = torch.eye(size_in, dtype=torch.float64)[None]  # (1, channels, positions)
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T
 
@@ -239,7 +240,7 @@ def _build_interpolation_matrix(size_in: int, size_out: int) -> Tensor:
 class DenseMethods:
     """Mixin that adds methods for dense features, region embeddings and segmentation to `LLM2CLIP`."""
 
-    def _prepare_dense(self) -> tuple[LLM2CLIP, DenseEncoder]:
+    def _get_model_and_dense_encoder(self) -> tuple[LLM2CLIP, DenseEncoder]:
         model = cast("LLM2CLIP", self).eval()
         return model, build_dense_encoder(model.tower, model.projection)
 
@@ -248,7 +249,7 @@ class DenseMethods:
     ) -> list[Tensor]:
         """Encode each image cell (ViT patch or CNN feature map position) in the shared embedding space.
 
-        Images keep their aspect ratio, so their grids of cells may have different shapes.
+        Because images keep their aspect ratio, different images can have grids of cells of different shapes.
 
         Args:
             images: One image or a list of N images, as for `encode_image`.
@@ -261,7 +262,7 @@ class DenseMethods:
             For each image, a CPU tensor of shape (h, w, embed_dim) with L2-normalised float32 embeddings.
         """
         items = to_image_list(images)
-        _, dense = self._prepare_dense()
+        _, dense = self._get_model_and_dense_encoder()
         embeddings: list[Tensor] = []
         for start in range(0, len(items), batch_size):
             pixels = [dense.resize(load_image(item), image_size) for item in items[start : start + batch_size]]
@@ -277,24 +278,24 @@ class DenseMethods:
         variant: str | None = None,
         image_size: int | None = None,
     ) -> Tensor:
-        """Encode N regions of an image. Return L2-normalised float32 embeddings (N, embed_dim) on the CPU.
+        """Encode N regions of an image. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU.
 
-        The entire image is encoded once. A box's embedding is the average of the embeddings of its cells, computed with
-        RoIAlign as in the `coco-boxes` benchmark. A mask's embedding is the average over all cells of the image,
-        weighted by the mask's area in each cell.
+        The embedding of a box is the average over the cells in the box, computed with RoIAlign as in the `coco-boxes`
+        benchmark. The embedding of a mask is the average over all cells of the image, weighted by the mask's area in
+        each cell.
 
         Args:
-            boxes: Array of shape (N, 4) with (x0, y0, x1, y1) in pixels of the original image, after its EXIF
+            boxes: Array of shape (N, 4) with rows (x0, y0, x1, y1), in pixels of the original image after the EXIF
                 orientation has been applied.
-            masks: Boolean array of shape (N, H, W), used instead of `boxes`. H and W are the original image's height
-                and width.
+            masks: Boolean array of shape (N, H, W), used instead of `boxes`, where H and W are the height and the width
+                of the original image.
             variant: See `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
             image_size: Length of the resized image's shorter side in pixels. Default: 1.5 times the tower's training
                 resolution.
         """
         if (boxes is None) == (masks is None):
-            raise ValueError("encode_regions requires either boxes or masks, but not both")
-        model, dense = self._prepare_dense()
+            raise ValueError("encode_regions requires either boxes or masks (got both or neither)")
+        model, dense = self._get_model_and_dense_encoder()
         variant = variant or dense.localization_variant
         pixels = load_image(image)
         height, width = pixels.shape[1:]
@@ -317,25 +318,24 @@ class DenseMethods:
     ) -> Any:
         """Assign each pixel of an image to one of the given classes (zero-shot segmentation).
 
-        As in segmentation benchmarks without a background class (SCLIP, arXiv 2312.01597), the image is resized so that
-        its shorter side is 1.5 times the tower's training resolution. A square window with the size of the training
-        resolution then slides over the image.
+        As in SCLIP (arXiv 2312.01597), the image is resized so that its shorter side is 1.5 times the tower's training
+        resolution. A square window with the size of the training resolution then slides over the image.
 
         Args:
-            names: One or more names for each class. A class's score is the maximum over its names.
+            names: One or more names for each class. The score of a class is the maximum over the class's names.
             templates: Prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
             variant: See `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
 
         Returns:
-            The class index of each pixel, as an int64 CPU tensor of shape (H, W). With `return_scores`, also the class
-            scores of each pixel (cosine similarities averaged over the windows), as a float32 CPU tensor of shape
-            (classes, H, W).
+            The class index of each pixel, as a CPU tensor of shape (H, W), int64. If `return_scores` is True, also the
+            class scores of each pixel, as a CPU tensor of shape (classes, H, W), float32. The scores are cosine
+            similarities, averaged over the windows.
         """
         classes = [[name] if isinstance(name, str) else list(name) for name in names]
         is_valid = all(class_names and all(name.strip() for name in class_names) for class_names in classes)
         if isinstance(names, str) or not classes or not is_valid:
             raise ValueError(f"names must be a list with one or more non-empty names for each class (got {names!r})")
-        model, dense = self._prepare_dense()
+        model, dense = self._get_model_and_dense_encoder()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
         transform = ResizeForWindows.for_encoder(dense)
         resized = {0: transform(load_image(image))}

@@ -1,8 +1,7 @@
 """Pretrained image encoders (vision towers) from timm and transformers, with LoRA support.
 
-A tower maps uint8 pixels to pooled features, without any projection, and stores the preprocessing it was trained with.
-Its architecture can be rebuilt from its `config` without network access, so the weights can be part of a model's own
-state dict. The config is JSON-serialisable:
+A vision tower maps uint8 pixels to pooled features, without any projection. The architecture and the preprocessing can
+be rebuilt without network access from the tower's `config`, a JSON-serialisable dict:
 
 library        timm or transformers
 architecture   name of the architecture (timm) or the model's config as a dict (transformers)
@@ -43,8 +42,8 @@ from llm2clip.models.pretrained import resolve_pretrained
 
 log = logging.getLogger(__name__)
 
-# Preprocessing for each supported transformers model type, used if there is no preprocessor_config.json. The model's
-# image size replaces 224. Only models whose pooled output was trained are supported.
+# Supported transformers model types -> preprocessing of models without a preprocessor_config.json. The model's image
+# size replaces 224. Model types without a trained pooled output are not supported.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -55,12 +54,12 @@ _DEFAULT_PREPROCESS = {
     "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
     "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
-# Model types of image-text models in transformers. Only their vision model is used as the tower.
+# Supported image-text model types in transformers. The vision tower is the vision model.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
-# Matches the names of repeated blocks in timm's ViTs and EfficientNets, in ConvNeXt and similar models, in ResNets, and
-# in transformers' ViTs.
+# Names of repeated blocks in timm's ViTs and EfficientNets, in ConvNeXt and similar models, in ResNets, and in
+# transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
-# transformers model types that interpolate position embeddings only on request. Other types always do.
+# transformers model types that interpolate position embeddings only on request. Other types always interpolate.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -70,9 +69,9 @@ class VisionTower(nn.Module):
     Attributes:
         config: JSON-serialisable dict from which `from_config` rebuilds the architecture.
         preprocess: Image preprocessing. `preprocess.size` is S.
-        freeze_norm: Keep batch norms in eval mode during training. In training mode, small batches would distort the
-            running statistics, and features would depend on the other images in the batch. Changes take effect at the
-            next call to `train()`.
+        freeze_norm: Keep batch norms in eval mode during training. Otherwise, small batches would distort the running
+            statistics, and features would depend on the other images in the batch. Changes take effect at the next call
+            to `train()`.
     """
 
     mean: Tensor
@@ -84,29 +83,29 @@ class VisionTower(nn.Module):
         self.config = config
         if config["library"] == "transformers":
             self.feature_dim = int(config["architecture"]["hidden_size"])
-        else:  # some convolutional networks have a hidden layer after pooling, which is not part of the classifier
+        else:  # in some convolutional networks, a hidden layer between the pooling and the classifier sets the size
             self.feature_dim = int(getattr(backbone, "head_hidden_size", None) or cast(Any, backbone).num_features)
         self.preprocess = Preprocess.from_dict(config["preprocess"])
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
-        self._set_normalization(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions. A ViT has only one.
+        self._set_mean_and_std(torch.get_default_device())
+        # The channels-last format speeds up networks with many convolutions. A ViT has only a single convolution.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
-            # DINO uses the mask token only in pretraining. It gets no gradient, for which DDP would wait.
+            # DINO uses the mask token only in pretraining. DDP would wait for a gradient that is never computed.
             if name.endswith("mask_token"):
                 parameter.requires_grad_(False)
 
     @classmethod
     @hide_loading_bars()
     def from_pretrained(cls, name: str | Path, *, image_size: int | None = None, pretrained: bool = True) -> Self:
-        """Load a tower in float32 and eval mode. Code that comes with a model is never run.
+        """Load a tower in float32 and eval mode. Code in a model folder or hub repository is never run.
 
         Args:
-            name: `timm:NAME` loads a model with timm, and `hf:NAME` with transformers. Without a prefix, the name is a
-                folder saved by either library, a hub id (with a slash), the name of a timm model, or the name of a
-                model that llm2clip can download (see `models/pretrained.py`).
+            name: `timm:NAME` for a timm model, or `hf:NAME` for a transformers model. Without a prefix, a folder saved
+                by timm or transformers, a hub id (OWNER/NAME), the name of a timm model, or the name of a model that
+                llm2clip can download (see `models/pretrained.py`).
             image_size: Image size in pixels. Default: the tower's training resolution.
             pretrained: If False, initialise the weights randomly.
 
@@ -115,18 +114,18 @@ class VisionTower(nn.Module):
             OSError: The model does not exist.
         """
         library, source = _parse_name(resolve_pretrained(str(name)))
-        load = _load_timm if library == "timm" else _load_transformers
+        load = _load_timm_backbone if library == "timm" else _load_transformers
         with explain_load_errors(name):
             backbone, config = load(source, image_size, pretrained)
             return cls(backbone, config).eval()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Build a tower from its `config` with random weights, in eval mode, without network access."""
+        """Build a tower with random weights from a config, in eval mode and without network access."""
         return cls(build_backbone(config), config).eval()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map images (N, 3, S, S), uint8 or float from 0 to 1, to features (N, feature_dim) in the backbone's dtype."""
+        """Encode images of shape (N, 3, S, S), uint8 or float from 0 to 1, as features of shape (N, feature_dim)."""
         if self.config["library"] == "timm":
             return cast(Tensor, self.backbone(self._build_timm_input(pixels)))
         interpolate = self.preprocess.size != self.config["architecture"]["image_size"]
@@ -135,8 +134,8 @@ class VisionTower(nn.Module):
     def forward_features(self, pixels: Tensor) -> Tensor:
         """Encode images of shape (N, 3, H, W), uint8 or float from 0 to 1, as unpooled features.
 
-        For a vision transformer, the result has shape (N, L, C): all tokens, including class and register tokens. For a
-        convolutional network, it is the feature map in the timm model's layout (NCHW or NHWC).
+        For a vision transformer, return all tokens, including class and register tokens, as shape (N, L, C). For a
+        convolutional network, return the feature map in the timm model's format (NCHW or NHWC).
         """
         if self.config["library"] == "timm":
             return cast(Tensor, cast(Any, self.backbone).forward_features(self._build_timm_input(pixels)))
@@ -179,20 +178,20 @@ class VisionTower(nn.Module):
         method = getattr(backbone, f"activation_checkpointing_{suffix}", None)
         (method or getattr(backbone, f"gradient_checkpointing_{suffix}"))()
 
-    def _set_normalization(self, device: torch.device) -> None:
+    def _set_mean_and_std(self, device: torch.device) -> None:
         self.mean = torch.tensor(self.preprocess.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(self.preprocess.std, device=device).view(3, 1, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep `mean` and `std` in float32. PyTorch's `to`, `half`, `cuda` and `to_empty` call this method."""
+        """Keep `mean` and `std` in float32 when PyTorch's `to`, `half`, `cuda` or `to_empty` calls `_apply`."""
         super()._apply(fn, recurse)
-        self._set_normalization(self.mean.device)
+        self._set_mean_and_std(self.mean.device)
         return self
 
     def get_parameter_depths(self) -> dict[str, int]:
-        """Return the depth of each parameter, keyed by name. The stem or the embeddings have depth 0."""
+        """Return a dict from parameter names to depths. The stem or the embeddings have depth 0."""
         if self.config["library"] == "timm":
-            if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of this architecture
+            if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of the architecture
                 return {name: 0 for name, _ in self.named_parameters()}
             matcher = cast(Any, self.backbone).group_matcher(coarse=False)
             depths = cast(dict[str, int], group_parameters(self.backbone, matcher, reverse=True))
@@ -202,11 +201,11 @@ class VisionTower(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of distinct parameter depths; see `get_parameter_depths`."""
+        """Number of distinct parameter depths (see `get_parameter_depths`)."""
         return 1 + max(self.get_parameter_depths().values())
 
     def get_blocks(self) -> list[nn.Module]:
-        """Return the repeated blocks in order from input to output, or an empty list if there are none."""
+        """Return the repeated blocks, ordered from input to output, or an empty list for towers without blocks."""
         blocks = []
         for name, module in self.backbone.named_modules():
             match = _BLOCK.search(f"{name}.")
@@ -221,7 +220,7 @@ class VisionTower(nn.Module):
 
 
 def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
-    """Compute depths: 0 for the embeddings and their norm, 1 to L for L layers, and L + 1 for all other parameters."""
+    # Depth 0 is for the embeddings and their norm, 1 to L for the L layers, and L + 1 for all other parameters.
     layer_indices = {name: int(match[1]) for name in names if (match := re.search(r"\blayers?\.(\d+)\.", name))}
     depths = dict.fromkeys(names, 2 + max(layer_indices.values()))
     depths |= {name: index + 1 for name, index in layer_indices.items()}
@@ -233,9 +232,9 @@ def _compute_transformers_depths(names: list[str]) -> dict[str, int]:
 
 
 def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
-    """Freeze the tower, and add LoRA (arXiv 2106.09685) to the linear layers and 1 x 1 convolutions in its blocks."""
+    """Freeze a tower, and add LoRA (arXiv 2106.09685) to the linear layers and 1 x 1 convolutions in all blocks."""
     modules = list(tower.backbone.named_modules())
-    # nn.MultiheadAttention uses the weights of its sublayers without calling them, so LoRA would have no effect.
+    # nn.MultiheadAttention does not call its sublayers but only uses their weights, so LoRA would have no effect.
     attention_prefixes = tuple(f"{name}." for name, m in modules if isinstance(m, nn.MultiheadAttention))
     targets = []
     for name, module in modules:
@@ -252,7 +251,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
 
 
 def merge_tower_lora(tower: VisionTower) -> None:
-    """Merge all LoRA layers into the original weights, and make all tower weights trainable."""
+    """Merge all LoRA layers into the original weights, and make all weights of the tower trainable."""
     lora_layers = {name: m for name, m in tower.backbone.named_modules() if isinstance(m, BaseTunerLayer)}
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
@@ -264,7 +263,7 @@ def merge_tower_lora(tower: VisionTower) -> None:
 
 
 def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Set whether timm's EVA models call their qkv layer. By default, they use only its weight, which bypasses LoRA."""
+    """Set whether timm's EVA models call the qkv layer. By default, they use only the layer's weight, without LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable
@@ -275,17 +274,17 @@ def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
 
 def build_backbone(config: dict[str, Any]) -> nn.Module:
     if config["library"] == "timm":
-        return _create_timm(config["architecture"], config["args"])
+        return _create_timm_backbone(config["architecture"], config["args"])
     if config["architecture"].get("model_type") not in _DEFAULT_PREPROCESS:
         raise ValueError(f"the vision tower has unsupported model type {config['architecture'].get('model_type')!r}")
     return _build_transformers(build_config(config["architecture"]))
 
 
-def _create_timm(architecture: str, args: dict[str, Any]) -> nn.Module:
+def _create_timm_backbone(architecture: str, args: dict[str, Any]) -> nn.Module:
     """Create a timm model with random weights from a saved architecture and arguments.
 
-    A model folder may come from an untrusted source. Names that trigger downloads, such as `hf-hub:OWNER/NAME`, are
-    therefore rejected, and the arguments of `timm.create_model` itself, such as `checkpoint_path`, are ignored.
+    Because a model folder may come from an untrusted source, architecture names that trigger downloads, such as
+    `hf-hub:OWNER/NAME`, are rejected, and arguments of `timm.create_model`, such as `checkpoint_path`, are ignored.
     """
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}")
@@ -306,12 +305,12 @@ def _parse_name(name: str) -> tuple[str, str]:
             return "timm", name
         folder = download_snapshot(name, ["config.json"])
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{name} has no config.json: it was saved neither by timm nor by transformers")
+        raise ValueError(f"{name} was saved neither by timm nor by transformers: it has no config.json")
     config = read_json_object(folder / "config.json")
     if config.get("model_type") == "llm2clip":
         raise ValueError(
-            f"{name} is an llm2clip model, not a vision tower: use the tower it was trained from, or export its tower "
-            "with `llm2clip export --to vision`"
+            f"{name} is an llm2clip model, not a vision tower: use the vision tower that the model was trained "
+            "from, or export the model's vision tower with `llm2clip export --to vision`"
         )
     if "model_type" in config:
         return "transformers", name
@@ -320,18 +319,18 @@ def _parse_name(name: str) -> tuple[str, str]:
     raise ValueError(f"{name}: config.json has neither 'architecture' (timm) nor 'model_type' (transformers)")
 
 
-def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _load_timm_backbone(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     model_name, architecture, cfg, args = _resolve_timm_source(source)
     if pretrained and cfg.get("hf_hub_id") and not Path(source).is_dir():
         check_model_source(cfg["hf_hub_id"])  # timm downloads the weights from the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings or attention windows depend on the image size; timm resizes weights. The size is
-        # always saved in the config, because an architecture's default size depends on the tag.
+        # Position embeddings or attention windows depend on the image size, and timm resizes the weights. The image
+        # size is always saved in the config because an architecture's default size depends on the tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
-            raise ValueError(f"{model_name} was built for images of {built_size}; only square images are supported")
+            raise ValueError(f"{model_name} was built for images of {built_size}, but only square images are supported")
         args["img_size"] = image_size or sides.pop()
     backbone = timm.create_model(model_name, pretrained=pretrained, **args)
     preprocess = _read_timm_preprocess(backbone, model_name, args.get("img_size") or image_size)
@@ -340,7 +339,7 @@ def _load_timm(source: str, image_size: int | None, pretrained: bool) -> tuple[n
 
 
 def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
-    """Return (name for `timm.create_model`, architecture, pretrained config, saved arguments)."""
+    """Return (model name for `timm.create_model`, architecture, pretrained config, saved model arguments)."""
     if Path(source).is_dir():
         saved = read_json_object(Path(source) / "config.json")
         cfg = saved.get("pretrained_cfg", saved)
@@ -351,11 +350,11 @@ def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[st
     architecture = split_model_name_tag(source)[0]
     if not timm.is_model(architecture):
         raise ValueError(
-            f"timm has no model {source!r}, and there is no such folder; a hub id must contain a slash (OWNER/NAME)"
+            f"{source!r} is neither a timm model nor an existing folder. A hub id must contain a slash (OWNER/NAME)"
         )
     try:
         pretrained_cfg = get_pretrained_cfg(source, allow_unregistered=True)
-    except RuntimeError as error:  # the architecture does not have this tag
+    except RuntimeError as error:  # the model's tag does not exist
         raise ValueError(str(error)) from error
     return source, architecture, pretrained_cfg.to_dict() if pretrained_cfg else {}, {}
 
@@ -363,11 +362,11 @@ def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[st
 def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
     """Return the preprocessing that a timm model was trained with. `size` overrides the image size."""
     data = resolve_model_data_config(backbone)
-    height, width = data["input_size"][-2:]  # before timm 1.0.31, this is the original size even if `img_size` is set
+    height, width = data["input_size"][-2:]  # before timm 1.0.31, the original size even if `img_size` is set
     if size is None and height != width:
-        raise ValueError(f"{name} was trained on images of {height} x {width}; only square images are supported")
+        raise ValueError(f"{name} was trained on images of {height} x {width}, but only square images are supported")
     if data["crop_mode"] not in ("center", "squash"):
-        raise ValueError(f"{name} uses crop mode {data['crop_mode']!r}; only 'center' and 'squash' are supported")
+        raise ValueError(f"the crop mode of {name} must be 'center' or 'squash' (got {data['crop_mode']!r})")
     return Preprocess(
         size=size or height,
         resize="squash" if data["crop_mode"] == "squash" else "shortest",
@@ -385,17 +384,17 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
     if config.model_type == "metaclip_2_vision_model":
-        # MetaCLIP 2's vision model has CLIP's architecture and weight names, but AutoModel does not support it.
+        # AutoModel does not support MetaCLIP 2's vision model, which has CLIP's architecture and weight names.
         fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
         config = CLIPVisionConfig.from_dict(fields)
     if config.model_type.startswith("siglip2"):
         raise ValueError(
-            f"{source} is a NaFlex model, whose images have no fixed size. Use a SigLIP 2 model with a fixed image "
-            "size, such as google/siglip2-so400m-patch16-256"
+            f"{source} is a NaFlex model, which has no fixed image size. Use a SigLIP 2 model with a fixed image size, "
+            "such as google/siglip2-so400m-patch16-256"
         )
     if config.model_type not in _DEFAULT_PREPROCESS:
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
-        raise ValueError(f"{source} has unsupported model type {config.model_type!r}; supported types: {supported}")
+        raise ValueError(f"{source} has the unsupported model type {config.model_type!r}. Supported types: {supported}")
     backbone = _build_transformers(config, source if pretrained else None)
     preprocess = _read_transformers_preprocess(source, config)
     preprocess = replace(preprocess, size=image_size or preprocess.size)
@@ -407,20 +406,20 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
-    # Given a folder with a complete CLIP model, AutoModel would build both towers.
+    # For a folder that contains a complete CLIP model, AutoModel would build both towers.
     classes = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
     model_class: Any = classes.get(config.model_type)
     if source is None:
         model = model_class(config) if model_class else AutoModel.from_config(config)
         model = model.float()
     else:
-        # Otherwise, transformers 5 loads half-precision checkpoints in half precision.
+        # Without `dtype`, transformers 5 would load half-precision checkpoints in half precision.
         model, report = (model_class or AutoModel).from_pretrained(
             source, config=config, dtype=torch.float32, output_loading_info=True
         )
         missing = sorted(report["missing_keys"])
-        if missing:  # transformers only warns, and initialises missing weights randomly
-            raise ValueError(f"{source} is missing {len(missing):,} weights, including {missing[0]}")
+        if missing:  # transformers would only log a warning and initialise the missing weights randomly
+            raise ValueError(f"{source} lacks {len(missing):,} of the model's weights, including {missing[0]}")
     return cast(nn.Module, model)
 
 
@@ -431,7 +430,7 @@ def _read_transformers_preprocess(source: str, config: Any) -> Preprocess:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         preprocess = replace(_DEFAULT_PREPROCESS[config.model_type], size=int(config.image_size))
-        message = "%s has no preprocessor_config.json; using the default preprocessing for its model type: %s"
+        message = "%s has no preprocessor_config.json; using the default preprocessing for the model type: %s"
         log.warning(message, source, preprocess)
         return preprocess
     return Preprocess.from_dict(processor.to_dict())
