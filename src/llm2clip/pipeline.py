@@ -69,7 +69,7 @@ from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, latest_checkpoint, run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
-from llm2clip.runs.run_description import StageClock
+from llm2clip.runs.run_description import StageTimer
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.encode import embed_with_ray
 from llm2clip.store.layout import check_identity, make_caption_keys
@@ -229,20 +229,20 @@ def fit(run: Run) -> Path:
         TooManySkipped: The fraction of skipped rows exceeds `config.max_skipped`.
         ValueError: The dataset is too small for the settings, or contains no captions to train on.
     """
-    data, clock = run.data, StageClock(run.out)
+    data, timer = run.data, StageTimer(run.out)
     if run.config.encoder.path == AUTO:
-        clock.start("1/4 tune: skipped; choosing a caption encoder")
+        timer.start("1/4 tune: skipped; choosing a caption encoder")
         choose_encoder(run)
     else:
-        clock.start("1/4 tune: contrastive training of the language model on captions")
+        timer.start("1/4 tune: contrastive training of the language model on captions")
     encoder = EncoderConfig(path=str(tune(run)))
-    clock.start("2/4 embed: encoding every caption into the store")
+    timer.start("2/4 embed: encoding every caption into the store")
     store = embed(run, encoder)
-    clock.start("3/4 align: training the vision tower against the store")
+    timer.start("3/4 align: training the vision tower against the store")
     model_dir = align(run, store, encoder)
-    clock.start("4/4 evaluate: retrieval on held-out images")
+    timer.start("4/4 evaluate: retrieval on held-out images")
     trained = evaluate(run, store)
-    clock.stop()
+    timer.stop()
     if process_state().is_main_process:
         write_fit_report(run.out, trained, f"{data.summary}. {run.log.summary()}.", run.config.encoder)
         write_model_card(model_dir, run.out.resolve().name)

@@ -88,7 +88,7 @@ class AnswerGenerator:
         return answers
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
-        """Return the log-likelihood of an answer and its end-of-turn token, and True if greedy decoding produces it."""
+        """Return the log-likelihood of an answer, with its end-of-turn token, and whether it is the greedy answer."""
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
         with torch.inference_mode(), onednn_matmul():

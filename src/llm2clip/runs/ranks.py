@@ -40,7 +40,7 @@ def wait_for_everyone() -> None:
     """Wait until all ranks have called this function, for example while the main process evaluates the model.
 
     The barrier uses Gloo, which fails immediately if another rank exits or is killed, because its connection closes.
-    NCCL would fail only after a timeout, which would have to be short.
+    NCCL would fail only after a timeout.
 
     Raises:
         RuntimeError: Another rank exited, or did not call this function within `WAIT_TIMEOUT`.

@@ -7,8 +7,8 @@ captions that have no embedding yet to a folder:
       captions.parquet   all captions, in input order; deleted once all duplicates have been found
       00012.parquet      captions of shard 12, which has not been encoded yet
 
-Input order is preserved, so captions of the same image stay together. Memory: 17 bytes per caption for the keys (2 GB
-for 120 million captions), and the captions of a few shards.
+Input order is preserved, so captions of the same image stay together. Memory use: 17 bytes per caption for the keys
+(2 GB for 120 million captions), and the captions of a few shards.
 """
 
 import json
@@ -32,7 +32,7 @@ from llm2clip.store import layout
 from llm2clip.store.layout import StoreError
 from llm2clip.store.store import EmbeddingStore
 
-CHUNK_SIZE = 1 << 14  # captions to hash at once
+CHUNK_SIZE = 1 << 14  # number of captions to hash at once
 TEXTS_FILE = "captions.parquet"
 
 # ---- shards --------------------------------------------------------------------------------------------------------
@@ -50,7 +50,6 @@ class StoreWriter:
 
         Args:
             identity: All properties of the encoder that affect the embeddings; see `fingerprint`.
-            embed_dim: Embedding dimension.
             dtype: Storage dtype: float16, float32 or int8. int8 uses one scale factor per row.
 
         Raises:
@@ -124,8 +123,9 @@ class StoreWriter:
             or len(token_counts) != count
         ):
             raise StoreError(
-                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with key and token count (got "
-                f"embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(token_counts)} token counts)"
+                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with a key and a token count "
+                f"(got embeddings of shape {embeddings.shape}, keys of shape {keys.shape} and "
+                f"{len(token_counts)} token counts)"
             )
 
     def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str]) -> None:
