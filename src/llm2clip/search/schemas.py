@@ -159,7 +159,7 @@ class SearchRequest(QueryRequest):
         description="number of hits to skip, counting similar images: `next_offset` of the previous page",
     )
     show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
-    filter: FilterRequest = FilterRequest()  # pydantic copies defaults
+    filter: FilterRequest = Field(default=FilterRequest(), description="conditions that every hit must meet")
     words: bool = Field(
         default=True,
         description="rank an image higher if its captions, recognised text, file name, camera and date together "
@@ -183,15 +183,15 @@ def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) 
 class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type: ignore[misc]
     """A location of an image, with the captions and the metadata at that location."""
 
-    name: str
+    name: str = Field(description="path of the image file")
     file_name: str = Field(description="file name without folders")
-    captions: list[str]
+    captions: list[str] = Field(description="captions of the image")
 
 
 class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # type: ignore[misc]
     """A search result: an image, its metadata and its locations."""
 
-    id: str
+    id: str = Field(description="id of the image, for `like`, `/image/ID` and `/thumbnail/ID`")
     score: float | None = Field(description="cosine similarity to the query; null if there is no query")
     relevance: float | None = Field(
         description="estimated probability that the image is an answer to the query, from 0 to 1; null if the query "
@@ -212,7 +212,7 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
 class SearchResponse(BaseModel):
     """Search results, best first, or newest first if there is no query."""
 
-    hits: list[HitResponse]
+    hits: list[HitResponse] = Field(description="one page of results")
     nothing_close: bool = Field(
         description="true if no image that matches the filter is close to the query; the response then has no hits, "
         "unless the request sets show_weak or has a filter"
@@ -275,19 +275,21 @@ def _parse_messages(value: Any, parse: Callable[[Any], Any]) -> Any:
 class EmbedRequest(BaseModel):
     """A request in the format of OpenAI's embeddings API, with vLLM's field `messages` and Infinity's `modality`."""
 
-    input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)] | None = None
+    input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)] | None = Field(
+        None, description="a text, an image as a data URI, or a list of texts and images"
+    )
     messages: (
         Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
     ) = Field(None, description="used instead of `input`: one conversation per embedding, each with a single message")
     modality: Literal["text", "image"] | None = Field(
         None, description="modality of all of `input`; default: data URIs are images, everything else is text"
     )
-    model: AnyText | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    model: AnyText | None = Field(None, description="ignored, because the server has only one model")
+    encoding_format: Literal["float", "base64"] = Field("float", description="`float` or `base64`")
     dimensions: int | None = Field(
         default=None, description="number of leading dimensions to return, renormalised; default: all dimensions"
     )
-    user: AnyText | None = None
+    user: AnyText | None = Field(None, description="ignored")
 
     def to_inputs(self) -> list[list[str | RequestImage]]:
         """Return the texts and images of each input. Raise ValueError if an input is not of the given modality."""
