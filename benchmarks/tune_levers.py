@@ -67,7 +67,6 @@ class Lever:
     all_captions: bool = False  # all five captions of an image are in the batch
     miner: str = ""  # encoder that mines hard negatives: a start, or "base" for the one that `base` has tuned
     is_averaged: bool = False  # the result is an exponential moving average of the weights
-    halfway: bool = False  # no tuning: the weights are halfway between the start's and those that `base` has tuned
 
 
 LEVERS = {
@@ -85,10 +84,8 @@ LEVERS = {
     "margin": Lever(loss={"margin": 0.1}),
     "orthogonal": Lever(loss={"orthogonal": 1.0}),
     "average": Lever(is_averaged=True),
-    "halfway": Lever(halfway=True),
     "distill": Lever(loss={"distill": 1.0}),
     "combined": Lever(loss={"hardness": 5.0}, all_captions=True, miner="minilm"),
-    "captions and mined": Lever(all_captions=True, miner="minilm"),
 }
 
 
@@ -241,13 +238,10 @@ class Screen:
     def _tune(self, lever: Lever, folder: Path) -> dict[str, float]:
         timer = Timer()
         with timer:
-            if lever.halfway:
-                self._save_halfway(folder / "encoder")
-            else:
-                encoder = open_encoder(self.encoder, "cpu")
-                with self._patch_tune(lever):
-                    config = replace(self.config, **lever.settings)
-                    tune_module.tune(self._read_items(lever), encoder, config, folder)
+            encoder = open_encoder(self.encoder, "cpu")
+            with self._patch_tune(lever):
+                config = replace(self.config, **lever.settings)
+                tune_module.tune(self._read_items(lever), encoder, config, folder)
         return {"seconds": timer.seconds, "CPU seconds": timer.cpu}
 
     @contextmanager
@@ -296,13 +290,6 @@ class Screen:
         embeddings = F.normalize(encoder.encode([t for texts in captions for t in texts], progress=True), dim=-1)
         means = torch.stack([each.mean(0) for each in embeddings.split([len(texts) for texts in captions])])
         return F.normalize(means - means.mean(0), dim=-1).numpy()
-
-    def _save_halfway(self, folder: Path) -> None:
-        encoder = open_encoder(self.encoder, "cpu")
-        tuned = dict(open_encoder(EncoderConfig(str(self.out / "base/encoder")), "cpu").st.named_parameters())
-        for name, weight in encoder.st.named_parameters():
-            weight.data.lerp_(tuned[name].data, 0.5)
-        encoder.save_pretrained(folder)
 
 
 def test(config: EncoderConfig, tests: dict[str, list[Sequence[str]]]) -> dict[str, list[float]]:

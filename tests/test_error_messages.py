@@ -48,6 +48,13 @@ ERRORS = {
     "unknown flag": (
         "fit {data} --out {tmp}/run --align.lrr 3", "unknown argument --align.lrr (did you mean --align.lr?)",
     ),
+    "name of the setting in transformers": (
+        "fit {data} --out {tmp}/run --align.learning_rate 1",
+        "unknown argument --align.learning_rate (did you mean --align.lr?)",
+    ),
+    "URL as a captioning model": ("caption {data} --out {tmp}/x.jsonl --model http://x/v1", "Pass it to --endpoint"),
+    "runs of a missing folder": ("runs {tmp}/missing", "missing: no such folder"),
+    "file as an index": ("search {folder}/captions.jsonl dog", "is not an index", "--out INDEX"),
     "flag without its stage": ("fit {data} --out {tmp}/run --lr=3", "--lr (did you mean --tune.lr or --align.lr?)"),
     "flag that is like no other": ("plan --foo", "llm2clip plan: unknown argument --foo\n"),
     "flag of another command": (

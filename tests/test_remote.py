@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import stat
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from conftest import HANG_TIMEOUT
 from format_fixtures import (
     FORMATS,
     ROWS,
@@ -67,8 +67,8 @@ def read_all(path: str, log: SkipLog | None = None) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test an empty cache, no pinned versions, and short delays."""
+def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    """Give each test an empty cache, no pinned versions, and short delays. Wait for its background downloads."""
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
@@ -80,6 +80,12 @@ def clean_remote_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setattr(remote, "_unlisted_allowances", {})
     monkeypatch.setattr(remote, "TOUCH_SECONDS", -1)
     monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
+    yield
+    remote._pending.clear()
+    for _ in range(remote.PREFETCH_THREADS):
+        assert remote._free_threads.acquire(timeout=HANG_TIMEOUT)
+    for _ in range(remote.PREFETCH_THREADS):
+        remote._free_threads.release()
 
 
 @pytest.fixture
@@ -150,16 +156,20 @@ def test_tables_and_batches_from_s3_equal_those_from_disk(folder: Path, bucket: 
     assert batches[0] == batches[1] and not batches[0][0][2]
 
 
-def test_batches_download_the_next_shards_ahead(folder: Path, web_server: WebServer) -> None:
+def test_batches_download_the_next_shards_ahead(
+    folder: Path, web_server: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(20):
         write_tar(folder / f"{number:03}.tar", [("a.jpg", image_bytes(number)), ("a.txt", b"caption")])
     web_server.add_folder(folder)
+    urls = [f"{web_server.url}/{number:03}.tar" for number in range(20)]
     table = open_table([f"{web_server.url}/{{000..019}}.tar"], {}, SkipLog())
+    wait_until_cached(urls)  # background threads may still be downloading
     orders = EpochOrders(table, np.ones(20, bool), seed=1)
     assert orders.image_order == "shards"
-    shutil.rmtree(remote.get_cache_folder())
+    monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "empty-cache"))
     first_image = int(orders.take(0, 0, 1)[0])
-    wait_until_cached([f"{web_server.url}/{number:03}.tar" for number in range(20)])
+    wait_until_cached(urls)
     num_requests = web_server.count("GET")
     orders.take(0, 1, 2)
     image = table.get_images()[first_image]
@@ -473,22 +483,24 @@ def test_prefetch_downloads_in_the_background(web_server: WebServer) -> None:
 
 
 def test_prefetch_has_few_threads_and_prefers_the_latest_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    started, proceed = [], threading.Event()
+    started, threads, proceed = [], set(), threading.Event()
 
     def download(url: str) -> None:
         started.append(url)
+        threads.add(threading.current_thread())
         proceed.wait()
 
     monkeypatch.setattr(remote, "get_local_path", download)
-    before = threading.active_count()
     for call in range(20):
-        remote.prefetch([f"http://host/{call}-{n}.tar" for n in range(3)])
-    assert threading.active_count() - before == remote.PREFETCH_THREADS
-    proceed.set()
-    while threading.active_count() > before:
+        remote.prefetch([f"http://host/{call}-{n}.tar" for n in range(10)])
+    while len(started) < remote.PREFETCH_THREADS:
         time.sleep(0.001)
-    assert {"http://host/19-1.tar", "http://host/19-2.tar"} <= set(started)
-    assert len(started) <= remote.PREFETCH_THREADS + 3
+    proceed.set()
+    while "http://host/19-9.tar" not in started:
+        time.sleep(0.001)
+    assert len(threads) == remote.PREFETCH_THREADS
+    assert {f"http://host/19-{n}.tar" for n in range(4, 10)} <= set(started)
+    assert len(started) <= remote.PREFETCH_THREADS + 10
 
 
 def test_damaged_files_are_downloaded_again(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,7 +254,7 @@ def test_runs_of_an_empty_or_missing_folder(tmp_path: Path, capsys: pytest.Captu
     assert main(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"No runs in {tmp_path}\n"
     assert main(["runs", str(tmp_path / "none")]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_runs_prints_names_that_are_not_unicode(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

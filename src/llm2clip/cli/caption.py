@@ -46,6 +46,8 @@ def _caption(args: Namespace) -> list[str]:
     check_extra("caption", "`caption`")
     check_data(args, require_captions=False)
     options = make_options(CaptionOptions, args)
+    if options.endpoint is None and args.model.startswith(("http://", "https://")):
+        raise ValueError(f"--model {args.model} is a URL. Pass it to --endpoint, and the model's name to --model")
     if options.check is not None:
         options.check = resolve_model(options.check)
     model = resolve_model(args.model, allow_revision=False) if options.endpoint is None else args.model

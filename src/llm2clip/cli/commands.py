@@ -92,12 +92,15 @@ def _explain_error(message: str, parser: Any) -> str:
 def suggest_names(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the most similar known names, or "" if there are none."""
     names = {other.lstrip("-"): other for other in known}  # dashes would inflate the similarity
-    name = name.lstrip("-")
+    prefix, _, last_part = name.lstrip("-").rpartition(".")
+    initials = "".join(word[:1] for word in last_part.split("_"))  # `learning_rate` may mean `lr`
     last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` may mean `--align.lr` or `--tune.lr`
-    similar = [other for other in names if last_parts[other] == name] or difflib.get_close_matches(name, names, n=1)
-    if not similar:
-        closest = difflib.get_close_matches(name, set(last_parts.values()), n=1)
-        similar = [other for other in names if last_parts[other] in closest]
+    if prefix and any(other.startswith(f"{prefix}.") for other in names):
+        last_parts = {other: last for other, last in last_parts.items() if other.startswith(f"{prefix}.")}
+    closest = {last_part, initials} & set(last_parts.values())
+    if not closest:
+        closest = set(difflib.get_close_matches(last_part, set(last_parts.values()), n=1))
+    similar = [other for other, last in last_parts.items() if last in closest]
     similar = [names[other] for other in similar]
     return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 

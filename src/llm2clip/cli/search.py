@@ -227,8 +227,9 @@ def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file:
     if unread:
         listed = f", listed in {skipped_file}" if skipped_file else ""
         lines.append(f"Images whose text could not be recognised: {unread:,}{listed}")
-    lines.append(f"Next: {shlex.join(['llm2clip', 'search', location, 'a description of an image'])}")
-    lines.append(f"      {shlex.join(['llm2clip', 'serve', location])}")
+    if images:
+        lines.append(f"Next: {shlex.join(['llm2clip', 'search', location, 'a description of an image'])}")
+        lines.append(f"      {shlex.join(['llm2clip', 'serve', location])}")
     return lines
 
 

@@ -402,7 +402,7 @@ class Backend(ABC):
 
 
 def format_missing_index_message(folder: str | Path) -> str:
-    out = shlex.quote(str(folder))
+    out = "INDEX" if Path(folder).is_file() else shlex.quote(str(folder))
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
 
 

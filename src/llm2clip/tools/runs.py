@@ -23,7 +23,8 @@ LOCKS_FILE = Path("/proc/locks")  # list of all held locks; exists only on Linux
 
 def list_runs(folder: Path) -> list[str]:
     """Return a table of the runs in a folder and its subfolders, and a line for each unreadable file."""
-    os.listdir(folder)  # raises an error if the folder does not exist
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     rows, skipped = list[dict[str, str | None]](), list[str]()
     for parent, subfolders, names in os.walk(folder, onerror=lambda error: skipped.append(f"Skipped: {error}")):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
