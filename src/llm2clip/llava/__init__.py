@@ -26,8 +26,7 @@ class LlavaConfig:
     batch_size: int = 128
     """Number of conversations per optimizer step in the second stage, over all devices."""
     micro_batch_size: int = 16
-    """Maximum number of conversations per forward pass on each device. Gradients of several passes are accumulated to
-    reach the batch size."""
+    """Maximum number of conversations per forward pass and device. Gradients of several passes are accumulated."""
     lora_r: int = 0
     """LoRA rank for the LLM, or 0 for full fine-tuning. LoRA weights are merged after training."""
     lora_alpha: int = 256
@@ -40,8 +39,7 @@ class LlavaConfig:
     """Maximum size in GB of the cache for the frozen tower's patch features. If the features do not fit, they are
     recomputed in every step. 0 disables caching."""
     warmup_ratio: float = 0.03
-    """Fraction of training steps for linear warm-up. After the warm-up, the learning rate decays to zero on a cosine
-    schedule."""
+    """Fraction of training steps for linear warm-up, after which the learning rate decays to 0 on a cosine."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Training precision: fp32, bf16, or auto for bf16 if the hardware supports it."""
     gradient_checkpointing: bool = False

@@ -252,8 +252,7 @@ def _build_processor(
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=num_registers
-        + (strategy == "default"),  # the strategy "default" drops the class token
+        num_additional_image_tokens=num_registers + (strategy == "default"),  # "default" drops the class token
         image_token=IMAGE_TOKEN,
         chat_template=get_chat_template(tokenizer),
     )

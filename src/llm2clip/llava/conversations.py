@@ -45,9 +45,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = (
-    3  # maximum number of questions per image about present objects, and about absent objects (k in POPE)
-)
+OBJECTS_PER_IMAGE = 3  # maximum number of present, and of absent, objects to ask about per image (k in POPE)
 
 _FLATTEN_CONTENT = Path(__file__).with_name("flatten_content.jinja").read_text(encoding="utf-8")
 _VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ class FormatVersionError(ValueError):
 
 
 def check_format_version(path: str | Path, version: Any, supported: int, advice: str) -> None:
-    """Raise FormatVersionError if the `version` of a file's format is not `supported`.
+    """Raise FormatVersionError if the format version of the file at `path` is not `supported`.
 
     `advice` is the part of the error message that explains how to replace a file of an older version.
     """

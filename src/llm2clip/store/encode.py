@@ -174,7 +174,7 @@ def write_shard(
     for name, rows in (("truncated", truncated), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            # The file exists if an earlier run was killed before it had written the shard.
+            # The file already exists if an earlier run was killed before it had written the shard.
             old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
             by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
             atomic_write_jsonl(file, by_caption.values())

@@ -63,7 +63,7 @@ class Shard:
     """Shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # row number of the shard's first row in the store
+    start: int  # number of the shard's first row in the store
     rows: int
     sha256: str  # see `compute_shard_checksum`
 

@@ -49,8 +49,8 @@ class EmbeddingStore:
 
         Args:
             read_ahead: Ask the operating system to read all pages that contain the rows of a chunk at once. For stores
-                larger than memory, reading ahead is several times faster. Without it, the operating system reads the
-                rows one at a time, together with surrounding pages that are evicted before they are used.
+                larger than memory, reading ahead is several times faster than reading the rows one at a time, each with
+                surrounding pages that are evicted before they are used.
                 Default: True if the embeddings take at least half of the available memory.
 
         Raises:

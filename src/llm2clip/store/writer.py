@@ -90,7 +90,7 @@ class StoreWriter:
         keys = layout.make_caption_keys(captions) if keys is None else keys
         self._check_shapes(keys, token_counts, embeddings)
         self._check_values(keys, embeddings, captions)
-        stored, scales = quantize_rows(embeddings, self.dtype)
+        stored, scales = convert_to_dtype(embeddings, self.dtype)
         with atomic_path(layout.embeddings_path(self.folder, number)) as temporary:
             np.save(temporary, stored, allow_pickle=False)
         if scales is not None:
@@ -164,7 +164,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
         old_index.unlink()
 
 
-def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+def convert_to_dtype(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:
