@@ -50,7 +50,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         plan = make_plan(parser.instantiate(parser.parse_args(command)).plan)
         parts = []
         if "encoder" in stages:
-            parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.memory]
+            parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.stage_memory]
             parts.append(f"store {plan.store_bytes / 1e9:.0f} GB")
         if "align" in stages:
             parts.append(describe_stage(plan, "align"))
@@ -67,13 +67,13 @@ def _build_parser() -> Any:
 
 def describe_stage(plan: Plan, stage: str) -> str:
     """Describe the duration of a stage and its memory per device."""
-    size = f"{compute_peak_memory(plan.memory[stage]) / 1e9:.0f} GB"
-    if not plan.fits[stage]:
+    size = f"{compute_peak_memory(plan.stage_memory[stage]) / 1e9:.0f} GB"
+    if not plan.stage_fits[stage]:
         return f"{stage} does not fit ({size})"
     if stage == "tune":
         longest = plan.config.encoder.max_length or 512
         long_plan = dataclasses.replace(plan, text=dataclasses.replace(plan.text, tokens=longest))
-        long_size = f"{compute_peak_memory(long_plan.memory['tune']) / 1e9:.0f} GB"
+        long_size = f"{compute_peak_memory(long_plan.stage_memory['tune']) / 1e9:.0f} GB"
         if long_size != size:
             size += f" ({long_size} if all captions have {longest} tokens)"
     if stage == "align" and plan.images_per_second:

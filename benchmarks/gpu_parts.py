@@ -500,7 +500,7 @@ def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
     for tower, (timm_name, _, batch) in align_towers(settings).items():
         align = AlignConfig(tower=f"timm:{timm_name}", batch_size=batch, captions_per_image=1, embed_dim=512)
         plan = plan_fit(FitConfig(encoder=EncoderConfig(), tune=TuneConfig(), align=align), machine, 1_000_000, 1, 36)
-        memory = plan.memory["align"]
+        memory = plan.stage_memory["align"]
         row = measured.get(f"{tower}, llm2clip, eager", {})
         yield {
             "model": tower,

@@ -377,7 +377,7 @@ def make_default_index(folder: Path) -> Path:
     photos.mkdir()
     Image.new("RGB", (3200, 2400), "red").save(photos / "large.bmp")
     index = make_index(folder / "index", photos, model)
-    thumbnail = index.thumbnail("1")
+    thumbnail = index.read_thumbnail("1")
     assert thumbnail is not None
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((IMAGES, model.embed_dim)).astype(np.float16)
@@ -389,7 +389,7 @@ def make_default_index(folder: Path) -> Path:
         captions = tuple(" ".join(rng.choice(words, 12)) for _ in range(CAPTIONS))
         name = f"/photos/{n}.jpg"
         images.append((IndexedImage(name, FileImage(name), "/photos", "0 0", captions), digest))
-    index.add(contents, images)
+    index.add_images(contents, images)
     return folder / "index"
 
 

@@ -116,7 +116,7 @@ class Collection:
         """Add the known images and the images with random embeddings to an index."""
         backend = open_backend(location, write=True)
         (first,) = backend.sample_ids(1)
-        thumbnail = backend.thumbnail(first)
+        thumbnail = backend.read_thumbnail(first)
         assert thumbnail is not None
         contents, images = [], []
         for number, vector in enumerate(self._vectors):
@@ -126,7 +126,7 @@ class Collection:
             contents.append(IndexedContent(name.encode(), half, thumbnail, width=640, height=480))
             images.append((IndexedImage(name, FileImage(name), "/known", "0 0", captions), name.encode()))
         with backend.lock():
-            backend.add(contents, images)
+            backend.add_images(contents, images)
 
 
 def choose_known_texts(model: DualEncoder) -> tuple[list[str], np.ndarray]:
@@ -421,7 +421,7 @@ def run_load(
 def check_index(location: str, collection: Collection, indexer: Indexer, monitor: Monitor) -> None:
     """Check that the index contains exactly the acknowledged images."""
     backend = open_backend(location)
-    names = set(backend.indexed([str(indexer.file)]))
+    names = set(backend.read_image_states([str(indexer.file)]))
     for name in indexer.names - names:
         monitor.add_problem(f"lost: {name}")
     for name in names - indexer.names:

@@ -29,8 +29,8 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from llm2clip.data.images import load_image
-from llm2clip.search.metadata import normalize
-from llm2clip.search.ocr import RecognizeText, open_recognizer, prepare_image
+from llm2clip.search.metadata import normalize_text
+from llm2clip.search.ocr import RecognizeText, open_recognizer, prepare_image_for_ocr
 from llm2clip.search.words import split_words
 from measurements import memory_mb
 from shared import read_rows
@@ -80,7 +80,7 @@ class Counts:
 
 def split_text(text: str) -> list[str]:
     """Split a text into words as search does."""
-    return split_words([normalize(text)])[0]
+    return split_words([normalize_text(text)])[0]
 
 
 def measure_drawn(data: Path, recognize: RecognizeText, chinese_font: Path) -> None:
@@ -142,7 +142,7 @@ def measure_natural(data: Path, recognize: RecognizeText) -> None:
     for name, labels in json.loads(WORDS_FILE.read_text(encoding="utf-8")).items():
         words = sorted(set(split_text(" ".join(labels["words"]))))
         unclear = split_text(" ".join(labels["unclear"]))
-        counts.add(prepare_image(load_image(str(data / name))), words, unclear)
+        counts.add(prepare_image_for_ocr(load_image(str(data / name))), words, unclear)
     counts.print("natural, 224 pixels")
 
 

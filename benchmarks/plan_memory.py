@@ -60,7 +60,7 @@ def main() -> None:
         out = args.work / stage
         shutil.rmtree(out, ignore_errors=True)
         measured = run(["-m", "llm2clip", *command, "--out", str(out)])
-        parts = plan.memory[stage]
+        parts = plan.stage_memory[stage]
         planned = compute_peak_memory(parts) / 1e9
         description = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
         print(f"| {stage} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} | {description} |", flush=True)

@@ -80,7 +80,7 @@ def fill(backend: Backend, images: Images) -> None:
             contents.append(IndexedContent(digest, vector, thumbnails.bytes(THUMBNAIL_SIZE), width=1, height=1))
             image = IndexedImage(name, FileImage(name), "/photos", "1", (images.captions[row],))
             located_images.append((image, digest))
-        backend.add(contents, located_images)
+        backend.add_images(contents, located_images)
 
 
 def measure_size(backend: Backend, folder: Path) -> int:
@@ -142,7 +142,7 @@ def main() -> None:
             with timer:
                 if threshold:
                     fill(backend, images)
-                backend.finish()  # builds the graph
+                backend.finish_indexing()  # builds the graph
             milliseconds = f"{'' if threshold else '+ '}{1000 * timer.cpu / args.count:.2f}"
             size = f"{measure_size(backend, Path(folder)) / args.count / 1000:.2f}"
             cells = [f"{args.count:,}", name, milliseconds, size, *measure_searches(backend, images)]

@@ -29,7 +29,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
-from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate, search_relevant
+from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate, search_and_rate
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 
@@ -104,7 +104,7 @@ def build_backend(folder: Path, data: Data, numbers: np.ndarray, with_captions: 
         contents.append(IndexedContent(digest, data.images[number].astype(np.float16), b"", width=1, height=1))
         captions = data.records[number].captions[:-1] if with_captions else ()
         images.append((IndexedImage(name, FileImage(name), "/", "", captions), digest))
-    backend.add(contents, images)
+    backend.add_images(contents, images)
     return backend
 
 
@@ -114,7 +114,7 @@ def score_queries(backend: SqliteBackend, calibration: Calibration, data: Data, 
     for number in numbers:
         vectors = QueryVectors(data.texts[number], data.texts[number], None)
         words = [data.records[number].captions[-1]]
-        hits = search_relevant(backend, calibration, vectors, 10, Filter(), words=words, show_weak=True).hits
+        hits = search_and_rate(backend, calibration, vectors, 10, Filter(), words=words, show_weak=True).hits
         relevances.append(max(hit.relevance or 0.0 for hit in hits))
         closest = backend.search(vectors.combined, 1, Filter())[0]
         cosines.append(closest.score or 0.0)

@@ -86,7 +86,7 @@ def fill(backend: SqliteBackend, count: int) -> None:
             name = f"/photos/{row}.jpg"
             contents.append(IndexedContent(name.encode(), vector.astype(np.float16), b"", width=1, height=1))
             images.append((IndexedImage(name, FileImage(name), "/photos", "1"), name.encode()))
-        backend.add(contents, images)
+        backend.add_images(contents, images)
 
 
 def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | None) -> np.ndarray:

@@ -237,10 +237,10 @@ class FixedCaptioner:
     def __init__(self, texts: dict[str, str] | None = None) -> None:
         self.texts, self.num_answers = texts, 0
 
-    def prepare(self, image: Tensor) -> Tensor:
+    def prepare_image(self, image: Tensor) -> Tensor:
         return image
 
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         self.num_answers += len(requests)
         if self.texts is not None:
             return [Answer(self.texts[request.prompt.name]) for request in requests]

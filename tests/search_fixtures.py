@@ -31,7 +31,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.build import IndexOptions, IndexReport, build_index
 from llm2clip.search.metadata import Filter
-from llm2clip.search.relevance import Calibration, Scale
+from llm2clip.search.relevance import Calibration, RelevanceScale
 from llm2clip.search.sqlite_backend import SqliteBackend
 from postgres_fixtures import get_postgres_server
 
@@ -73,8 +73,8 @@ def make_index(folder: Path, images: Path, model: DualEncoder) -> SqliteBackend:
 
 def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
     """Store a calibration with which no image is close to any text, and every image is close to every image query."""
-    vectors = np.stack(list(backend.vectors(backend.sample_ids(100)).values()))
-    never, always = Scale(0, 1, 1, -20), Scale(0, 1, 1, 20)
+    vectors = np.stack(list(backend.read_vectors(backend.sample_ids(100)).values()))
+    never, always = RelevanceScale(0, 1, 1, -20), RelevanceScale(0, 1, 1, 20)
     mean, scales = vectors.mean(axis=0), {"texts": never, "images": always, "captions": never}
     calibration = Calibration(mean, vectors[:1], [], len(vectors), 0, model.fingerprint, **scales)
     backend.save_calibration(calibration.to_bytes())

@@ -164,7 +164,7 @@ def test_tar_members_are_copied_and_duplicates_are_asked_once(tmp_path: Path, ph
 def test_copies_of_images_never_follow_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_files.secrets, "token_hex", lambda size: "0" * 2 * size)
     data = (make_photos(tmp_path / "photos", 1) / "0000.png").read_bytes()
-    output, target = caption_files.CaptionOutput(tmp_path / "out.jsonl"), tmp_path / "target"
+    output, target = caption_files.CaptionOutputPaths(tmp_path / "out.jsonl"), tmp_path / "target"
     output.images.mkdir()
     (output.images / f".{'0' * 16}.part").symlink_to(target)  # its real name cannot be guessed
     with pytest.raises(FileExistsError):
@@ -206,7 +206,7 @@ def test_each_rank_captions_its_share_and_a_stopped_rank_leaves_the_run_incomple
 
     num_records = len(read_rows(stopped / "out.jsonl"))
     message = (stopped / "error").read_text()
-    assert 0 < num_records < 12 and f"{12 - num_records} captions not requested" in message
+    assert 0 < num_records < 12 and f"not been requested: {12 - num_records}." in message
     assert "run the same command again" in message
     assert not list(stopped.glob("opened*"))  # captions are compared when all of them have been requested
     _caption_on_rank(stopped)  # a single process requests the missing captions of both ranks
@@ -224,16 +224,16 @@ def _caption_on_rank(folder: Path) -> None:
         return SimpleNamespace(name="encoder")
 
     num_requests = 0
-    ask = FixedCaptioner.ask
+    generate_answers = FixedCaptioner.generate_answers
 
     def count(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         nonlocal num_requests
         num_requests += len(requests)
-        return ask(self, requests)
+        return generate_answers(self, requests)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caption_run, "score_captions", lambda *_: None)
-        patch.setattr(FixedCaptioner, "ask", count)
+        patch.setattr(FixedCaptioner, "generate_answers", count)
         caption_photos(folder / "photos", open_encoder=open_encoder, max_skipped=0.5)
     (folder / f"requests{process_state().process_index}").write_text(str(num_requests))
 
@@ -253,7 +253,7 @@ def _stop_second_rank(folder: Path) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FixedCaptioner, "ask", stop)
+        patch.setattr(FixedCaptioner, "generate_answers", stop)
         _caption_on_rank(folder)
 
 
@@ -278,13 +278,13 @@ def test_run_without_any_accepted_caption_ends_with_an_error(tmp_path: Path, pho
     out = tmp_path / "out.jsonl"
     with run_server() as server:
         server.answers = {"": "Dog."}  # too short
-        with pytest.raises(ValueError, match=r"no image has a caption.* quality control: 6") as error:
+        with pytest.raises(ValueError, match=r"no image has an accepted caption.* quality control: 6") as error:
             caption(server, photos, out, "--max_skipped", 1)
     assert str(tmp_path / "out_report.html") in str(error.value)
 
 
 def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos: Path) -> None:
-    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         numbers = [int(request.image.sum()) for request in requests]
         return [Answer("Dog." if number in rejected else f"A dog runs over meadow {number}.") for number in numbers]
 
@@ -292,7 +292,7 @@ def test_images_with_only_rejected_captions_are_reported(tmp_path: Path, photos:
     rejected = [int(load_image(image).sum()) for image in images[:2]]
     warning = "Warning: no caption for 2 of 6 images, because quality control"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FixedCaptioner, "ask", ask)
+        patch.setattr(FixedCaptioner, "generate_answers", generate_answers)
         for max_skipped in (0.3, 0.35):
             lines = caption_photos(photos, max_skipped=max_skipped)
             assert (warning in "\n".join(lines)) == (max_skipped < 2 / 6)
@@ -307,13 +307,15 @@ def test_answers_beyond_the_number_of_samples_do_not_count(tmp_path: Path) -> No
         return StoredAnswer(image, prompt.key, sample, "tiny", text, error, temperature=0.7, date="2026-11-29")
 
     with closing(CaptionDatabase(tmp_path / "out.jsonl.sqlite")) as database:
-        database.replace_images(ImageRow(number, name, name, {}) for number, name in enumerate("ab"))
+        database.replace_image_rows(ImageRow(number, name, name, {}) for number, name in enumerate("ab"))
         database.add_answers([make_answer("a", 0, None), make_answer("a", 1, "A dog runs.")])
         database.add_answers([make_answer("b", 0, "A dog runs."), make_answer("b", 1, None)])
         for samples, num_failed, num_errors in ((1, 1, 1), (2, 0, 2)):
             prompts = [replace(prompt, samples=samples)]
             assert database.count_images_without_caption("tiny", prompts) == (num_failed, 0)
-            assert [number for _, number, _ in database.count_errors("tiny", prompts, limit=9)] == [1] * num_errors
+            assert [number for _, number, _ in database.count_errors_by_reason("tiny", prompts, limit=9)] == [
+                1
+            ] * num_errors
 
 
 def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path: Path, photos: Path) -> None:
@@ -330,7 +332,7 @@ def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path
             caption(server, first, first)
         with pytest.raises(ValueError, match=r"there are no images to caption: .*captions_images: not read, because"):
             caption(server, photos / "captions_images", tmp_path / "d.jsonl")
-    assert f"{first} and 1 more: not read, because `llm2clip caption` has written it" in lines
+    assert f"{first} and 1 more: not read, because written by `llm2clip caption`" in lines
     rows = read_rows(second)
     assert len(rows) == len(read_rows(first)) == 8
     assert all(len(row["captions"]) == 2 and "short_captions" not in row for row in rows)
@@ -350,7 +352,7 @@ def test_photos_named_by_their_hashes_are_captioned(tmp_path: Path) -> None:
         file.rename(file.with_stem(hashlib.sha256(file.read_bytes()).hexdigest()))
     with run_server() as server:
         lines = caption(server, photos, out)
-    assert len(read_rows(out)) == 2 and "has written it" not in lines
+    assert len(read_rows(out)) == 2 and "not read" not in lines
 
 
 def test_each_record_without_an_image_counts_as_skipped(tmp_path: Path, photos: Path) -> None:
@@ -482,12 +484,12 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, previous))
     started, finish, numbers = threading.Event(), threading.Event(), itertools.count()
 
-    def ask(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         started.set()
         finish.wait(20)
         raise StoppedError
 
-    def prepare(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
+    def prepare_image(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
         if next(numbers) == FixedCaptioner.batch_size:  # the earlier images fill the first batch
             assert started.wait(20)
             signal.raise_signal(signal.SIGINT)
@@ -496,8 +498,8 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
             signal.raise_signal(signal.SIGINT)
         return image
 
-    monkeypatch.setattr(FixedCaptioner, "ask", ask)
-    monkeypatch.setattr(FixedCaptioner, "prepare", prepare)
+    monkeypatch.setattr(FixedCaptioner, "generate_answers", generate_answers)
+    monkeypatch.setattr(FixedCaptioner, "prepare_image", prepare_image)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         caption_photos(photos)

@@ -24,7 +24,7 @@ from llm2clip.caption.checks import (
     WRONG_LANGUAGE,
     check_captions,
     find_language_code,
-    find_problem,
+    find_text_problem,
     rank_captions,
     score_captions,
     strip_boilerplate_opening,
@@ -32,9 +32,9 @@ from llm2clip.caption.checks import (
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
     CaptionReport,
-    build_blocks,
+    build_report_blocks,
     describe_captions,
-    find_worst_images,
+    select_worst_images,
     write_caption_report,
 )
 from llm2clip.caption.options import CaptionOptions, Prompt
@@ -60,7 +60,7 @@ def make_database(
 ) -> CaptionDatabase:
     """Create a database with one row of captions per image, one caption per prompt. None is a failed request."""
     database = CaptionDatabase(file)
-    database.replace_images(
+    database.replace_image_rows(
         ImageRow(n, f"key {n}", make_hash(n), {"image": f"{images}{n}.png", "id": str(n)}) for n in range(len(captions))
     )
     for n, texts in enumerate(captions):
@@ -145,22 +145,22 @@ def test_english_openings_are_removed(text: str, expected: str) -> None:
     ],
 )
 def test_problem_of_a_text_is_found(text: str, problem: str | None) -> None:
-    assert find_problem(text, "short") == problem
+    assert find_text_problem(text, "short") == problem
 
 
 def test_length_limit_depends_on_the_kind_of_caption() -> None:
     words = " ".join(f"word{n}" for n in range(60))
-    assert find_problem(words, "short") == TOO_LONG and find_problem(words, "dense") is None
-    assert find_problem(" ".join(words.split()[:50]), "short") is None
-    assert find_problem(" ".join(f"word{n}" for n in range(401)), "dense") == TOO_LONG
+    assert find_text_problem(words, "short") == TOO_LONG and find_text_problem(words, "dense") is None
+    assert find_text_problem(" ".join(words.split()[:50]), "short") is None
+    assert find_text_problem(" ".join(f"word{n}" for n in range(401)), "dense") == TOO_LONG
     characters = "".join(chr(0x4E00 + n) for n in range(101))
-    assert find_problem(characters, "short") == TOO_LONG and find_problem(characters[:100], "short") is None
+    assert find_text_problem(characters, "short") == TOO_LONG and find_text_problem(characters[:100], "short") is None
 
 
 def test_long_text_with_few_distinct_words_is_a_repetition() -> None:
     rng = np.random.default_rng(0)
     few, many = (" ".join(f"w{n}" for n in rng.integers(0, size, 60)) for size in (12, 60))
-    assert find_problem(few, "dense") == REPETITION and find_problem(many, "dense") is None
+    assert find_text_problem(few, "dense") == REPETITION and find_text_problem(many, "dense") is None
 
 
 def test_language_is_found_by_name_and_code() -> None:
@@ -187,7 +187,7 @@ def test_duplicates_of_an_image_are_rejected_except_for_the_first(tmp_path: Path
     checks = check_captions(database, MODEL, [SHORT, SECOND])
     problems = [list_problems(database, n) for n in range(5)]
     assert problems == [[None, DUPLICATE]] * 3 + [[None, None]] * 2
-    assert database.count_problems(MODEL, [SHORT, SECOND, DENSE]) == {DUPLICATE: 3}
+    assert database.count_rejected_by_problem(MODEL, [SHORT, SECOND, DENSE]) == {DUPLICATE: 3}
     assert checks.num_captions == 10 and checks.num_shortened == 1
     text = database.list_answers(make_hash(2), MODEL, [SHORT])[0].text
     assert text == "The image shows a cat on a sofa"  # the original stays in the database
@@ -227,7 +227,7 @@ def test_only_captions_of_the_current_prompts_model_and_images_are_checked(tmp_p
     unused = StoredAnswer(make_hash(0), SECOND.key, 1, MODEL, "dog", None, 0.0, "2026-11-29")  # the prompt has 1 sample
     database.add_answers([other, removed, unused])
     check_captions(database, MODEL, [SECOND])
-    assert database.count_problems(MODEL, [SECOND]) == {TOO_SHORT: 2}
+    assert database.count_rejected_by_problem(MODEL, [SECOND]) == {TOO_SHORT: 2}
     problems = database.connection.execute(
         "SELECT prompt, sample, model, problem FROM answers WHERE problem IS NOT NULL"
     )
@@ -243,7 +243,7 @@ def test_checks_in_small_batches_give_the_same_result(tmp_path: Path, monkeypatc
         checks = check_captions(database, MODEL, [SHORT, SECOND])
         assert check_captions(database, MODEL, [SHORT, SECOND]) == checks  # the checks can be repeated
         results.append((checks, [list_problems(database, n) for n in range(20)]))
-        assert database.count_problems(MODEL, [SHORT, SECOND]) == {DUPLICATE: 13, TOO_SHORT: 7}
+        assert database.count_rejected_by_problem(MODEL, [SHORT, SECOND]) == {DUPLICATE: 13, TOO_SHORT: 7}
     assert results[0] == results[1]
 
 
@@ -273,7 +273,7 @@ def test_score_and_rank_match_a_naive_computation(
             assert answer.score == pytest.approx(score, abs=1e-5) and answer.rank == pytest.approx(rank, abs=1e-6)
             assert answer.problem == (MISMATCH if rank > 0.4 else None)
             num_rejected += rank > 0.4
-    assert 0 < num_rejected == database.count_problems(MODEL, [SHORT, SECOND])[MISMATCH] < 36
+    assert 0 < num_rejected == database.count_rejected_by_problem(MODEL, [SHORT, SECOND])[MISMATCH] < 36
 
 
 def test_equal_similarities_count_half_and_the_own_image_does_not_count() -> None:
@@ -314,7 +314,7 @@ def test_unreadable_images_are_not_scored(tmp_path: Path, image_folder: Path, du
     assert result.num_captions == 2
     report = replace(make_report(database, [SHORT]), scores=result)
     text = " ".join(format_report(database, report).split())
-    assert "1 image could not be decoded, so the captions were not compared" in text
+    assert "The captions of 1 image were not compared, because decoding failed" in text
     scores = [database.list_answers(make_hash(n), MODEL, [SHORT])[0].score for n in range(3)]
     assert [score is None for score in scores] == [False, True, False]
 
@@ -327,14 +327,14 @@ def make_report(database: CaptionDatabase, prompts: Sequence[Prompt] = (SHORT, S
 
 
 def format_report(database: CaptionDatabase, report: CaptionReport) -> str:
-    return render_text(build_blocks(database, report), describe_captions(database, report))
+    return render_text(build_report_blocks(database, report), describe_captions(database, report))
 
 
 def test_report_lists_problems_and_failures(tmp_path: Path) -> None:
     captions = [["A dog runs in the park", None], ["A cat", None], ["A red bus on a street", "Two old men talk"]]
     database = make_database(tmp_path / "c.sqlite", captions)
     text = " ".join(format_report(database, make_report(database)).split())
-    assert text.startswith("Rejected: 1 of 4 captions (25.0%): too short. 2 requests failed. content number")
+    assert text.startswith("Rejected: 1 of 4 captions (25.0%). Main reason: too short (1). 2 requests failed. content")
     for part in (
         "images 3",
         "captions 4",
@@ -355,8 +355,8 @@ def test_report_shows_the_worst_images_first(tmp_path: Path) -> None:
     report = make_report(database)
     for n, rank in ((2, 0.5), (5, 0.2), (0, 0.1)):
         (answer, _) = database.list_answers(make_hash(n), MODEL, [SHORT, SECOND])
-        database.update_checks([replace(answer, score=0.3, rank=rank)])
-    assert [row.number for row in find_worst_images(database, report)] == [1, 3, 2, 5, 0, 4]
+        database.update_check_results([replace(answer, score=0.3, rank=rank)])
+    assert [row.number for row in select_worst_images(database, report)] == [1, 3, 2, 5, 0, 4]
 
 
 def test_report_escapes_hostile_captions_names_and_errors(tmp_path: Path, image_folder: Path) -> None:
@@ -364,7 +364,7 @@ def test_report_escapes_hostile_captions_names_and_errors(tmp_path: Path, image_
     shutil.copy(image_folder / "0.png", tmp_path / name)
     database = CaptionDatabase(tmp_path / "c.sqlite")
     record = {"image": name, "id": SCRIPT, "captions": [f"{SCRIPT} from the source"]}
-    database.replace_images(
+    database.replace_image_rows(
         [ImageRow(0, "a", make_hash(0), record), ImageRow(1, "b", make_hash(1), {"image": "missing.png", "id": "1"})]
     )
     texts = {
@@ -413,7 +413,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert opened == [8]  # after all captions have been requested
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["captions"] for record in records] == [["A red shape on grey"]] * 4
-    assert "(4 captions of 4 records)" in text and "too short" in text and "compared with 4 images" in text
+    assert "(4 captions of 4 records)" in text and "too short" in text and "compared 4 captions with 4 images" in text
     html = (tmp_path / "captions_report.html").read_text()
     assert html.count("<article>") == 4 and "rejected: too short" in html and "(rank " in html
     caption_images([str(photos)], out, captioner, prompts, CaptionOptions(check_max_rank=0.0), lambda: dual_encoder)
@@ -422,4 +422,4 @@ def test_run_writes_only_accepted_captions_and_a_report(
     text = " ".join("\n".join(lines).split())
     assert num_best < 4 and f"({num_best} caption of" in text
     assert f"rejected captions {8 - num_best}" in text and f"{MISMATCH} {4 - num_best} " in text
-    assert "Earlier rejections remain valid" in text
+    assert "Rejections by earlier comparisons remain in effect" in text

@@ -124,7 +124,7 @@ def photos(tmp_path: Path) -> Path:
         ("a: {kind: short, text: x, samples: true}", "prompt a: samples must be an integer from 1 to 100 .got True"),
         ("a: {kind: short, text: x, temperature: hot}", "prompt a: temperature must be a number from 0 to 2"),
         ("a: {kind: short, text: x, max_tokens: 1.5}", "prompt a: max_tokens must be an integer from 1 to 8192"),
-        ("a: {kind: short, text: 'Say {caption}'}", "prompt a: text must be an instruction with a line without"),
+        ("a: {kind: short, text: 'Say {caption}'}", "prompt a: text must contain a line without"),
     ],
 )
 def test_prompt_errors_name_file_prompt_and_field(tmp_path: Path, content: str, message: str) -> None:
@@ -255,7 +255,7 @@ def test_run_stops_soon_if_no_server_responds(tmp_path: Path, photos: Path, monk
     monkeypatch.setattr(captioners, "FIRST_DELAY", 0.06)
     with run_server() as server:
         pass  # nothing listens on its port any more
-    message = r"no server responds at 127\.0\.0\.1:\d+\. Start it, or check the URL"
+    message = r"no server responds at 127\.0\.0\.1:\d+ \(.*\)\. Start the server, or check the URL"
     with pytest.raises(OSError, match=message):
         caption(server, photos, tmp_path / "out.jsonl")
     monkeypatch.setattr("llm2clip.cli.caption._check_server", lambda *_: None)  # as if it stopped after this check
@@ -343,7 +343,7 @@ def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch:
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(captioners._RequestError, match="compressed"):
-        asyncio.run(captioners._read_limited(response))
+        asyncio.run(captioners._read_limited_body(response))
 
 
 @pytest.mark.parametrize("content", [5, {"text": "A dog runs."}, ["A dog runs."], [{"text": 5}]])
@@ -369,9 +369,9 @@ def test_invalid_endpoints_are_rejected(url: str, message: str) -> None:
 
 
 def test_unencrypted_connections_to_other_machines_are_reported() -> None:
-    assert len(captioners.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe()) == 1
-    assert len(captioners.EndpointCaptioner("https://example.org/v1", "tiny").describe()) == 1
-    first, second = captioners.EndpointCaptioner("http://example.org/v1", "tiny").describe()
+    assert len(captioners.EndpointCaptioner("http://127.0.0.1:1/v1", "tiny").describe_endpoint()) == 1
+    assert len(captioners.EndpointCaptioner("https://example.org/v1", "tiny").describe_endpoint()) == 1
+    first, second = captioners.EndpointCaptioner("http://example.org/v1", "tiny").describe_endpoint()
     assert first == "Images are sent to http://example.org (model tiny)." and "not encrypted" in second
 
 
@@ -388,13 +388,13 @@ def test_local_model_captions_images_and_resumes(
         two={"kind": "dense", "text": "Describe all.", "max_tokens": 9},
     )
     batches = []
-    ask = LocalCaptioner.ask
+    generate_answers = LocalCaptioner.generate_answers
 
     def record(self: LocalCaptioner, requests: list[CaptionRequest]) -> list[Answer]:
         batches.append([request.prompt.name for request in requests])
-        return ask(self, requests)
+        return generate_answers(self, requests)
 
-    monkeypatch.setattr(LocalCaptioner, "ask", record)
+    monkeypatch.setattr(LocalCaptioner, "generate_answers", record)
     words = ["caption", photos, "--model", tiny_llava, "--prompts", file, "--batch_size", 4]
     for _ in range(2):
         run_command(*words, "--out", tmp_path / "out.jsonl")
@@ -412,9 +412,9 @@ def test_local_captioner_answers_in_batches_as_alone(tiny_llava: Path) -> None:
     captions = ["a long caption with <image> in it", None, "short"]
     requests = []
     for image, text in zip(images, captions, strict=True):
-        requests.append(CaptionRequest(captioner.prepare(image), prompt, image_hash="", caption=text))
-    alone = [captioner.ask([request])[0] for request in requests]
-    assert captioner.ask(requests) == alone
+        requests.append(CaptionRequest(captioner.prepare_image(image), prompt, image_hash="", caption=text))
+    alone = [captioner.generate_answers([request])[0] for request in requests]
+    assert captioner.generate_answers(requests) == alone
     assert len({answer.text for answer in alone}) == 3 and all(answer.output_tokens <= 6 for answer in alone)
 
 
@@ -424,7 +424,7 @@ def test_local_model_that_rejects_all_images_ends_the_run_with_an_error(
     def reject(*_: Any) -> None:
         raise ValueError("too narrow")
 
-    monkeypatch.setattr(LocalCaptioner, "_generate", reject)
+    monkeypatch.setattr(LocalCaptioner, "_generate_batch", reject)
     with pytest.raises(TooManySkipped, match=r"6 of 6 images .* the model's processor rejects the image: too narrow"):
         run_command("caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl")
 
@@ -439,8 +439,8 @@ def test_sampled_answers_differ_between_processes_and_retries(
     for _ in range(2):
         torch.manual_seed(0)
         captioner = LocalCaptioner(str(tiny_llava), 4)
-        image = captioner.prepare(torch.zeros(3, 40, 60, dtype=torch.uint8))
-        answers.append(captioner.ask([CaptionRequest(image, prompt, image_hash="")] * 4))
+        image = captioner.prepare_image(torch.zeros(3, 40, 60, dtype=torch.uint8))
+        answers.append(captioner.generate_answers([CaptionRequest(image, prompt, image_hash="")] * 4))
     assert answers[0] != answers[1]
 
 
@@ -482,7 +482,7 @@ def test_batches_are_halved_until_they_fit_in_the_memory(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return [Answer(f"A dog runs over {int(np.asarray(request.image).sum())}.") for request in requests]
 
-    monkeypatch.setattr(LocalCaptioner, "_generate", generate)
+    monkeypatch.setattr(LocalCaptioner, "_generate_batch", generate)
     prompts = write_prompts(tmp_path / "prompts.yaml", one={"kind": "short", "text": "Describe it."})
     words = ["caption", photos, "--model", tiny_llava, "--prompts", prompts, "--batch_size", 5]
     run_command(*words, "--out", tmp_path / "out.jsonl")

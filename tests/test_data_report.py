@@ -32,7 +32,7 @@ def test_data_command_counts_images_captions_and_splits(
     captions = [caption for row in rows for caption in row["captions"]]
     words = sorted(len(caption.split()) for caption in captions)
     num_val = sum(row["split"] == "val" for row in rows)
-    assert text.startswith(f"36 images with {len(captions) + 36} captions. Only {num_val} would be held out: too few")
+    assert text.startswith(f"36 images with {len(captions) + 36} captions. `fit` would hold out only {num_val} images,")
     for line in (
         "images 36",
         f"captions {len(captions)}",
@@ -62,7 +62,7 @@ def test_data_command_without_the_reports_extra_names_it(
         monkeypatch.setitem(sys.modules, module, None)
     text = run_data(capsys, image_folder, "--report", tmp_path / "data.html")
     assert "Languages of" not in text
-    assert "To see the languages of the captions, run `pip install 'llm2clip[reports]'`.\n" in text
+    assert "To identify the languages of captions, install py3langid: `pip install 'llm2clip[reports]'`.\n" in text
     assert "<svg" not in (tmp_path / "data.html").read_text()
 
 
@@ -83,10 +83,10 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
     page = tmp_path / "data.html"
     text = run_data(capsys, write_jsonl(tmp_path / "rows.jsonl", rows), "--report", page)
     assert text.startswith(
-        "`fit` would stop: 25.0% of the rows cannot be used. Most common reason: missing image (1 row)."
+        "`fit` would fail: 25.0% of the rows cannot be used. Most common reason: missing image (1 row)."
     )
     assert "records without an image 1\n" in text and "\x1b" not in text
-    assert "25.0% of the rows are skipped. `fit` stops above 5%" in text and "missing image 1\n" in text
+    assert "25.0% of the rows are skipped. `fit` fails above 5%" in text and "missing image 1\n" in text
     html = page.read_text()
     assert SCRIPT not in html and "&lt;script&gt;" in html and "&lt;b&gt;.jpg" in html
     assert "broken.png: unreadable image" in html and html.count("data:image/jpeg") == 1
@@ -98,7 +98,7 @@ def test_data_command_describes_texts_without_images(tmp_path: Path, capsys: pyt
         tmp_path / "texts.jsonl", [{"captions": [f"Zwei Hunde spielen im Garten {n}"]} for n in range(9)]
     )
     text = run_data(capsys, file, "--report", tmp_path / "data.html")
-    assert "No record has an image: only `tune` and `embed` can use the 9 captions.\n" in text
+    assert "No record has an image, so only `tune` and `embed` can use the 9 captions.\n" in text
     assert "records without an image 9\n" in text and "Only `tune` and `embed` accept text-only data." in text
     assert "de 100.0%\n" in text and "shorter side" not in text
 
@@ -109,7 +109,7 @@ def test_data_command_describes_images_without_captions(tmp_path: Path, capsys: 
     for name in ("broken.jpg", "a.mp4", "b.MP4", "notes.pdf", "frame.1", "Dr. Smith", ".x.mp4", "a.\udcff\udcfe"):
         (tmp_path / name).write_bytes(b"x")
     text = run_data(capsys, tmp_path, "--report", tmp_path / "new/data.html")
-    assert text.startswith("3 images, but no captions, which are needed for training.\n")
+    assert text.startswith("3 images without captions. Training requires captions.\n")
     assert "rows skipped 1\n" in text and "unreadable image 1\n" in text and "Captions" not in text
     assert f"Next: llm2clip caption {tmp_path} --model MODEL --out captions.jsonl" in text
     assert f"Next: llm2clip index {tmp_path} --out INDEX" in text

@@ -28,7 +28,7 @@ from llm2clip.models.export import export_model
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
-from llm2clip.search.query import check_model, truncate_to_index
+from llm2clip.search.query import check_index_model, truncate_model_to_index
 from llm2clip.store import encode, writer
 from llm2clip.store.encode import embed
 from llm2clip.train import distill as distill_module
@@ -308,9 +308,9 @@ def test_index_of_the_teacher_opens_with_the_student(
     backend = create_backend("sqlite", tmp_path / "index")
     index_sources([image_folder], original, backend)
     capsys.readouterr()
-    check_model(backend.metadata(), original)
+    check_index_model(backend.metadata(), original)
     assert capsys.readouterr().out == ""
-    check_model(backend.metadata(), student)
+    check_index_model(backend.metadata(), student)
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, backend)  # no image is embedded again
     assert len(search_names(backend)) == 36
@@ -318,20 +318,20 @@ def test_index_of_the_teacher_opens_with_the_student(
     truncated = create_backend("sqlite", tmp_path / "truncated")
     index_sources([image_folder], original, truncated, dim=8)
     capsys.readouterr()
-    assert truncate_to_index(truncated.metadata(), student).embed_dim == 8
+    assert truncate_model_to_index(truncated.metadata(), student).embed_dim == 8
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, truncated)
 
     old_metadata = {"model": "old", "embed_dim": 16, "fingerprint": fingerprint(original.identity())}
-    check_model(old_metadata, original)
+    check_index_model(old_metadata, original)
     with pytest.raises(ValueError, match="built with a different model"):
-        check_model(old_metadata, student)
+        check_index_model(old_metadata, student)
     changed = LLM2CLIP.from_pretrained(teacher, "cpu")
     with torch.no_grad():
         next(changed.projection.parameters()).mul_(1.1)
     changed_folder = str(changed.save_pretrained(tmp_path / "changed"))
     with pytest.raises(ValueError, match="built with a different model"):
-        check_model(backend.metadata(), open_dual_encoder(changed_folder, "cpu"))
+        check_index_model(backend.metadata(), open_dual_encoder(changed_folder, "cpu"))
 
 
 @pytest.mark.parametrize("student", ["layers:1", "static"])

@@ -91,16 +91,16 @@ def test_check_gradient_detects_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch
 
 def test_network_checks_suggest_mirrors_if_there_is_no_response(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    (check,) = doctor.check_registry()
+    (check,) = doctor.check_package_registry()
     assert check.verdict == "note" and "PIP_INDEX_URL" in check.fix
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    (check,) = doctor.check_hub()
+    (check,) = doctor.check_model_hub()
     assert check.verdict == "note" and "HF_ENDPOINT" in check.fix
 
     def answer(*_: Any, **__: Any) -> Any:
         raise HTTPError("http://127.0.0.1:9", 404, "Not Found", Message(), None)
 
     monkeypatch.setattr(doctor, "urlopen", answer)
-    (check,) = doctor.check_hub()
+    (check,) = doctor.check_model_hub()
     assert check.verdict == "ok" and "is reachable (HTTP 404)" in check.result

@@ -66,7 +66,7 @@ def test_remove_word_also_removes_a_space() -> None:
 
 
 def test_effects_are_differences_of_scores(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    vector = backend.vector("3")
+    vector = backend.read_vector("3")
     assert vector is not None
     query = SearchQuery(["a red dog", "snow"])
     explanation = explain_hit(QueryEncoder(dual_encoder), query, vector)
@@ -88,7 +88,7 @@ def test_effects_are_differences_of_scores(dual_encoder: DualEncoder, backend: S
 def test_templates_are_used_without_a_word_only_if_the_complete_text_has_them(
     dual_encoder: DualEncoder, backend: SqliteBackend
 ) -> None:
-    vector = backend.vector("3")
+    vector = backend.read_vector("3")
     assert vector is not None
     templates = QueryTemplates(("a photo of a {}",), max_words=2)
     short = explain_hit(QueryEncoder(dual_encoder), SearchQuery(["red dog"], templates=templates), vector)
@@ -113,7 +113,7 @@ def test_server_explains_a_hit(client: TestClient, dual_encoder: DualEncoder, ba
         ("red", 2, 5),
         ("dog", 6, 9),
     ]
-    vector, like = backend.vector(hit["id"]), backend.vector("5")
+    vector, like = backend.read_vector(hit["id"]), backend.read_vector("5")
     assert vector is not None and like is not None
     for text, word in zip(("red dog", "a dog", "a red"), explanation["words"], strict=True):
         texts = dual_encoder.encode_texts([text, "blue"]).numpy()
@@ -125,8 +125,8 @@ def test_server_explains_a_hit(client: TestClient, dual_encoder: DualEncoder, ba
 @pytest.mark.parametrize(
     ("request_fields", "code", "message"),
     [
-        ({"id": "1"}, 400, "the query must contain at least one text"),
-        ({"id": "1", "like": ["2"]}, 400, "the query must contain at least one text"),
+        ({"id": "1"}, 400, "the query has no texts"),
+        ({"id": "1", "like": ["2"]}, 400, "the query has no texts"),
         ({"id": "999", "texts": ["a"]}, 404, "the index contains no image with id 999"),
         ({"texts": ["a"]}, 422, "id"),
         ({"id": "1", "texts": ["a"], "top": 3}, 422, "unknown field 'top'"),

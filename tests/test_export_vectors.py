@@ -50,7 +50,7 @@ def test_export_contains_all_images_with_their_vectors_and_metadata(
     assert len(table) == len(rows) == len(hits) == 5
     for hit in hits:
         row, image = rows[hit.id], hit.images[0]
-        np.testing.assert_array_equal(np.float32(row["vector"]), backend.vector(hit.id))
+        np.testing.assert_array_equal(np.float32(row["vector"]), backend.read_vector(hit.id))
         assert (row["name"], row["names"]) == (image.name, [image.name for image in hit.images])
         assert (row["captions"], row["text"]) == (list(image.captions), hit.text)
         for name in ("taken", "camera", "latitude", "longitude"):
@@ -69,7 +69,7 @@ def test_export_omits_positions_by_default_and_keeps_existing_files(
     arguments = ["export", "--to", "vectors", "--index", str(tmp_path / "index"), "--out"]
     before = out.read_bytes()
     assert main([*arguments, str(out)]) != 0
-    assert "exists: choose another file" in capsys.readouterr().err and out.read_bytes() == before
+    assert "already exists. Choose another file" in capsys.readouterr().err and out.read_bytes() == before
 
 
 def test_interrupted_export_leaves_no_file(

@@ -273,7 +273,7 @@ def test_gallery_is_updated_in_place(
 
 
 def test_wide_ranges_match_python() -> None:
-    ranges = gallery._find_wide_ranges()
+    ranges = gallery._find_wide_character_ranges()
     for text in ("一只猫", "カメラ犬", "café", "🙂🙂", "a dog", "한국어 개"):
         wide = sum(any(first <= ord(c) <= last for first, last in ranges) for c in text)
         assert (wide <= 6 and len(text.split()) <= 3) == is_short_text(text)
@@ -339,8 +339,8 @@ def test_gallery_images_come_from_every_backend(kind: str, tmp_path: Path, monke
         digest = hashlib.sha256(bytes([number])).digest()
         path = f"https://host/{number}.jpg" if number else str(tmp_path / "0.jpg")
         image = IndexedImage(path, FileImage(path), str(tmp_path), "1", (f"caption {number}",), taken=1.0)
-        backend.add([IndexedContent(digest, vector, bytes([number]), width=10, height=20)], [(image, digest)])
-    backend.finish()
+        backend.add_images([IndexedContent(digest, vector, bytes([number]), width=10, height=20)], [(image, digest)])
+    backend.finish_indexing()
     (tmp_path / "out").mkdir()
     images = gallery._write_images(backend, tmp_path / "out", with_private=False)
     assert sorted(image[:2] for image in images) == [[f"{number}.jpg", f"caption {number}"] for number in range(8)]

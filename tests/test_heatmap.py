@@ -74,7 +74,7 @@ def test_server_returns_where_the_query_is(model: DualEncoder, backend: SqliteBa
 
         query = {"texts": ["x"], "like": [left_green], "negative_texts": ["a dog"]}
         rows = np.array(client.post("/heatmap", json={"id": left_red, **query}).json()["rows"])
-        vector = backend.vector(left_green)
+        vector = backend.read_vector(left_green)
         assert vector is not None
         texts = model.encode_texts(["x", "a dog", RED]).numpy()
         positive = (vector + texts[0]) / np.linalg.norm(vector + texts[0])
@@ -109,7 +109,7 @@ def test_server_rejects_invalid_heatmap_requests(
     assert post(create_patient_app(model, backend, max_body_bytes=500), HIT) == too_large
     assert post(create_patient_app(model), HIT)[0] == 404
     code, message = post(create_patient_app(dataclasses.replace(dual_encoder, dense=None), backend), HIT)
-    assert code == 422 and "heat maps are not available for this model" in message
+    assert code == 422 and "this model does not support heat maps" in message
 
 
 def test_changed_and_removed_files_have_no_heatmap(model: DualEncoder, photos: Path, tmp_path: Path) -> None:

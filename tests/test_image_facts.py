@@ -47,7 +47,7 @@ def read_size_with_pillow(data: bytes) -> tuple[int, int] | type[Exception]:
         return type(error)
 
 
-@pytest.mark.parametrize("data", SIMPLE_IMAGES)
+@pytest.mark.parametrize("data", SIMPLE_IMAGES, ids=range(len(SIMPLE_IMAGES)))
 def test_ordinary_jpeg_files_are_not_opened_with_pillow(data: bytes) -> None:
     assert parse_image_size(data[:START_BYTES], len(data)) == read_size_with_pillow(data) == (50, 40)
 
@@ -71,7 +71,11 @@ def test_size_of_corrupt_images_is_that_of_pillow(seed: int) -> None:
     assert num_simple > 40
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", b"%PDF-1.7", encode(NOISE, "PNG"), encode(NOISE, "WEBP")])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x", b"\xff\xd8\xff", b"%PDF-1.7", encode(NOISE, "PNG"), encode(NOISE, "WEBP")],
+    ids=["empty", "other", "truncated jpeg", "pdf", "png", "webp"],
+)
 def test_size_of_other_files_is_unknown(data: bytes) -> None:
     assert parse_image_size(data, len(data)) is None
 

@@ -7,14 +7,14 @@ from llm2clip.data import image_order
 from llm2clip.data.image_order import (
     EpochOrders,
     choose_image_order,
+    compute_shard_indices,
     draw_random_order,
     draw_shard_order,
     list_upcoming_shards,
-    number_shards,
 )
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.records import Record
-from llm2clip.data.table import Blocks, RecordTable
+from llm2clip.data.table import RecordBatches, RecordTable
 
 
 def test_random_order_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
@@ -94,8 +94,8 @@ def test_number_shards_counts_the_containers_of_all_batches() -> None:
     first, second = make_shards("/a", 2), make_shards("/b", 2)
     batches = [*first.blocks.batches, *second.blocks.batches, *first.blocks.batches]
     containers = [*first.blocks.containers, *second.blocks.containers, *first.blocks.containers]
-    table = RecordTable(Blocks(batches, containers), np.array([0, 5, 7, 9, 12, 17]))
-    numbers, paths = number_shards(table)
+    table = RecordTable(RecordBatches(batches, containers), np.array([0, 5, 7, 9, 12, 17]))
+    numbers, paths = compute_shard_indices(table)
     assert numbers.dtype == np.int32
     assert [paths[n] for n in numbers] == [
         "/a/000.tar",

@@ -112,7 +112,7 @@ def test_search_photos_returns_the_hits_of_the_index_with_thumbnails(
         }
         for hit in expected
     ]
-    assert read_images(result) == [backend.thumbnail(hit.id) for hit in expected]
+    assert read_images(result) == [backend.read_thumbnail(hit.id) for hit in expected]
 
 
 def test_search_photos_with_filters_only_returns_the_newest(address: str, backend: SqliteBackend) -> None:
@@ -136,7 +136,7 @@ def test_search_photos_continues_at_the_offset_of_the_last_result(address: str, 
 def test_photos_without_thumbnails_are_skipped(
     address: str, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "thumbnail", lambda hit_id: None)  # as if another process had removed the photos
+    monkeypatch.setattr(backend, "read_thumbnail", lambda hit_id: None)  # as if another process had removed the photos
     result = call(address, "search_photos", top=3)
     assert len(read_texts(result)) == 1 and read_images(result) == []
     monkeypatch.setattr("llm2clip.search.mcp_tools.read_original_image", lambda *_: b"not an image")
@@ -221,7 +221,7 @@ def test_show_photo_shows_the_thumbnail_of_a_missing_file(dual_encoder: DualEnco
         assert Image.open(io.BytesIO(shown)).size == (1024, 512)
         result = call(address, "show_photo", photo="b.png")
         assert "This is the thumbnail, because the photo cannot be shown: the index contains" in read_texts(result)[1]
-        assert read_images(result) == [index.thumbnail(index.search(None, 1, Filter(path="b.png"))[0].id)]
+        assert read_images(result) == [index.read_thumbnail(index.search(None, 1, Filter(path="b.png"))[0].id)]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_enc
 from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.tools.plan_costs import (
     TextCosts,
+    build_align_model,
     build_llm,
-    build_model,
     get_llm_config,
 )
 from llm2clip.tools.plan_memory import (
@@ -188,7 +188,7 @@ def test_search_and_evaluate_with_an_8b_llm_fit(build_encoder: Callable[..., Cap
     tokens = get_default_encoding_tokens(torch.device("cuda"), 4096)
     text_peak = encoding_peak(encoder, tokens)
     llm_bytes = count_bytes(encoder)
-    model = build_model(ALIGN, 4096).eval()
+    model = build_align_model(ALIGN, 4096).eval()
     size = model.tower.preprocess.size
     with fake_tensors(model), PeakMemory(model) as memory, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(pixels=torch.zeros(64, 3, size, size, dtype=torch.uint8))
@@ -202,7 +202,7 @@ def test_search_and_evaluate_with_an_8b_llm_fit(build_encoder: Callable[..., Cap
 
 def align_peak(config: AlignConfig) -> float:
     """Return the peak memory in bytes of a training step after the first. The loss is an ordinary contrastive loss."""
-    model = build_model(config, 4096)
+    model = build_align_model(config, 4096)
     with torch.device("meta"):
         select_trainable_weights(model, config)
     size, count = model.tower.preprocess.size, config.batch_size

@@ -86,7 +86,7 @@ def add_images(backend: Backend) -> None:
             longitude=None if latitude is None else -70.25,
         )
         content = IndexedContent(bytes([number]), np.eye(8, dtype=np.float16)[number], b"jpeg", width=side, height=500)
-        backend.add([content], [(image, content.hash)])
+        backend.add_images([content], [(image, content.hash)])
 
 
 @pytest.mark.parametrize("kind", search_fixtures.BACKENDS)

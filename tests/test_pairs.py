@@ -18,10 +18,10 @@ from llm2clip.data.pairs import (
     CaptionItems,
     ImageCaptions,
     Pair,
-    can_pair,
     compute_caption_vectors,
     draw_grouped_permutation,
     draw_pair,
+    has_caption_pair,
     iter_pair_batches,
     read_text_pairs,
     read_tuning_sources,
@@ -29,7 +29,7 @@ from llm2clip.data.pairs import (
 )
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.data.table import Blocks, RecordTable
+from llm2clip.data.table import RecordBatches, RecordTable
 
 IMAGES = [  # 40 that give a pair and two that do not
     *(ImageCaptions(tuple(f"image {i} caption {j}" for j in range(2 + i % 4))) for i in range(40)),
@@ -101,7 +101,7 @@ def test_pair_batches_raises_for_too_few_items() -> None:
         batches_of([ImageCaptions(("a", "b")), ImageCaptions(("b", "a")), ImageCaptions(("a", "b"))], 2, 1, seed=0)
     with pytest.raises(ValueError, match="a source has no captions or pairs to tune on"):
         next(iter_pair_batches([IMAGES, []], 2, 1, seed=0))
-    with pytest.raises(ValueError, match="a source has only 1 text pairs, but a batch needs 2"):
+    with pytest.raises(ValueError, match="a source has only 1 text pair, but a batch needs 2"):
         next(iter_pair_batches([[Pair("a", "b")]], 2, 1, seed=0))
 
 
@@ -113,7 +113,7 @@ def test_small_sources_reduce_the_number_of_pairs_per_step() -> None:
     assert resolve(IMAGES, batch_size=16, ranks=2) == 32
     assert resolve(IMAGES) == 40 and resolve(IMAGES, ranks=3) == 39
     assert resolve(text_pairs, IMAGES) == 40
-    with pytest.raises(ValueError, match=r"a source has only 40 images .* a batch needs 48.* or remove this source"):
+    with pytest.raises(ValueError, match=r"a source has only 40 images .* a batch needs 48.* or remove the source"):
         resolve(text_pairs, IMAGES, batch_size=48)
     for few in (IMAGES[:1], [*IMAGES[:1], *IMAGES[:1]]):
         with pytest.raises(ValueError, match=r"at least 2 pairs that have no text in common.*--tune\.steps 0"):
@@ -150,7 +150,7 @@ def make_items(images: list[ImageCaptions], rows_per_batch: int = 16) -> Caption
         captions, short, long = images[n].short[:1], images[n].short[1:], images[n].long
         records.append(Record(str(n), None, captions, short, long))
     tables = [RecordTable.from_records(records[n : n + rows_per_batch]) for n in range(0, len(records), rows_per_batch)]
-    blocks = Blocks([table.blocks.batches[0] for table in tables], [[] for _ in tables])
+    blocks = RecordBatches([table.blocks.batches[0] for table in tables], [[] for _ in tables])
     return CaptionItems(RecordTable(blocks, np.argsort(positions).astype(np.int32)))
 
 
@@ -166,7 +166,7 @@ MIXED_IMAGES = [
 
 def draw_batches_from_list(images: list[ImageCaptions], batch_size: int, steps: int, group_size: int) -> list:
     """Draw batches with Python lists of all items, with seed 0. A simple version of `_draw_batches`."""
-    usable = [image for image in images if can_pair(image)]
+    usable = [image for image in images if has_caption_pair(image)]
     vectors = compute_caption_vectors([image.texts for image in usable])
     rng = np.random.default_rng(0)
     order: list[int] = []
@@ -206,7 +206,7 @@ def test_batches_of_a_table_equal_those_of_a_list(
 def test_caption_items_read_the_images_of_a_table() -> None:
     items = make_items(MIXED_IMAGES)
     assert list(items) == MIXED_IMAGES
-    assert list(items.pairable) == [image for image in MIXED_IMAGES if can_pair(image)]
+    assert list(items.pairable) == [image for image in MIXED_IMAGES if has_caption_pair(image)]
     assert resolve_pairs_per_step([items], 128, 1) == resolve_pairs_per_step([MIXED_IMAGES], 128, 1)
     assert not make_items([]) and not make_items([]).pairable
 
@@ -241,8 +241,8 @@ def test_draw_pair_of_a_short_and_a_long_caption_has_a_random_order() -> None:
 
 
 def test_images_without_two_different_captions_are_not_used() -> None:
-    assert can_pair(ImageCaptions(("a",), ("b",)))
-    assert not can_pair(ImageCaptions(("a", "a"), ("a",)))
+    assert has_caption_pair(ImageCaptions(("a",), ("b",)))
+    assert not has_caption_pair(ImageCaptions(("a", "a"), ("a",)))
     images = [
         *(ImageCaptions((f"short {i}",), (f"long {i}",)) for i in range(9)),
         *(ImageCaptions((f"alone {i}",)) for i in range(9)),

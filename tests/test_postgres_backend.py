@@ -96,7 +96,7 @@ def add_images(backend: Backend, numbers: Sequence[int]) -> None:
     """Add an image with its own content for each number."""
     contents = [make_content(number) for number in numbers]
     images = [(make_image(f"/p/{number}.png"), content.hash) for number, content in zip(numbers, contents, strict=True)]
-    backend.add(contents, images)
+    backend.add_images(contents, images)
 
 
 def create_index(tmp_path: Path, kind: str = "postgres") -> Backend:
@@ -129,8 +129,8 @@ def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -
     contents = [make_content(number, side=int(rng.integers(1, 10))) for number in range(200)]
     pairs = [(image, contents[rng.integers(200)].hash) for image in images]
     for backend in backends:
-        backend.add(contents, pairs)
-        backend.remove([])
+        backend.add_images(contents, pairs)
+        backend.remove_images([])
 
     def choose_filter() -> Filter:
         values: dict[str, Any] = {}
@@ -169,7 +169,7 @@ def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -
         assert counts[0] == counts[1], image_filter
         matched += counts[0] > 0
     assert matched > 30
-    assert backends[1].indexed(["/a", "/50%"]) == backends[0].indexed(["/a", "/50%"]) != {}
+    assert backends[1].read_image_states(["/a", "/50%"]) == backends[0].read_image_states(["/a", "/50%"]) != {}
     assert backends[1].duplicates() == backends[0].duplicates() != []
     assert backends[1].count() == backends[0].count()
 
@@ -179,23 +179,25 @@ def test_postgres_stores_and_finds_text_that_is_not_valid_in_sql(text: str, tmp_
     backend = create_index(tmp_path)
     name = "/p/" + text.replace("\ud800", "")
     image = IndexedImage(name, FileImage(name), text, text, (text, "other"), taken=1.5)
-    backend.add([make_content(0), make_content(1)], [(image, b"hash 0"), (make_image("/q/b"), b"hash 1")])
+    backend.add_images([make_content(0), make_content(1)], [(image, b"hash 0"), (make_image("/q/b"), b"hash 1")])
     for image_filter in (Filter(caption=text.upper()), Filter(path=name), Filter(path=name.removeprefix("/"))):
         [hit] = backend.search(QUERY, 9, image_filter)
         assert hit.images == (image,)
         assert backend.count_matches(image_filter) == 1
         assert [hit.images for hit in backend.search(None, 9, image_filter)] == [(image,)]
     assert backend.count_matches(Filter(caption="other" + text)) == 0  # these are two captions
-    assert backend.indexed([text]) == {name: (text, (text, "other"))}
-    assert backend.vector(text) is None and backend.thumbnail(text) is None and backend.images(text) == ()
-    backend.remove([text, name])
+    assert backend.read_image_states([text]) == {name: (text, (text, "other"))}
+    assert (
+        backend.read_vector(text) is None and backend.read_thumbnail(text) is None and backend.read_images(text) == ()
+    )
+    backend.remove_images([text, name])
     assert backend.count() == (1, 1)
 
 
 def test_postgres_finds_names_that_are_longer_than_an_index_entry(tmp_path: Path) -> None:
     backend = create_index(tmp_path)
     name = "/p/" + "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FFF, size=4000))) + ".png"
-    backend.add([make_content(0)], [(make_image(name, [name]), b"hash 0")])
+    backend.add_images([make_content(0)], [(make_image(name, [name]), b"hash 0")])
     assert search_names(backend, Filter(path=name, caption=name[-400:])) == {name.removeprefix("/p/")}
 
 
@@ -212,13 +214,13 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
     backend = open_writer(url, 2000)
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     add_images(backend, range(1999))
-    backend.finish()
+    backend.finish_indexing()
     exact = [hit.id for hit in backend.search(QUERY, 10, Filter())]
     explain = "EXPLAIN SELECT id FROM contents ORDER BY vector <#> (SELECT vector FROM contents LIMIT 1) LIMIT 10"
     assert "hnsw" not in str(backend._query(explain, {}))
     add_images(backend, range(1999, 2500))
-    backend.add([], [(make_image("/rare/a.png"), make_content(7).hash), (make_image("/rare/b"), b"hash 1500")])
-    backend.finish()
+    backend.add_images([], [(make_image("/rare/a.png"), make_content(7).hash), (make_image("/rare/b"), b"hash 1500")])
+    backend.finish_indexing()
     assert "contents_hnsw" in str(backend._query(explain, {}))
     exact = [hit.id for hit in _search_exactly(backend, 10)]
     hits = backend.search(QUERY, 10, Filter())
@@ -239,7 +241,7 @@ def test_postgres_approximate_search_returns_all_images_that_match_a_filter(
         assert {hit.images[0].name for hit in rare} == {"/rare/a.png", "/rare/b"}
         assert any("hnsw.ef_search" in statement for statement in statements) == (exact_below == 0)
     backend = open_writer(url, 5000)
-    backend.finish()
+    backend.finish_indexing()
     assert "hnsw" not in str(backend._query(explain, {}))
 
 
@@ -262,7 +264,7 @@ def test_postgres_reader_with_the_documented_privileges_can_search(server: Postg
     backend: Any = create_index(tmp_path)
     add_images(backend, [1, 2])
     statements = block.replace("photos", backend.schema).replace("reader", "search_reader").splitlines()
-    with backend._db.write() as connection:
+    with backend._db.open_transaction() as connection:
         for statement in ("CREATE ROLE search_reader LOGIN", *statements):
             connection.execute(statement)
     reader = open_backend(make_postgres_url(tmp_path / "postgres").replace("postgres@", "search_reader@"))
@@ -275,7 +277,7 @@ def test_postgres_reads_few_locations_to_find_the_matching_fields(
     backend, content = create_index(tmp_path), make_content(1)
     captions = ["a cat", "a cat", "a cat", "a cat", "a dog"]
     images = [(make_image(f"/p/dog {n}.png", [caption]), content.hash) for n, caption in enumerate(captions)]
-    backend.add([content], images)
+    backend.add_images([content], images)
     assert search_words(backend, "dog") == {"dog 0.png": ("caption", "name")}
     monkeypatch.setattr("llm2clip.search.postgres_backend.MATCHED_LOCATIONS", 4)
     assert search_words(backend, "dog") == {"dog 0.png": ("name",)}
@@ -288,7 +290,7 @@ def test_postgres_word_search_accepts_very_long_texts(tmp_path: Path) -> None:
     many_words = " ".join(f"word{number}" for number in range(150_000))  # more than a tsvector can store
     captions = [f"first {long_word} {'狗' * 5000} dog", "cat " * 20_000 + "mouse", f"start {many_words} end"]
     for number, caption in enumerate(captions):
-        backend.add([make_content(number)], [(make_image(f"/p/{number}.png", [caption]), b"hash %d" % number)])
+        backend.add_images([make_content(number)], [(make_image(f"/p/{number}.png", [caption]), b"hash %d" % number)])
     for query, names in (
         ("first dog", {"0.png"}),
         (f"first {long_word[:480]}", set()),  # words match completely
@@ -307,16 +309,16 @@ def test_postgres_word_search_uses_its_indexes(tmp_path: Path) -> None:
     images = []
     for number, content in enumerate(contents):
         images.append((make_image(f"/p/{number}.png", [f"caption{number} 编号"]), content.hash))
-    backend.add(contents, images)
-    backend.finish()
-    match, parameters = postgres_backend._make_match(WordQuery.parse(["caption7"]))
+    backend.add_images(contents, images)
+    backend.finish_indexing()
+    match, parameters = postgres_backend._make_match_condition(WordQuery.parse(["caption7"]))
     assert "images_words" in str(backend._query(f"EXPLAIN SELECT content FROM images WHERE {match}", parameters))
     nearest = backend.search(QUERY, 10, Filter())
     number = next(number for number in range(3000) if f"/p/{number}.png" not in str(nearest))
     hits = backend.search(QUERY, 10, Filter(), words=[f"caption{number}"])  # with the HNSW graph
     assert hits[1].images[0].name == f"/p/{number}.png" and hits[1].matched == ("caption",)
     assert [hit.id for hit in hits[:1] + hits[2:]] == [hit.id for hit in nearest[:9]]
-    assert hits[1].score == pytest.approx(QUERY @ backend.vector(hits[1].id), abs=1e-3)
+    assert hits[1].score == pytest.approx(QUERY @ backend.read_vector(hits[1].id), abs=1e-3)
 
 
 # ---- failures of the server -----------------------------------------------------------------------------------------
@@ -411,11 +413,11 @@ def test_index_run_resumes_after_the_server_was_killed(
         if len(calls) == 3:
             server.kill()
             server.start()
-        add(*args)
+        add_images(*args)
 
-    add = backend.add
+    add_images = backend.add_images
     with monkeypatch.context() as patch:
-        patch.setattr(backend, "add", kill_server_at_third_call)
+        patch.setattr(backend, "add_images", kill_server_at_third_call)
         # The lock was lost, so another run could be writing: the run must end.
         with pytest.raises(IndexUnavailableError, match=r"no connection|connection that holds the lock was lost"):
             index_sources([photos], dual_encoder, backend, batch_size=2)
@@ -430,7 +432,7 @@ def _delete_until_killed(url: str, marker: Path) -> None:
     with backend.lock():
         for number in range(3):
             add_images(backend, [number])
-        with backend._db.write() as connection:  # type: ignore[attr-defined]
+        with backend._db.open_transaction() as connection:  # type: ignore[attr-defined]
             connection.execute("DELETE FROM images")
             marker.touch()
             signal.pause()
@@ -495,14 +497,14 @@ def test_only_one_writer_holds_the_lock(server: PostgresServer, tmp_path: Path) 
 def test_add_is_atomic_and_remove_deletes_contents_without_images(tmp_path: Path) -> None:
     backend = create_index(tmp_path)
     with pytest.raises(OSError, match=r"schema=index_.*null value"):
-        backend.add([make_content(0)], [(make_image("a"), b"hash 0"), (make_image("b"), b"unknown")])
+        backend.add_images([make_content(0)], [(make_image("a"), b"hash 0"), (make_image("b"), b"unknown")])
     assert backend.count() == (0, 0)
     add_images(backend, [0, 1])
-    backend.add([], [(make_image("/p/0.png"), b"hash 1")])  # content 0 has no image any more
+    backend.add_images([], [(make_image("/p/0.png"), b"hash 1")])  # content 0 has no image any more
     assert len(backend.search(QUERY, 9, Filter())) == 1
-    backend.remove([])
+    backend.remove_images([])
     assert backend.count() == (2, 1)
-    assert backend.existing([b"hash 0", b"hash 1"]) == {b"hash 1"}
+    assert backend.find_existing_hashes([b"hash 0", b"hash 1"]) == {b"hash 1"}
 
 
 # ---- opening an index -----------------------------------------------------------------------------------------------
@@ -511,11 +513,11 @@ def test_add_is_atomic_and_remove_deletes_contents_without_images(tmp_path: Path
 def test_postgres_rejects_missing_indexes_and_other_versions(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no llm2clip index in the schema 'none'"):
+    with pytest.raises(FileNotFoundError, match=r"the schema 'none' does not contain an llm2clip index"):
         open_backend(server.url("none"))
     backend = create_index(tmp_path)
     assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}
-    with backend._db.write() as connection:  # type: ignore[attr-defined]
+    with backend._db.open_transaction() as connection:  # type: ignore[attr-defined]
         connection.execute("UPDATE metadata SET value = '1' WHERE key = 'format_version'")
     with pytest.raises(FormatVersionError, match=r"format version 1, but.* version 2.*`llm2clip index`"):
         open_backend(make_postgres_url(tmp_path / "postgres"))
@@ -528,7 +530,7 @@ def test_postgres_rejects_missing_indexes_and_other_versions(
 
 def test_postgres_connections_to_other_machines_are_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_sslmode(url: str) -> str | None:
-        options = postgres_database.conninfo_to_dict(postgres_database.parse_url(url)[0])
+        options = postgres_database.conninfo_to_dict(postgres_database.parse_index_url(url)[0])
         return options.get("sslmode")
 
     for local in ("127.0.0.1", "localhost", "[::1]", "", "%2Frun%2Fpostgresql", "localhost,127.0.0.1"):

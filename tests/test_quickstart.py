@@ -24,10 +24,10 @@ from llm2clip.tools.quickstart import (
     EMOJI_FILE,
     LANGUAGES,
     QUERIES,
-    _format_last_lines,
-    _write_search_results,
+    _format_next_steps,
+    _write_search_page,
     make_emoji_rows,
-    prepare_emoji_records,
+    prepare_emoji_dataset,
 )
 
 
@@ -57,7 +57,7 @@ def test_prepare_emoji_records_draws_images_and_adds_names_in_other_languages(
     atomic_write_jsonl(tmp_path / "emoji.jsonl", table)
     monkeypatch.setattr(quickstart, "EMOJI_FILE", tmp_path / "emoji.jsonl")
 
-    folder = prepare_emoji_records(tmp_path / "records", size=48, offline=True)
+    folder = prepare_emoji_dataset(tmp_path / "records", size=48, offline=True)
     by_id = {row["id"]: row for _, row in read_jsonl(folder / "captions.jsonl")}
     assert by_id.keys() == colours.keys()
     for row in by_id.values():
@@ -75,7 +75,7 @@ def test_prepare_emoji_records_draws_images_and_adds_names_in_other_languages(
         return make_emoji_rows()
 
     monkeypatch.setattr(quickstart, "make_emoji_rows", make_rows_while_another_process_finishes)
-    assert prepare_emoji_records(tmp_path / "shared", size=48, offline=True) == tmp_path / "shared"
+    assert prepare_emoji_dataset(tmp_path / "shared", size=48, offline=True) == tmp_path / "shared"
 
 
 def test_table_of_emoji_has_distinct_captions_and_splits_by_family() -> None:
@@ -119,7 +119,7 @@ def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Pa
             return scores
 
     page = tmp_path / "search.html"
-    _write_search_results(cast(LLM2CLIP, Model()), tmp_path / "captions.jsonl", page)
+    _write_search_page(cast(LLM2CLIP, Model()), tmp_path / "captions.jsonl", page)
     parts = page.read_text(encoding="utf-8").split('class="query">')[1:]
     assert [part.partition("<")[0] for part in parts] == list(QUERIES)
     for part in parts:
@@ -130,7 +130,7 @@ def test_search_results_page_shows_the_nearest_images_of_each_query(tmp_path: Pa
 
 
 def test_last_lines_are_quoted_for_the_shell() -> None:
-    commands = [shlex.split(line, comments=True) for line in _format_last_lines(Path("my 'own' run"))[-3:]]
+    commands = [shlex.split(line, comments=True) for line in _format_next_steps(Path("my 'own' run"))[-3:]]
     assert commands[0][:2] == ["python", "-c"]
     assert repr(str(Path("my 'own' run/model"))) in ast.unparse(ast.parse(commands[0][2]))
     assert [command[:2] for command in commands[1:]] == [["llm2clip", "fit"]] * 2

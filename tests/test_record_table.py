@@ -21,7 +21,7 @@ from llm2clip.config import EvaluateConfig
 from llm2clip.data import build_table, image_facts
 from llm2clip.data.build_table import DataSplits, load_source_indices, open_table, read_splits
 from llm2clip.data.formats import find_format, split_file
-from llm2clip.data.image_facts import get_distinct_image_hashes, mask_same_images
+from llm2clip.data.image_facts import get_distinct_image_hashes, mask_matching_images
 from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
@@ -78,7 +78,7 @@ def test_columns_are_those_of_the_selected_rows() -> None:
     assert table.column("captions").to_pylist() == [["x"], ["drei"], ["one", "two"]]
     assert table.count_texts("captions").tolist() == [1, 1, 2]
     assert list(table.iterate_texts(CAPTION_FIELDS)) == ["x", "drei", "one", "two", "s", "a long one"]
-    assert table.numbers("size").tolist() == [0, 99, 0]
+    assert table.numeric_column("size").tolist() == [0, 99, 0]
 
 
 def test_rows_in_random_order_over_many_batches_equal_a_list(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_table_equals_the_records_of_its_sources(tmp_path: Path) -> None:
     assert np.array_equal(
         RecordTable.from_records(expected).get_distinct_image_hashes(), table.get_distinct_image_hashes()
     )
-    assert (table.numbers("width") > 0).all() and (table.numbers("height") > 0).all()
+    assert (table.numeric_column("width") > 0).all() and (table.numeric_column("height") > 0).all()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -266,13 +266,13 @@ def test_merged_rows_keep_the_place_and_source_of_the_first(tmp_path: Path) -> N
     table = open_table([str(first), str(second)], {}, SkipLog(), folder=tmp_path / "tables")
     assert [record.captions for record in table] == [("a", "copied"), ("b", "more"), ("c",)]
     assert [record.id for record in table] == ["a", "b", "c"] and load_source_indices(table).tolist() == [0, 0, 1]
-    assert (table.numbers("width") > 0).all()
+    assert (table.numeric_column("width") > 0).all()
 
 
 def test_merging_finds_keys_that_differ_in_one_half_only() -> None:
     high = np.array([5, 5, 0, 5, 0, 0, 7], np.uint64)
     low = np.array([1, 2, 0, 1, 0, 3, 2], np.uint64)
-    assert image_facts.find_first_rows(high, low).tolist() == [0, 1, 2, 0, 4, 5, 6]
+    assert image_facts.find_first_occurrences(high, low).tolist() == [0, 1, 2, 0, 4, 5, 6]
 
 
 def test_mask_same_images_finds_paths_and_copies(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_mask_same_images_finds_paths_and_copies(tmp_path: Path) -> None:
     rows = [*({"image": f"{n}.jpg", "caption": n} for n in names), {"id": "text only", "caption": "x"}]
     candidates = write_jsonl(tmp_path / "candidates.jsonl", rows)
     tables = [open_table([str(path)], {}, SkipLog(), "unchecked", tmp_path / "t") for path in (known, candidates)]
-    assert mask_same_images(*tables).tolist() == [False, True, True, False]
+    assert mask_matching_images(*tables).tolist() == [False, True, True, False]
 
 
 def test_unused_tables_are_deleted(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
     rows = "".join(f"{n}.jpg,a dog\n" for n in range(3))
     (tmp_path / "x.csv").write_text("img_file,sentence\n" + rows)
     message = (
-        r"none of the 3 records has an image.*no image column; the file has the columns img_file, sentence\. "
+        r"no record has an image \(3 records\).*no image column; the file has the columns img_file, sentence\. "
         "Select one with --columns image=img_file"
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
@@ -478,7 +478,7 @@ def test_links_have_the_contents_of_their_target(tmp_path: Path, monkeypatch: py
     lengths = count_reads(monkeypatch)
     names = ("link", "target", "broken", "empty", "missing")
     expected = [hashlib.sha256(data).digest()] * 2 + [b""] * 3
-    assert [image_facts._hash_content(FileImage(str(tmp_path / f"{name}.jpg"))) for name in names] == expected
+    assert [image_facts._hash_file_content(FileImage(str(tmp_path / f"{name}.jpg"))) for name in names] == expected
     assert sorted(lengths) == [0, len(data)]  # the empty file and the target
 
 
@@ -590,7 +590,7 @@ def test_read_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"captions_de": ["kein Bild"]}, "none of the 1 records has an image"),
+        ({"captions_de": ["kein Bild"]}, "no record has an image"),
         ({"image": "https://example.invalid/1.png", "captions_de": ["eine URL"]}, "no records; "),
         ({"image": "missing.png", "captions_de": ["fehlt"]}, "no records; .*missing image"),
     ],

@@ -401,8 +401,8 @@ def test_skip_log_summarizes_notes_and_copies() -> None:
     log = SkipLog()
     for file in ("a.csv", "b.csv", "a.csv"):
         log.add_note("read as UTF-16", file)
-    log.count_copies(np.array([7, 9], np.uint64))
-    log.count_copies(np.array([9], np.uint64))
+    log.count_duplicate_images(np.array([7, 9], np.uint64))
+    log.count_duplicate_images(np.array([9], np.uint64))
     assert log.summary() == (
         "0 of 0 rows skipped; 2 duplicate images merged with the originals; a.csv and 1 more: read as UTF-16"
     )

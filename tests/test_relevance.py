@@ -25,12 +25,12 @@ from llm2clip.search.relevance import (
     calibrate,
     compute_evidence,
     compute_overlap,
+    extract_stems,
     find_near_duplicates,
     fit_logistic,
     get_captions,
     load_calibration,
-    search_relevant,
-    split_stems,
+    search_and_rate,
     update_calibration,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
@@ -93,8 +93,8 @@ def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = 
         path = f"/{'rest' if number % 10 else 'tenth'}/{number}.png"
         texts = tuple(caption.replace("{}", str(number)) for caption in captions)
         images.append((IndexedImage(path, FileImage(path), "/", "1", texts), digest))
-    backend.add(contents, images)
-    backend.finish()
+    backend.add_images(contents, images)
+    backend.finish_indexing()
 
 
 @pytest.fixture(scope="module")
@@ -172,19 +172,19 @@ def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
     update_calibration(backend, model)
     calibration = load_calibration(backend, model)
     assert calibration is not None
-    hits, nothing_close = search_relevant(backend, calibration, make_query(IMAGES[5]), 3, Filter())
+    hits, nothing_close = search_and_rate(backend, calibration, make_query(IMAGES[5]), 3, Filter())
     assert not nothing_close and hits[0].images[0].name == "/rest/5.png"
     ratings = [hit.relevance or 0.0 for hit in hits]
     assert len(ratings) == 3 and ratings == sorted(ratings, reverse=True) and ratings[0] > 0.7 > MIN_RELEVANCE
 
-    assert search_relevant(backend, calibration, make_query(ABSENT), 3, Filter()) == ([], True)
-    hits, nothing_close = search_relevant(backend, calibration, make_query(ABSENT), 3, Filter(), show_weak=True)
+    assert search_and_rate(backend, calibration, make_query(ABSENT), 3, Filter()) == ([], True)
+    hits, nothing_close = search_and_rate(backend, calibration, make_query(ABSENT), 3, Filter(), show_weak=True)
     assert nothing_close and len(hits) == 3
     assert all(hit.relevance is not None and 0 <= hit.relevance < MIN_RELEVANCE for hit in hits)
 
     image_query = QueryVectors(IMAGES[5], None, IMAGES[5])
-    assert not search_relevant(backend, calibration, image_query, 3, Filter()).nothing_close
-    assert search_relevant(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
+    assert not search_and_rate(backend, calibration, image_query, 3, Filter()).nothing_close
+    assert search_and_rate(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
 
 
 def test_captions_change_only_their_own_scale(model: DualEncoder, calibration: Calibration, tmp_path: Path) -> None:
@@ -212,18 +212,18 @@ def test_fit_excludes_the_caption_that_is_the_query(model: DualEncoder, tmp_path
 
 
 def test_compute_overlap_weighs_words_by_length() -> None:
-    stems = split_stems(["Two CHILDREN on a sled"])
+    stems = extract_stems(["Two CHILDREN on a sled"])
     assert stems == {"two", "child", "on", "a", "sled"}  # with the weights 1, 3, 0, 0 and 2
     assert compute_overlap(stems, ["A child's red sled", "two"]) == 1
     assert compute_overlap(stems, ["a child", "on a boat"]) == pytest.approx(3 / 6)
     assert compute_overlap(stems, ["a dog"]) == 0
-    assert compute_overlap(split_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
-    assert compute_overlap(split_stems(["हिन्दी किताब"]), ["एक हिन्दी किताब"]) == 1
-    assert compute_overlap(split_stems(["café"]), ["a Cafe\u0301"]) == 1
+    assert compute_overlap(extract_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
+    assert compute_overlap(extract_stems(["हिन्दी किताब"]), ["एक हिन्दी किताब"]) == 1
+    assert compute_overlap(extract_stems(["café"]), ["a Cafe\u0301"]) == 1
     for word, other in (("バス", "パス"), ("バス", "ハス"), ("ぶた", "ふた")):  # bus, pass, lotus; pig, lid
-        assert compute_overlap(split_stems([word]), [unicodedata.normalize("NFD", word)]) == 1
-        assert compute_overlap(split_stems([word]), [other]) == pytest.approx(1 / 2)
-    assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(split_stems(["24"]), ["24"]))
+        assert compute_overlap(extract_stems([word]), [unicodedata.normalize("NFD", word)]) == 1
+        assert compute_overlap(extract_stems([word]), [other]) == pytest.approx(1 / 2)
+    assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(extract_stems(["24"]), ["24"]))
 
 
 def test_get_captions_returns_few_different_captions() -> None:
@@ -242,27 +242,29 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
     calibration = calibrate_or_fail(backend, model)
 
     def rate(texts: Sequence[str]) -> dict[str, float | None]:
-        hits = search_relevant(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True).hits
+        hits = search_and_rate(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True).hits
         return {hit.images[0].name: hit.relevance for hit in hits}
 
     ratings, without_words = rate(["red sled"]), rate([])
     evidence = compute_evidence(vector, vector[None], calibration.background)
-    expected = calibration.captions.to_relevance(evidence, np.array([1.0]))
+    expected = calibration.captions.compute_relevance(evidence, np.array([1.0]))
     assert ratings["/tenth/200.png"] == pytest.approx(float(expected[0]), abs=0.01)
-    assert ratings["/rest/201.png"] == pytest.approx(float(calibration.captions.to_relevance(evidence)[0]), abs=0.01)
+    assert ratings["/rest/201.png"] == pytest.approx(
+        float(calibration.captions.compute_relevance(evidence)[0]), abs=0.01
+    )
     assert ratings["/rest/5.png"] == without_words["/rest/5.png"]  # has no captions
     assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])
 
 
 def test_filter_does_not_change_the_relevance_of_a_hit(index: Backend, calibration: Calibration) -> None:
     query, tenth = make_query(IMAGES[5]), Filter(path="/tenth")
-    everything = search_relevant(index, calibration, query, COUNT, Filter()).hits
+    everything = search_and_rate(index, calibration, query, COUNT, Filter()).hits
     ratings = {hit.id: hit.relevance for hit in everything}
-    hits, nothing_close = search_relevant(index, calibration, query, COUNT, tenth, show_weak=True)
+    hits, nothing_close = search_and_rate(index, calibration, query, COUNT, tenth, show_weak=True)
     assert len(hits) == COUNT // 10 and len(everything) == COUNT
     assert [hit.relevance for hit in hits] == pytest.approx([ratings[hit.id] for hit in hits])
     assert nothing_close  # the answer, /rest/5.png, does not match the filter
-    assert not search_relevant(index, calibration, query, 1, Filter(path="/rest")).nothing_close
+    assert not search_and_rate(index, calibration, query, 1, Filter(path="/rest")).nothing_close
 
 
 @pytest.mark.parametrize("max_locations", [100, 2])
@@ -279,11 +281,11 @@ def test_filter_does_not_change_the_captions_that_are_rated(
         ("/trip", ("a lighthouse",)),
     ):
         copies.append((IndexedImage(path, FileImage(path), "/", "1", captions), (0).to_bytes(32)))
-    backend.add([], copies)
+    backend.add_images([], copies)
     for words in (["lighthouse"], ["yacht violin unicorn"]):
         ratings = []
         for image_filter in (Filter(), Filter(path="/trip"), Filter(path="/b")):
-            [hit] = search_relevant(backend, calibration, make_query(IMAGES[0]), 5, image_filter, words=words).hits
+            [hit] = search_and_rate(backend, calibration, make_query(IMAGES[0]), 5, image_filter, words=words).hits
             ratings.append(hit.relevance)
         assert ratings == [ratings[0]] * 3
 
@@ -291,41 +293,43 @@ def test_filter_does_not_change_the_captions_that_are_rated(
 def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(
     index: Backend, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank, depths = SqliteBackend._rank, []
+    rank, depths = SqliteBackend._rank_nearest, []
 
     def count_scans(backend: SqliteBackend, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> Any:
         depths.append(count)
         return rank(backend, query, count, allowed_ids)
 
-    monkeypatch.setattr(SqliteBackend, "_rank", count_scans)
-    hits, nothing_close = search_relevant(index, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
+    monkeypatch.setattr(SqliteBackend, "_rank_nearest", count_scans)
+    hits, nothing_close = search_and_rate(index, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
     assert not nothing_close and len(hits) == 10
     assert depths == [110]
-    first = search_relevant(index, calibration, make_query(IMAGES[5]), 110, Filter()).hits
+    first = search_and_rate(index, calibration, make_query(IMAGES[5]), 110, Filter()).hits
     assert first[100:] == hits and depths == [110]
-    filtered = search_relevant(index, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
+    filtered = search_and_rate(index, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
     assert {hit.images[0].name.split("/")[1] for hit in filtered.hits} == {"tenth"}
-    assert search_relevant(index, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
+    assert search_and_rate(index, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
 
 
 def test_only_positive_parts_of_a_query_count(index: Backend, calibration: Calibration) -> None:
     negative_only = QueryVectors(ABSENT, None, None)
-    hits, nothing_close = search_relevant(index, calibration, negative_only, 3, Filter())
+    hits, nothing_close = search_and_rate(index, calibration, negative_only, 3, Filter())
     assert len(hits) == 3 and not nothing_close and {hit.relevance for hit in hits} == {None}
 
     vectors = IMAGES[:4]
-    mixed = calibration.rate(QueryVectors(IMAGES[0], IMAGES[1], IMAGES[2]), vectors)
-    texts = calibration.rate(QueryVectors(IMAGES[0], IMAGES[1], None), vectors)
-    images = calibration.rate(QueryVectors(IMAGES[0], None, IMAGES[2]), vectors)
+    mixed = calibration.compute_relevance(QueryVectors(IMAGES[0], IMAGES[1], IMAGES[2]), vectors)
+    texts = calibration.compute_relevance(QueryVectors(IMAGES[0], IMAGES[1], None), vectors)
+    images = calibration.compute_relevance(QueryVectors(IMAGES[0], None, IMAGES[2]), vectors)
     assert mixed == pytest.approx(np.maximum(texts, images))
     with_negative = QueryVectors(normalize(IMAGES[1] - 0.5 * IMAGES[2]), IMAGES[1], None)
-    assert calibration.rate(with_negative, vectors) == pytest.approx(texts)
+    assert calibration.compute_relevance(with_negative, vectors) == pytest.approx(texts)
 
 
 def test_calibration_survives_serialization(index: Backend, calibration: Calibration) -> None:
     loaded = Calibration.from_bytes(calibration.to_bytes())
     query = make_query(IMAGES[5])
-    assert loaded.rate(query, IMAGES) == pytest.approx(calibration.rate(query, IMAGES), abs=5e-3)
+    assert loaded.compute_relevance(query, IMAGES) == pytest.approx(
+        calibration.compute_relevance(query, IMAGES), abs=5e-3
+    )
     assert (loaded.texts, loaded.captions) == (calibration.texts, calibration.captions)
     assert loaded.sample_ids == calibration.sample_ids
 
@@ -350,7 +354,7 @@ def test_calibration_is_renewed_when_the_index_has_changed(
     second = backend.load_calibration()
     assert second not in (first, None, b"")
 
-    backend.remove([f"/{'rest' if number % 10 else 'tenth'}/{number}.png" for number in range(50)])
+    backend.remove_images([f"/{'rest' if number % 10 else 'tenth'}/{number}.png" for number in range(50)])
     add_images(backend, make_images(7, 50), start=200)
     update_calibration(backend, model)
     third = backend.load_calibration()
@@ -373,10 +377,10 @@ def test_backends_return_samples_and_vectors_in_order(kind: str, tmp_path: Path)
     assert len(set(ids)) == 30 and ids == backend.sample_ids(30)
     assert len(set(backend.sample_ids(1000))) == COUNT
     order = ids[::-1]
-    vectors = backend.vectors([order[0], "99999999", *order[1:]] if kind == "sqlite" else order)
+    vectors = backend.read_vectors([order[0], "99999999", *order[1:]] if kind == "sqlite" else order)
     assert list(vectors) == order
     for hit_id, vector in vectors.items():
-        number = int(Path(backend.images(hit_id)[0].name).stem)
+        number = int(Path(backend.read_images(hit_id)[0].name).stem)
         assert vector == pytest.approx(IMAGES[number], abs=2e-3)
     backend.save_calibration(b"x")
     assert backend.count_matches(Filter()) == COUNT  # the calibration is not an image
@@ -388,7 +392,7 @@ def test_samples_contain_only_images_that_are_in_the_index(removed: int, tmp_pat
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, IMAGES)
     names = [image.name for hit in backend.search(None, COUNT, Filter()) for image in hit.images]
-    backend.remove(names[:removed])
+    backend.remove_images(names[:removed])
     remaining = {hit.id for hit in backend.search(None, COUNT, Filter())}
     ids = backend.sample_ids(8)
     assert len(set(ids)) == 8 and set(ids) <= remaining and ids == backend.sample_ids(8)
@@ -407,7 +411,7 @@ def test_small_indexes_have_no_relevance(
     update_calibration(backend, model)
     assert backend.load_calibration() == b"" and load_calibration(backend, model) is None
     assert "Relevance is not calibrated, because the index has fewer than 50 images" in capsys.readouterr().out
-    hits, nothing_close = search_relevant(backend, None, make_query(ABSENT), 10, Filter())
+    hits, nothing_close = search_and_rate(backend, None, make_query(ABSENT), 10, Filter())
     assert len(hits) == count and not nothing_close
     assert all(hit.relevance is None for hit in hits)
 
@@ -418,7 +422,7 @@ def test_index_of_equal_embeddings_has_no_relevance(
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
     assert calibrate(backend, model) is None
-    assert "Relevance is not available: too many images of this index are similar." in capsys.readouterr().out
+    assert "Relevance is not calibrated, because too many images of the index are similar." in capsys.readouterr().out
 
 
 def test_unchanged_index_that_cannot_be_calibrated_is_not_calibrated_again(
@@ -468,7 +472,7 @@ def test_build_index_calibrates_the_index(
     index_sources([image_folder], dual_encoder, backend)
     calibration = load_calibration(backend, dual_encoder)
     assert calibration is not None and calibration.image_count == 36
-    image = backend.vectors(backend.sample_ids(1)).popitem()[1]
-    assert not search_relevant(backend, calibration, QueryVectors(image, None, image), 5, Filter()).nothing_close
+    image = backend.read_vectors(backend.sample_ids(1)).popitem()[1]
+    assert not search_and_rate(backend, calibration, QueryVectors(image, None, image), 5, Filter()).nothing_close
     opposite = -image
-    assert search_relevant(backend, calibration, QueryVectors(opposite, None, opposite), 5, Filter()).nothing_close
+    assert search_and_rate(backend, calibration, QueryVectors(opposite, None, opposite), 5, Filter()).nothing_close

@@ -150,7 +150,7 @@ def test_tables_and_batches_from_s3_equal_those_from_disk(folder: Path, bucket: 
     tables = [open_table([f"{root}/{{000..002}}.tar"], {}, SkipLog()) for root in (folder, f"s3://{bucket}")]
     assert list(tables[0].iterate_texts(["captions"])) == list(tables[1].iterate_texts(["captions"]))
     assert [len(table) for table in tables] == [3, 3]  # copies are merged
-    assert tables[0].numbers("image_hash").tolist() == tables[1].numbers("image_hash").tolist()
+    assert tables[0].numeric_column("image_hash").tolist() == tables[1].numeric_column("image_hash").tolist()
     images = [pickle.loads(pickle.dumps(table.get_images())) for table in tables]
     batches = [list(iter_image_batches(refs, lambda pixels: pixels.sum(), workers=0)) for refs in images]
     assert batches[0] == batches[1] and not batches[0][0][2]
@@ -516,7 +516,7 @@ def test_damaged_files_are_downloaded_again(web_server: WebServer, monkeypatch: 
     os.mkfifo(path)  # reading it would never end
     with pytest.raises(OSError, match="is not a regular file"):
         remote.get_local_path(f"{web_server.url}/x.tar")
-    assert remote._remove_files(list(remote._list_files()), 1) == 0
+    assert remote._remove_cached_files(list(remote._list_cached_files()), 1) == 0
     path.unlink()
     monkeypatch.setattr(remote.os, "utime", lambda *_: None)
     with pytest.raises(FatalDataError, match="does not store modification times"):
@@ -527,10 +527,10 @@ def test_listings_of_web_servers_are_limited(web_server: WebServer, monkeypatch:
     web_server.files |= {f"/d/{number}.jpg": b"" for number in range(9)}
     assert len(remote.list_folder(f"{web_server.url}/d/")) == 9
     monkeypatch.setattr(storage, "MAX_LISTING_BYTES", 100)
-    with pytest.raises(RemoteError, match=r"/d/: ValueError: the listing of this folder exceeds 100 bytes"):
+    with pytest.raises(RemoteError, match=r"/d/: ValueError: the folder listing exceeds 100 bytes"):
         remote.list_folder(f"{web_server.url}/d/")
     monkeypatch.setattr(remote, "_list_remote_folder", lambda _: ["a.jpg", "d/"])  # the folder contains itself
-    with pytest.raises(RemoteError, match=r"/d/d/d: more than 30,000 folders, or 16 folders inside each other"):
+    with pytest.raises(RemoteError, match=r"/d/d/d: more than 30,000 folders, or more than 16 nested folders"):
         list(remote.walk_folder(f"{web_server.url}/d/"))
     monkeypatch.setattr(remote, "MAX_FOLDERS", 3)
     with pytest.raises(RemoteError, match=r"/d/d/d/d: more than 3 folders"):
@@ -613,7 +613,7 @@ def test_redirects_from_https_to_http_are_rejected(headers: dict[str, str], is_a
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "botocore.session", None)
-    with pytest.raises(ImportError, match=r"s3:// requires additional packages .*: pip install 'llm2clip\[remote\]'"):
+    with pytest.raises(ImportError, match=r"s3:// requires additional .* Run pip install 'llm2clip\[remote\]'"):
         find_files("s3://bucket/x.tar")
 
 

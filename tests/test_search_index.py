@@ -179,7 +179,7 @@ def test_vectors_stay_in_memory_if_new_ones_cannot_be_read(tmp_path: Path, monke
 
     def add(number: int) -> None:
         content = IndexedContent(b"%d" % number, np.full(4, 0.5, np.float16), b"")
-        backend.add([content], [(IndexedImage(f"{number}", FileImage("/a"), "s", "1"), content.hash)])
+        backend.add_images([content], [(IndexedImage(f"{number}", FileImage("/a"), "s", "1"), content.hash)])
 
     def failing_read(db: sqlite3.Connection, last_id: int) -> Any:
         starts.append(last_id)
@@ -294,14 +294,14 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
     batches = []
 
     class RecordingBackend(SqliteBackend):
-        def add(self, *batch: Any) -> None:
+        def add_images(self, *batch: Any) -> None:
             batches.append(batch)
-            super().add(*batch)
+            super().add_images(*batch)
 
     complete = RecordingBackend(tmp_path / "complete", write=True)
     index_sources([photos], dual_encoder, complete, batch_size=2)
     metadata = complete.metadata()
-    for moment, call, committed in (("read_columns", 4, 2), ("finish", 1, 6)):
+    for moment, call, committed in (("get_columns", 4, 2), ("finish_indexing", 1, 6)):
         exit_code = run_in_process(_add_until_killed, tmp_path / moment, metadata, batches, moment, call)
         assert exit_code == -signal.SIGKILL
         backend = SqliteBackend(tmp_path / moment, write=True)
@@ -314,7 +314,7 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
 
 def _add_until_killed(folder: Path, metadata: dict[str, Any], batches: list[Any], moment: str, call: int) -> None:
     """Add images to an index, and kill this process at a call of a function."""
-    owners = {"read_columns": sqlite_backend, "finish": SqliteBackend}
+    owners = {"get_columns": sqlite_backend, "finish_indexing": SqliteBackend}
     function = getattr(owners[moment], moment)
     calls = count(1)
 
@@ -327,8 +327,8 @@ def _add_until_killed(folder: Path, metadata: dict[str, Any], batches: list[Any]
     backend = SqliteBackend(folder, write=True)
     backend.initialize(metadata)
     for batch in batches:
-        backend.add(*batch)
-    backend.finish()
+        backend.add_images(*batch)
+    backend.finish_indexing()
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_build_index_handles_invalid_unicode_names_and_rotated_images(
 
     hits = {Path(hit.images[0].name).name: hit for hit in backend.search(QUERY, 9, Filter())}
     rotated = hits["rotated.jpg"]
-    thumbnail = Image.open(io.BytesIO(backend.thumbnail(rotated.id) or b""))
+    thumbnail = Image.open(io.BytesIO(backend.read_thumbnail(rotated.id) or b""))
     assert (rotated.width, rotated.height) == thumbnail.size == (40, 48)
     assert rotated.images[0].taken == datetime(2002, 3, 4, 5, 6, 7).timestamp()
     assert hits[r"caf\udce9.png"].images[0].ref.read() == (image_folder / "1.png").read_bytes()
@@ -470,14 +470,14 @@ def test_search_matches_brute_force(kind: str, image_folder: Path, dual_encoder:
     assert [Path(hit.images[0].name).name for hit in hits] == [files[i].name for i in best]
     assert [hit.score for hit in hits] == pytest.approx(cosines[best], abs=2e-3)
 
-    vector = backend.vector(hits[0].id)
+    vector = backend.read_vector(hits[0].id)
     assert vector is not None and vector @ query == pytest.approx(hits[0].score, abs=1e-3)
-    assert (backend.thumbnail(hits[0].id) or b"").startswith(b"\xff\xd8")
-    assert backend.images(hits[0].id) == hits[0].images
+    assert (backend.read_thumbnail(hits[0].id) or b"").startswith(b"\xff\xd8")
+    assert backend.read_images(hits[0].id) == hits[0].images
     for unknown_id in ("0", "99", "-1", "x", "../..", "9" * 30):
-        assert backend.vector(unknown_id) is None
-        assert backend.thumbnail(unknown_id) is None
-        assert backend.images(unknown_id) == ()
+        assert backend.read_vector(unknown_id) is None
+        assert backend.read_thumbnail(unknown_id) is None
+        assert backend.read_images(unknown_id) == ()
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
@@ -576,7 +576,7 @@ def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path:
     contents = [IndexedContent(b"%d" % n, np.full(4, 0.5, np.float16), b"") for n in range(100)]
     times = [(n, n) for n in range(100)] + [(7, 200 + copy) for copy in range(9)]  # the newest image has copies
     images = [IndexedImage(f"{n} {time}", FileImage("/a"), "s", "1", taken=float(time)) for n, time in times]
-    backend.add(contents, [(image, contents[n].hash) for image, (n, _) in zip(images, times, strict=True)])
+    backend.add_images(contents, [(image, contents[n].hash) for image, (n, _) in zip(images, times, strict=True)])
     read: list[int] = []
 
     def find(run: Any) -> list[int]:
@@ -589,7 +589,7 @@ def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path:
 
     expected = [hit.id for hit in backend.search(None, 3, Filter(before=1e9), 1)]
     assert [hit.id for hit in backend.search(None, 3, Filter(), 1)] == expected
-    assert [str(content_id) for content_id in backend._read(find)] == expected
+    assert [str(content_id) for content_id in backend._run_read_only(find)] == expected
     assert read == [8, 32]
     if kind == "sqlite":
         plan = backend._query("EXPLAIN QUERY PLAN SELECT content FROM images ORDER BY taken DESC, content LIMIT 8", {})
@@ -625,7 +625,7 @@ def test_hits_contain_only_some_of_many_locations(
         [hit] = backend.search(query, 5, Filter(path=str(folder)))
         assert [Path(image.name).name for image in hit.images] == expected
         assert hit.image_count == 6
-    assert len(backend.images(hit.id)) == 3
+    assert len(backend.read_images(hit.id)) == 3
 
 
 def write_parquet(file: Path, images: list[Path]) -> None:
@@ -654,10 +654,10 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
     for start, end in ((0, 4000), (4000, 6000)):  # later vectors are added to those in memory
         contents = [IndexedContent(b"%d" % n, vectors[n], b"") for n in range(start, end)]
         images = [(IndexedImage(f"{n}", FileImage(f"{n}"), "s", "1"), b"%d" % n) for n in range(start, end)]
-        backend.add(contents, images)
+        backend.add_images(contents, images)
         for query in queries:
             exact = vectors[:end].astype(np.float64) @ query.astype(np.float64)
-            ids, scores = backend._rank(query, 10, None)
+            ids, scores = backend._rank_nearest(query, 10, None)
             best = np.argsort(-exact)[:10]
             if exact[best[-1]] < 1:  # otherwise more than ten vectors are equal
                 assert set(ids - 1) == set(best)
@@ -665,10 +665,10 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
             assert scores == pytest.approx(exact[ids - 1], abs=1e-5)
             assert (np.diff(scores) <= 0).all()
     for allowed_ids in (np.arange(1, 6001, 100), np.arange(1, 6001, 2)):  # few are scored directly, many are scanned
-        ids, _ = backend._rank(queries[0], 10, allowed_ids)
+        ids, _ = backend._rank_nearest(queries[0], 10, allowed_ids)
         exact = vectors[allowed_ids - 1].astype(np.float64) @ queries[0]
         assert set(ids) == set(allowed_ids[np.argsort(-exact)[:10]])
-    ids, scores = backend._rank(queries[0], 10, np.empty(0, np.int64))
+    ids, scores = backend._rank_nearest(queries[0], 10, np.empty(0, np.int64))
     assert len(ids) == len(scores) == 0
 
 
@@ -680,12 +680,12 @@ def test_sqlite_pages_of_near_equal_vectors_are_complete(tmp_path: Path, noise: 
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
     backend = SqliteBackend(tmp_path, write=True)
     backend.initialize({"model": "m", "embed_dim": 64})
-    backend.add([IndexedContent(b"%d" % n, vector, b"") for n, vector in enumerate(vectors)], [])
+    backend.add_images([IndexedContent(b"%d" % n, vector, b"") for n, vector in enumerate(vectors)], [])
     query = rng.normal(size=64)
     query /= np.linalg.norm(query)
     pages = []
     for offset in range(0, 240, 20):
-        pages.extend(backend._rank(query.astype(np.float32), offset + 20, None)[0][offset:].tolist())
+        pages.extend(backend._rank_nearest(query.astype(np.float32), offset + 20, None)[0][offset:].tolist())
     assert len(set(pages)) == 240
     best = np.argsort(-(vectors.astype(np.float64) @ query))[:150] + 1
     assert noise == 0 or set(best) <= set(pages)
@@ -743,7 +743,7 @@ def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) ->
     valid = IndexedImage("a", FileImage("a"), "s", "1")
     without_content = IndexedImage("b", FileImage("b"), "s", "1")
     with pytest.raises(OSError, match=r"index\.sqlite"):
-        backend.add([content], [(valid, b"a"), (without_content, b"b")])
+        backend.add_images([content], [(valid, b"a"), (without_content, b"b")])
     assert backend.count() == (0, 0)
 
 

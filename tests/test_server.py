@@ -155,7 +155,7 @@ def test_search_averages_short_texts_with_the_templates_of_the_model(
         texts = [f"a{n}" for n in range(MAX_IMAGES)]  # the largest number of texts is accepted
         assert client.post("/search", json={"texts": texts, "negative_texts": texts}).status_code == 200
     too_many = QueryTemplates((*templates.templates, "{}"))
-    with pytest.raises(ValueError, match=r"templates: 8; the limit is 7.*`query_templates` in .*config\.json"):
+    with pytest.raises(ValueError, match=r"8 prompt templates, .* limit is 7.*`query_templates` in .*config\.json"):
         create_app(dataclasses.replace(dual_encoder, query_templates=too_many), backend)
 
 
@@ -315,12 +315,12 @@ def decompression_bomb(side: int) -> bytes:
         ("/search", {"texts": ["a"], "offset": 10**6}, 422, "less than or equal to 10000"),
         ("/embed", {"input": ["a"] * (MAX_TEXTS + 1)}, 422, "at most 256"),
         ("/embed", {"input": "a", "dimensions": 17}, 422, "cannot be truncated to 17"),
-        ("/embed", {"input": [data_uri(b"x")] * 33}, 422, "too many images in one request: 33; the limit is 32"),
+        ("/embed", {"input": [data_uri(b"x")] * 33}, 422, "the request contains 33 images, but the limit is 32"),
         ("/embed", {"input": ["a"] * 10_000}, 422, "at most 256"),
         ("/embed", {"input": "https://example.com/a.png", "modality": "image"}, 422, "URLs are not downloaded"),
         ("/embed", {"input": data_uri(b"x"), "modality": "text"}, 422, "'text': it is a data URI of an image"),
-        ("/embed", {"model": "a"}, 422, "either input or messages"),
-        ("/embed", {"input": "a", "messages": [user("a")]}, 422, "either input or messages"),
+        ("/embed", {"model": "a"}, 422, "either `input` or `messages`"),
+        ("/embed", {"input": "a", "messages": [user("a")]}, 422, "either `input` or `messages`"),
         ("/embed", {"messages": []}, 422, "body.messages: List should have at least 1 item"),
         ("/embed", {"messages": [[]]}, 422, "body.messages.0: List should have at least 1 item"),
         ("/embed", {"messages": [user("a"), user("b")]}, 422, "body.messages: List should have at most 1 item"),
@@ -334,7 +334,7 @@ def decompression_bomb(side: int) -> bytes:
         ("/embed", {"messages": [[user([image_part("data:image/png;base64,%%%")])]]}, 422, "invalid base64"),
         ("/embed", {"messages": [[user("a")]] * 10_000}, 422, "at most 256"),
         ("/embed", {"messages": [[user([image_part(data_uri(b"x"))])]] * 33}, 422, "the limit is 32"),
-        ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512; the limit is 256"),
+        ("/embed", {"messages": [[user([{"type": "text", "text": "a"}] * 2)]] * 256}, 422, "512 texts, but the limit"),
     ],
 )
 def test_invalid_requests_are_explained(
@@ -371,7 +371,7 @@ def test_server_returns_503_while_a_table_of_the_index_cannot_be_read(
 ) -> None:
     """For PostgreSQL, see test_postgres_backend.py."""
     monkeypatch.setattr("llm2clip.search.schemas.LOG_SECONDS", 1e9)
-    begin_write = make_index(tmp_path / "index", image_folder, dual_encoder)._db.transaction
+    begin_write = make_index(tmp_path / "index", image_folder, dual_encoder)._db.open_transaction
     backend = SqliteBackend(tmp_path / "index")
     request = {"texts": ["red"], "show_weak": True}
     with TestClient(create_patient_app(dual_encoder, backend), base_url=BASE_URL) as client:

@@ -34,7 +34,7 @@ from llm2clip.search.middleware import (
 )
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Deadline, DeadlineExceeded, Slots, current_deadline
+from llm2clip.search.types import Deadline, DeadlineExceeded, FairSemaphore, current_deadline
 from search_fixtures import create_patient_app, make_index, running_server
 
 BASE_URL = "http://localhost"
@@ -291,7 +291,7 @@ def test_time_limit_ends_when_the_response_starts(dual_encoder: DualEncoder, mon
 
 
 def test_slots_are_assigned_in_the_order_of_arrival() -> None:
-    slots, order = Slots(1), []
+    slots, order = FairSemaphore(1), []
 
     def enter() -> None:
         with slots:

@@ -27,7 +27,7 @@ from llm2clip.search.query import (
     UNCENTRED_COPY_SIMILARITY,
     group_similar_hits,
 )
-from llm2clip.search.relevance import Calibration, Scale
+from llm2clip.search.relevance import Calibration, RelevanceScale
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 from search_fixtures import BACKENDS, create_backend, create_patient_app, make_index
@@ -63,8 +63,8 @@ def add_images(
         digest, path = number.to_bytes(32), f"/photos/{number}.png"
         contents.append(IndexedContent(digest, vector.astype(np.float16), b"jpeg", width=1, height=1))
         images.append((IndexedImage(path, FileImage(path), "/photos", version, taken=taken), digest))
-    backend.add(contents, images)
-    backend.finish()
+    backend.add_images(contents, images)
+    backend.finish_indexing()
 
 
 def group_names(backend: Backend, count: int = 10) -> list[set[str]]:
@@ -163,7 +163,7 @@ def test_mean_embedding_is_subtracted_if_the_index_is_calibrated(tmp_path: Path)
     centred = vectors - make_vectors(COPY, 15).mean(axis=0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     assert centred[0] @ centred[3] > COPY_SIMILARITY > centred[0] @ centred[1]
-    scale = Scale(0, 1, 1, 0)
+    scale = RelevanceScale(0, 1, 1, 0)
     calibration = Calibration(make_vectors(COPY, 15).mean(axis=0), QUERY[None], [], 4, 0, "f", scale, scale, scale)
     hits = backend.search(QUERY, 100, Filter())
     assert [len(hit.similar) for hit in group_similar_hits(hits, backend, 10).hits] == [3]
@@ -175,9 +175,9 @@ def test_removed_hits_are_similar_to_no_other_hit(tmp_path: Path) -> None:
     backend = SqliteBackend(tmp_path, write=True)
     add_images(backend, make_vectors(COPY, 3), [NOON] * 3)
     hits = backend.search(QUERY, 100, Filter())
-    backend.remove([hits[0].images[0].name])
+    backend.remove_images([hits[0].images[0].name])
     assert [len(hit.similar) for hit in group_similar_hits(hits, backend, 10).hits] == [0, 1]
-    backend.remove([hit.images[0].name for hit in hits[1:]])
+    backend.remove_images([hit.images[0].name for hit in hits[1:]])
     assert len(group_similar_hits(hits, backend, 10).hits) == 3
     assert group_similar_hits([], backend, 10).hits == []
 

@@ -24,7 +24,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.backends import Backend
 from llm2clip.search.metadata import Filter
-from llm2clip.search.query import QueryEncoder, SearchQuery, truncate_to_index
+from llm2clip.search.query import QueryEncoder, SearchQuery, truncate_model_to_index
 from search_fixtures import BACKENDS, create_backend, create_patient_app, index_sources
 
 DIM = 6
@@ -209,7 +209,7 @@ def test_truncated_index_matches_brute_force(
     truncated_index: Backend, image_folder: Path, dual_encoder: DualEncoder
 ) -> None:
     files = sorted(image_folder.glob("*.png"))
-    model = truncate_to_index(truncated_index.metadata(), dual_encoder)
+    model = truncate_model_to_index(truncated_index.metadata(), dual_encoder)
     query = QueryEncoder(model).embed(SearchQuery(texts=TEXTS[:1])).combined
     images = truncate_by_hand(encode_images(dual_encoder, files))
     cosines = (images @ truncate_by_hand(dual_encoder.encode_texts(TEXTS[:1])).T)[:, 0].numpy()
@@ -217,7 +217,7 @@ def test_truncated_index_matches_brute_force(
     hits = truncated_index.search(query, 5, Filter())
     assert [Path(hit.images[0].name).name for hit in hits] == [files[i].name for i in best]
     assert [hit.score for hit in hits] == pytest.approx(cosines[best], abs=2e-3)
-    vector = truncated_index.vector(hits[0].id)
+    vector = truncated_index.read_vector(hits[0].id)
     assert vector is not None and vector.shape == (DIM,)
 
     # A later run keeps the number of dimensions, and rejects another one.

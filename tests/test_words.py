@@ -24,7 +24,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import ocr, sqlite_backend, words
 from llm2clip.search.backends import Backend
-from llm2clip.search.metadata import Filter, normalize
+from llm2clip.search.metadata import Filter, normalize_text
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Hit, IndexedContent, IndexedImage, IndexUnavailableError
 from llm2clip.search.words import WordQuery, fuse_rankings
@@ -54,7 +54,7 @@ def add_image(
     vector[content % DIM] = largest
     digest = content.to_bytes(4, "big")
     image = IndexedImage(name, FileImage(name), "/p", "1", tuple(captions), taken=float(content), camera=camera)
-    backend.add([IndexedContent(digest, vector, b"jpeg", width=1, height=1)], [(image, digest)])
+    backend.add_images([IndexedContent(digest, vector, b"jpeg", width=1, height=1)], [(image, digest)])
 
 
 def create_backend(folder: Path, kind: str = "sqlite") -> Any:
@@ -86,7 +86,7 @@ def names_of(found: list[Hit]) -> set[int]:
 
 def check_full_text(backend: Backend) -> None:
     if isinstance(backend, SqliteBackend):
-        with backend._db.transaction() as connection:
+        with backend._db.open_transaction() as connection:
             for table in words.FULL_TEXT_TABLES:  # raises an exception if a table is corrupt
                 connection.execute(f"INSERT INTO {table} ({table}, rank) VALUES ('integrity-check', 1)")
 
@@ -115,7 +115,7 @@ def test_caption_filter_finds_the_same_images_as_python(tmp_path: Path) -> None:
         images[n] = random_captions(rng, 2)
         add_image(backend, f"/p/{n}", images[n], n)
     removed = range(3, 150, 10)
-    backend.remove([f"/p/{n}" for n in removed])
+    backend.remove_images([f"/p/{n}" for n in removed])
     for n in removed:
         del images[n]
     check()
@@ -134,16 +134,16 @@ VOCABULARY = (
 
 @functools.cache
 def split_into_words(text: str) -> list[str]:
-    decomposed = unicodedata.normalize("NFD", normalize(text))
+    decomposed = unicodedata.normalize("NFD", normalize_text(text))
     return re.findall(r"[^\W_]+", "".join(c for c in decomposed if not unicodedata.combining(c) or c > "\u0e00"))
 
 
 def contains_all_words(fields: list[str], query: str) -> bool:
-    """Search like `find_matches`, in plain Python."""
+    """Search like `find_word_matches`, in plain Python."""
     for token in query.split():
-        for part in words.UNSPACED_PARTS.findall(normalize(token)) if words.UNSPACED.search(token) else [token]:
+        for part in words.UNSPACED_PARTS.findall(normalize_text(token)) if words.UNSPACED.search(token) else [token]:
             if words.UNSPACED.search(part):
-                if not any(part in normalize(field) for field in fields):
+                if not any(part in normalize_text(field) for field in fields):
                     return False
             elif sequence := split_into_words(part):
                 spaced = [f" {' '.join(split_into_words(field))} " for field in fields]
@@ -159,17 +159,17 @@ def test_word_search_finds_the_same_images_as_python(tmp_path: Path) -> None:
     texts = {n: "\n".join(rng.choice(vocabulary, size=rng.integers(3))) for n in range(120)}
     for n in range(120):
         add_image(backend, f"/p/{n}", [captions[n]], n)
-    backend.set_texts({n.to_bytes(4, "big"): text for n, text in texts.items()})
+    backend.save_recognized_texts({n.to_bytes(4, "big"): text for n, text in texts.items()})
     for n in range(0, 120, 5):
         captions[n] = "dog 狗"
         add_image(backend, f"/p/{n}", [captions[n]], n)
-    backend.remove(["/p/7", "/p/8"])
+    backend.remove_images(["/p/7", "/p/8"])
     check_full_text(backend)
     queries = [*VOCABULARY, *OPERATORS, *(" ".join(rng.choice(vocabulary, size=2)) for _ in range(200))]
     num_found = 0
     for query in queries:
         expected = set()
-        if re.search(r"[^\W_]", normalize(query)):
+        if re.search(r"[^\W_]", normalize_text(query)):
             for n in set(captions) - {7, 8}:
                 if contains_all_words([captions[n], texts[n], str(n)], query):
                     expected.add(n)
@@ -183,7 +183,7 @@ def test_word_search_finds_the_same_images_as_python(tmp_path: Path) -> None:
 def test_word_search_ranks_matches_first_and_names_their_fields(kind: str, tmp_path: Path) -> None:
     backend = create_index(tmp_path, 40, kind)
     add_image(backend, "/p/summer/100.jpg", ["a Dog on the beach"], 100, camera="Canon EOS R5")
-    backend.set_texts({b"\0\0\0\x64": "Hôtel Miramar\n開店しました"})
+    backend.save_recognized_texts({b"\0\0\0\x64": "Hôtel Miramar\n開店しました"})
     plain = search(backend)
     assert plain[0].id != "41" and all(not hit.matched for hit in plain)
     for query, matched in (
@@ -259,7 +259,7 @@ def test_sqlite_and_postgres_find_the_same_images_and_fields(tmp_path: Path) -> 
     def set_texts(numbers: Any) -> None:
         texts = {int(n).to_bytes(4, "big"): make_random_text(rng, int(rng.integers(8))) for n in numbers}
         for backend in backends:
-            backend.set_texts(texts)
+            backend.save_recognized_texts(texts)
 
     def read_hits(backend: Backend, query: str, **conditions: Any) -> dict[str, tuple[str, ...]]:
         return {hit.images[0].name: hit.matched for hit in search(backend, query, **conditions) if hit.matched}
@@ -284,12 +284,12 @@ def test_sqlite_and_postgres_find_the_same_images_and_fields(tmp_path: Path) -> 
     set_texts(range(0, 120, 2))
     assert compare() > 300
     for backend in backends:
-        backend.remove(names[::3])
+        backend.remove_images(names[::3])
     add_images(range(20, 170, 5))  # the recognised texts belong to the contents
     set_texts(range(0, 120, 3))
     assert compare() > 300
     for backend in backends:
-        backend.remove(names)
+        backend.remove_images(names)
         assert search(backend) == []
 
 
@@ -482,7 +482,7 @@ def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for _ in range(30 if step % 10 == 9 else rng.integers(1, 4)):
             number = int(rng.integers(50))
             if rng.random() < 0.4:
-                writer.remove([f"/p/{number}"])
+                writer.remove_images([f"/p/{number}"])
             else:  # a new image, other captions, or another content
                 largest = 0.9 if step == 30 else 0.5
                 captions = [*random_captions(rng, rng.integers(3)), "common"]
@@ -501,13 +501,13 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
     writer = create_index(tmp_path, 50)
     reader = SqliteBackend(tmp_path)
     vectors_read: list[int] = []
-    quantize = sqlite_backend.quantize
+    quantize = sqlite_backend.quantize_to_int8
 
     def counting_quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
         vectors_read.append(len(vectors))
         return quantize(vectors, scale)
 
-    monkeypatch.setattr(sqlite_backend, "quantize", counting_quantize)
+    monkeypatch.setattr(sqlite_backend, "quantize_to_int8", counting_quantize)
 
     def count_reads() -> tuple[int, int]:
         """Return the numbers of hits, and of vectors that were read."""
@@ -521,10 +521,10 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
     assert count_reads() == (51, 1)
     add_image(writer, "/p/50", ["other captions"], 50)
     assert count_reads() == (51, 0)
-    writer.remove(["/p/3"])
+    writer.remove_images(["/p/3"])
     assert count_reads() == (50, 0)
     state = reader._db.read_state()
-    writer.remove([])  # as in each update of `index --watch` without changes
+    writer.remove_images([])  # as in each update of `index --watch` without changes
     assert reader._db.read_state() == state
     add_image(writer, "/p/51", [], 51, largest=0.6)  # the quantization scale changes
     assert count_reads() == (51, 51)
@@ -546,7 +546,9 @@ def test_filters_do_not_block_other_readers(tmp_path: Path, monkeypatch: pytest.
         filtered = threads.submit(hits, backend, Filter(caption="caption 1"))
         try:
             assert is_reading.wait(HANG_TIMEOUT)
-            others = threads.submit(lambda: (backend.count(), backend.thumbnail("1"), len(hits(backend, Filter()))))
+            others = threads.submit(
+                lambda: (backend.count(), backend.read_thumbnail("1"), len(hits(backend, Filter())))
+            )
             assert others.result(HANG_TIMEOUT) == ((3, 3), b"jpeg", 3)
             assert not filtered.done()
         finally:

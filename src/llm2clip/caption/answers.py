@@ -1,4 +1,4 @@
-"""Requests to a captioner, and its answers, which are cleaned because model output is untrusted text."""
+"""Caption requests, and their answers, which are cleaned because model output is untrusted."""
 
 import re
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 from llm2clip.caption.options import Prompt
 
 MAX_CHARACTERS = 10_000  # longer answers are rejected
-# All regular expressions run in linear time, because answers can be malicious.
+# All regular expressions run in linear time, because answers are untrusted.
 _REASONING_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _REASONING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Text direction marks, zero-width spaces and lone surrogates. Zero-width joiners are part of words and emoji.
+# Direction marks, zero-width spaces and lone surrogates, but not zero-width joiners, which words and emoji contain.
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _MARKDOWN_LINE = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+|[-*•][ \t]+|```\w{0,20}$)", re.MULTILINE)
 _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)
@@ -19,8 +19,8 @@ _EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
 
-# An answer is a refusal if it begins with one of these texts after an optional apology. An apology alone is not enough,
-# because a caption can quote one from a sign.
+# An answer that begins with an optional apology and one of `_REFUSALS` is a refusal. An apology alone is not a refusal,
+# because a caption can quote the text of a sign.
 _REFUSAL_CHARACTERS = 300
 _APOLOGY = re.compile(
     r"(?:(?:i am |i'm )?(?:really |very |so )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|"
@@ -59,20 +59,20 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:
-    image: Any  # in the form that the captioner's `prepare` returns
+    image: Any  # result of the captioner's `prepare_image`
     prompt: Prompt
     image_hash: str  # SHA-256 of the image's bytes
     sample: int = 0  # zero-based sample number
     caption: str | None = None  # the image's caption in the source, inserted into the prompt
 
     @property
-    def text(self) -> str:
-        return self.prompt.fill(self.caption)
+    def prompt_text(self) -> str:
+        return self.prompt.insert_caption(self.caption)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answer to a request: either a text, or the error that occurred."""
+    """Answer to a request, with either a text or an error."""
 
     text: str | None
     error: str | None = None
@@ -85,17 +85,17 @@ class StoppedError(Exception):
 
 
 def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_tokens: int = 0) -> Answer:
-    """Convert the output of a model to a caption, or to an error if it is a refusal, empty or too long.
+    """Convert the output of a model to a caption, or to an error if the output is a refusal, empty or too long.
 
     Reasoning, control characters, invisible characters, markdown and surrounding quotes are removed.
 
     Args:
-        truncated: True if the output reached the maximum number of tokens. Its last, incomplete sentence is removed.
+        truncated: True if the output reached the maximum number of tokens. An incomplete last sentence is removed.
     """
     tokens = input_tokens, output_tokens
     if len(text) > 10 * MAX_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
-    text = _REASONING_END.split(text)[-1]  # the start of the reasoning may be part of the chat template
+    text = _REASONING_END.split(text)[-1]  # the chat template may contain the start tag of the reasoning
     if _REASONING_START.search(text):
         return Answer(None, "the reasoning is longer than the prompt's max_tokens", *tokens)
     text = _strip_markup(text)

@@ -1,4 +1,4 @@
-"""Captioners: a server with OpenAI's chat API (vLLM, llama.cpp, Ollama), or a model that runs in this process."""
+"""Captioners that use a server with OpenAI's chat API (vLLM, llama.cpp, Ollama) or a model in this process."""
 
 import asyncio
 import base64
@@ -29,14 +29,14 @@ from llm2clip.runs.ranks import process_state
 KEY_VARIABLE = "LLM2CLIP_API_KEY"
 CONNECT_TIMEOUT = 10.0  # seconds
 MAX_RESPONSE_BYTES = 1_000_000
-MAX_MESSAGE_CHARACTERS = 300  # of a server's error message
+MAX_MESSAGE_CHARACTERS = 300  # maximum length of a quoted server message
 MAX_FAILURES_IN_A_ROW = 20  # after this number of consecutive failures, the server is assumed to be down
 MAX_RETRY_AFTER = 300.0  # seconds
-FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the second attempt, and maximum before later attempts
-MAX_CONNECT_SECONDS = 3.0  # for retrying to connect to a server that has not responded yet
-SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, credit, URL or model name
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the first retry, and maximum before later retries
+MAX_CONNECT_SECONDS = 3.0  # maximum time for connecting to a server that has never responded, in seconds
+SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, no credit, wrong URL or wrong model name
 JPEG_QUALITY = 90
-NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # new name of the field max_tokens, which some servers require
+NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # replacement of the field max_tokens that some servers require
 
 
 class EndpointError(ValueError):
@@ -52,7 +52,7 @@ class _RequestError(Exception):
         super().__init__(message)
         self.status = status  # HTTP status, or None if there was no valid response
         self.retry = retry
-        self.retry_after = retry_after  # minimum delay that the server requests, in seconds
+        self.retry_after = retry_after  # minimum delay requested by the server, in seconds
 
 
 class EndpointCaptioner:
@@ -69,10 +69,10 @@ class EndpointCaptioner:
 
     Attributes:
         name: Name of the model, which is stored with each caption.
-        batch_size: Number of requests with the same prompt per call to `ask`.
-        workers: Number of threads that call `ask` concurrently.
-        worked_before: True if an earlier run has stored captions from this model. In this case, rejected images do not
-            stop the run.
+        batch_size: Number of requests with the same prompt per call to `generate_answers`.
+        workers: Number of threads that call `generate_answers` concurrently.
+        worked_before: True if an earlier run has stored captions from this model. If True, rejected images do not stop
+            the run.
 
     Raises:
         ValueError: The URL is invalid, or the key contains characters that are not allowed in a header.
@@ -99,13 +99,13 @@ class EndpointCaptioner:
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers=_build_headers(),
             verify=httpx.create_ssl_context(),
-            # A proxy could see unencrypted images, and it could not reach a server on this machine.
+            # A proxy could read unencrypted images, and could not reach a server on this machine.
             trust_env=self.url.scheme == "https" and not self.is_loopback,
         )
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
-    def describe(self) -> list[str]:
+    def describe_endpoint(self) -> list[str]:
         lines = [f"Images are sent to {self.url.scheme}://{self.url.netloc.decode()} (model {self.name})."]
         if self.url.scheme == "http" and not self.is_loopback:
             lines.append(
@@ -114,33 +114,33 @@ class EndpointCaptioner:
             )
         return lines
 
-    def prepare(self, image: Tensor) -> str:
+    def prepare_image(self, image: Tensor) -> str:
         """Encode a uint8 image of shape (3, H, W) as a JPEG data URI."""
         data = encode_jpeg(image.contiguous(), quality=JPEG_QUALITY).numpy().tobytes()
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     def stop(self) -> None:
-        """Make `ask` raise StoppedError instead of waiting before another attempt."""
+        """Make `generate_answers` raise StoppedError instead of waiting before a retry."""
         self._stopped.set()
 
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         """Return an answer for each request.
 
         Raises:
             StoppedError: The captioner was stopped before an answer was received. The next run repeats the requests.
             EndpointError: No request can succeed, for example because the key is wrong.
         """
-        return [self._ask_with_retries(request) for request in requests]
+        return [self._request_with_retries(request) for request in requests]
 
-    def _ask_with_retries(self, request: CaptionRequest) -> Answer:
+    def _request_with_retries(self, request: CaptionRequest) -> Answer:
         attempt, started_at = 0, time.monotonic()
         while not self._stopped.is_set():
             max_tokens_field = self._max_tokens_field
             try:
-                answer = self._send(request, max_tokens_field)
+                answer = self._send_request(request, max_tokens_field)
             except _RequestError as error:
                 if error.status == 400 and max_tokens_field == "max_tokens" and NEW_MAX_TOKENS_FIELD in str(error):
-                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # for all further requests
+                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # also used for all later requests
                     continue
                 self._was_connected |= error.was_connected
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
@@ -157,27 +157,27 @@ class EndpointCaptioner:
         raise StoppedError
 
     def _handle_failure(self, error: _RequestError) -> Answer:
-        """Return the answer to a failed request. Raise EndpointError if the requests for all images fail."""
+        """Return the answer for a failed request. Raise EndpointError if the server appears to fail for all images."""
         status = error.status
         with self._lock:
-            if status is None or error.retry:  # the server does not work
+            if status is None or error.retry:  # the server has failed rather than rejected the image
                 counts = True
             elif status < 400 or status in SETTINGS_STATUSES:
                 if not self._has_succeeded:
-                    raise EndpointError(f"{self.url}: {error}{_advise(status)}")
+                    raise EndpointError(f"{self.url}: {error}{_suggest_fix(status)}")
                 counts = True
-            else:  # the image is rejected; if all images are rejected, the model may not accept images at all
+            else:  # the server rejects the image; a model without vision rejects every image
                 counts = not (self._has_succeeded or self.worked_before)
             self._failures_in_a_row += counts
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 raise EndpointError(f"{self.url}: the last {self._failures_in_a_row} requests failed. {error}")
         return Answer(None, str(error))
 
-    def _send(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
-        # The image comes first, so that servers can reuse its prefix cache for the next prompt.
+    def _send_request(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
+        # The image comes first, so that servers can reuse the cached prefix for the next prompt.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
-            {"type": "text", "text": request.text},
+            {"type": "text", "text": request.prompt_text},
         ]
         body = {
             "model": self.name,
@@ -188,29 +188,25 @@ class EndpointCaptioner:
         try:
             response, data = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            problem = _RequestError(f"the connection failed: {_shorten(str(error)) or 'timeout'}")
+            problem = _RequestError(f"the connection failed: {_sanitize_message(str(error)) or 'timeout'}")
             problem.was_connected = False
             raise problem from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _RequestError(f"no response within {self.timeout:g} seconds") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            raise _RequestError(f"the connection failed: {_shorten(str(error)) or type(error).__name__}") from error
+            message = _sanitize_message(str(error)) or type(error).__name__
+            raise _RequestError(f"the connection failed: {message}") from error
         status = response.status_code
         if status != 200:
             seconds = parse_retry_after(response.headers.get("retry-after", ""))
             retry_after = min(MAX_RETRY_AFTER, seconds) if seconds > 0 else 0.0
-            raise _RequestError(_describe_status(response, data), status, is_temporary_status(status), retry_after)
+            raise _RequestError(_describe_http_error(response, data), status, is_temporary_status(status), retry_after)
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. Limit the total time, because httpx only limits the time per read.
-
-        Raises:
-            TimeoutError: The response is incomplete after `timeout` seconds.
-            _RequestError: The response is compressed or too large.
-        """
+        """Return the response and its content. Limit the total time, because httpx limits only the time of a read."""
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
-            return response, await _read_limited(response)
+            return response, await _read_limited_body(response)
 
 
 def _parse_endpoint(endpoint: str) -> httpx.URL:
@@ -236,20 +232,20 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _get_key() -> str:
+def _get_api_key() -> str:
     return os.environ.get(KEY_VARIABLE, "").strip()
 
 
 def _build_headers() -> dict[str, str]:
-    headers, key = {"Accept-Encoding": "identity"}, _get_key()
+    headers, key = {"Accept-Encoding": "identity"}, _get_api_key()
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
     return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
 
-async def _read_limited(response: httpx.Response) -> bytes:
+async def _read_limited_body(response: httpx.Response) -> bytes:
     data = bytearray()
-    if response.headers.get("content-encoding", "identity") != "identity":  # could expand to gigabytes
+    if response.headers.get("content-encoding", "identity") != "identity":  # decompression could yield gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
     async for chunk in response.aiter_raw(65536):
         data += chunk
@@ -259,62 +255,61 @@ async def _read_limited(response: httpx.Response) -> bytes:
 
 
 def _parse_response(data: bytes) -> Answer:
-    """Raise _RequestError if the response is not a chat completion."""
     try:
         response = json.loads(data)
         choice = response["choices"][0]
         content = choice["message"].get("content") or ""
         usage = response.get("usage") or {}
-        tokens = [_to_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        tokens = [_parse_token_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        excerpt = _shorten(data.decode(errors="replace"))
+        excerpt = _sanitize_message(data.decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     try:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    except (TypeError, AttributeError) as error:  # another attempt would also cost money and have the same result
-        excerpt = _shorten(data.decode(errors="replace"))
+    except (TypeError, AttributeError) as error:  # another attempt would have the same result
+        excerpt = _sanitize_message(data.decode(errors="replace"))
         raise _RequestError(f"the content of the answer is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter blocked the answer", *tokens)
-    # The key is replaced first, because `clean_answer` quotes truncated texts in its errors.
-    return clean_answer(_hide_key(text), choice.get("finish_reason") == "length", *tokens)
+    # The key is redacted before `clean_answer`, which quotes parts of the text in its errors.
+    return clean_answer(_redact_key(text), choice.get("finish_reason") == "length", *tokens)
 
 
-def _to_count(value: Any) -> int:
+def _parse_token_count(value: Any) -> int:
     return min(value, 1 << 40) if type(value) is int and value > 0 else 0
 
 
-def _describe_status(response: httpx.Response, data: bytes) -> str:
+def _describe_http_error(response: httpx.Response, data: bytes) -> str:
     status = f"HTTP {response.status_code}"
     if 300 <= response.status_code < 400:
-        location = _shorten(response.headers.get("location", ""))
+        location = _sanitize_message(response.headers.get("location", ""))
         return f"{status}: the server redirects to {location}. Redirects are not followed"
     text = data.decode(errors="replace")
     try:
         error = json.loads(text)["error"]
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, TypeError, KeyError, RecursionError):
-        pass  # not in OpenAI's format
-    return f"{status}: {_shorten(text or response.reason_phrase)}"
+        pass  # the error is not in OpenAI's format
+    return f"{status}: {_sanitize_message(text or response.reason_phrase)}"
 
 
-def _shorten(text: str) -> str:
-    """Remove control characters and the key from a server's message, and truncate it."""
-    text = escape_control_characters(" ".join(_hide_key(text).split())).encode(errors="replace").decode()
+def _sanitize_message(text: str) -> str:
+    """Escape control characters in a server's message, redact the key, and truncate the message."""
+    text = escape_control_characters(" ".join(_redact_key(text).split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
 
-def _hide_key(text: str) -> str:
-    key = _get_key()
+def _redact_key(text: str) -> str:
+    key = _get_api_key()
     return text.replace(key, "[key]") if key else text
 
 
-def _advise(status: int) -> str:
+def _suggest_fix(status: int) -> str:
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:
         return ". Check --model and --endpoint, which must end with /v1 for most servers"
-    return ". If you trust this address, pass it as --endpoint" if status < 400 else ""
+    return ". If you trust the new address, use it as --endpoint" if status < 400 else ""
 
 
 # ---- model in this process -------------------------------------------------------------------------------------------
@@ -325,8 +320,8 @@ class LocalCaptioner:
 
     Args:
         model: Model folder or hub id.
-        batch_size: Number of images per batch. It is reduced if a batch does not fit in device memory.
-        precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports it.
+        batch_size: Number of images per batch. Halved if a batch does not fit in device memory.
+        precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports bf16.
 
     Raises:
         ValueError: The model is not supported, for example because it has no chat template.
@@ -350,20 +345,20 @@ class LocalCaptioner:
         if not (self.processor.chat_template or self.tokenizer.chat_template):
             raise ValueError(f"{model} has no chat template, so it cannot write captions. Use a chat model")
         keep_freed_memory(self.device)
-        torch.seed()  # with PyTorch's default seed, all ranks, and all retries of a request, would get equal answers
+        torch.seed()  # with PyTorch's default seed, all ranks and all retries would sample equal answers
 
-    def prepare(self, image: Tensor) -> Image.Image:
+    def prepare_image(self, image: Tensor) -> Image.Image:
         pil_image: Image.Image = to_pil_image(image)
         return pil_image
 
-    def ask(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         """Return an answer for each request. All requests must have the same prompt.
 
         Raises:
             ValueError: A single image does not fit in device memory.
         """
         try:
-            return self._generate(requests)
+            return self._generate_batch(requests)
         except ValueError as error:  # a processor rejects some images, for example because they are too narrow
             if len(requests) == 1:
                 return [Answer(None, f"the model's processor rejects the image: {error}")]
@@ -376,42 +371,42 @@ class LocalCaptioner:
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]
-        answers: list[Answer] = []  # retry outside the `except` blocks, which keep the memory of the failed batch
+        answers: list[Answer] = []  # retry after the `except` blocks have released the failed batch
         for size in sizes:
             start = len(answers)
-            answers += self.ask(requests[start : start + size])
+            answers += self.generate_answers(requests[start : start + size])
         return answers
 
     def stop(self) -> None:
-        """Do nothing: `ask` never waits."""
+        """Do nothing, because `generate_answers` never waits before a retry."""
 
     @torch.inference_mode()
     @onednn_matmul()
-    def _generate(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
+    def _generate_batch(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         inputs = self.processor.apply_chat_template(
-            [self._to_messages(request) for request in requests],
+            [self._build_messages(request) for request in requests],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(self.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, **self._make_options(requests[0].prompt))
+        tokens = self.model.generate(**inputs, **self._make_generation_options(requests[0].prompt))
         num_input = inputs["input_ids"].shape[1]
         answers = []
         for attention, new_tokens in zip(inputs["attention_mask"], tokens[:, num_input:].tolist(), strict=True):
-            answers.append(self._to_answer(int(attention.sum()), new_tokens))
+            answers.append(self._decode_answer(int(attention.sum()), new_tokens))
         return answers
 
-    def _to_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
-        text = request.text
-        for token in filter(None, self.tokenizer.all_special_tokens):  # such as image placeholders
+    def _build_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
+        text = request.prompt_text
+        for token in filter(None, self.tokenizer.all_special_tokens):  # special tokens include image placeholders
             text = text.replace(token, " ")
         return [
             {"role": "user", "content": [{"type": "image", "image": request.image}, {"type": "text", "text": text}]}
         ]
 
-    def _make_options(self, prompt: Prompt) -> dict[str, Any]:
+    def _make_generation_options(self, prompt: Prompt) -> dict[str, Any]:
         options: dict[str, Any] = {"max_new_tokens": prompt.max_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         options["do_sample"] = prompt.temperature > 0
         if prompt.temperature > 0:
@@ -421,7 +416,7 @@ class LocalCaptioner:
             options["bad_words_ids"] = [[image_token]]
         return options
 
-    def _to_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
+    def _decode_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
         end = self.model.generation_config.eos_token_id
         end_tokens = {end} if isinstance(end, int) else set(end or ())
         length = next((n for n, token in enumerate(new_tokens) if token in end_tokens), len(new_tokens))

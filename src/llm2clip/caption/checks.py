@@ -41,14 +41,14 @@ MISMATCH = "does not match the image"
 
 MIN_WORDS, MIN_CHARACTERS = 3, 4  # MIN_CHARACTERS applies to scripts without spaces
 MAX_WORDS: dict[Kind, int] = {"short": 50, "dense": 400}
-CHARACTERS_PER_WORD = 2  # in scripts without spaces
+CHARACTERS_PER_WORD = 2  # number of characters that count as a word in scripts without spaces
 MIN_REPETITIONS = 4
 MAX_LOOP_WORDS = 4  # longer loops are detected by repeated phrases of `PHRASE_WORDS` words
 PHRASE_WORDS = 5
 LONG_TEXT_WORDS, MIN_DISTINCT_RATIO = 30, 0.35
 MIN_LANGUAGE_PROBABILITY = 0.8
 LANGUAGE_CHARACTERS = 200  # number of leading characters from which the language is identified
-# If 1 in 1,000 images has the same caption, each of them has about one false negative in a batch of 1,000 images.
+# A caption that 1 in 1,000 images shares has about one false negative in a contrastive batch of 1,000 images.
 MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
 ROWS_PER_BATCH = 1000
 SAMPLE_SIZE = 1000  # number of images with which each caption is compared
@@ -89,7 +89,7 @@ _ENGLISH_OPENINGS = (
 _AFTER_OPENING = (
     r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
 )
-# Words that cannot begin the caption that remains after an opening, as in "The image shows how a dog jumps".
+# Words after an opening that do not begin a caption, as in "The image shows how a dog jumps".
 _INCOMPLETE = re.compile(r"(?:how|what|where|when|why|whether|of|and|or)\b|$", re.IGNORECASE)
 _CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图|圖)"
 _OTHER_OPENINGS = (
@@ -107,12 +107,12 @@ _OTHER_OPENINGS = (
 )
 
 
-def _compile(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
+def _compile_alternatives(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
     return re.compile(f"(?:{'|'.join(patterns)}){suffix}", re.IGNORECASE)
 
 
-_ENGLISH_OPENING = _compile(_ENGLISH_OPENINGS, _AFTER_OPENING)
-_ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
+_ENGLISH_OPENING = _compile_alternatives(_ENGLISH_OPENINGS, _AFTER_OPENING)
+_ANY_OPENING = _compile_alternatives((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 
 
 # ---- checks of one text ----------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ _ANY_OPENING = _compile((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 def strip_boilerplate_opening(text: str) -> str:
     """Remove an English boilerplate opening: "The image shows a dog" becomes "A dog".
 
-    The opening is kept if the rest would not be a caption, as in "The image shows how a dog jumps".
+    The opening is kept if the rest is not a caption, as in "The image shows how a dog jumps".
     """
     for _ in range(3):  # "Sure! Here is a caption: The image shows a photo of a dog"
         opening = _ENGLISH_OPENING.match(text.replace("’", "'"))
@@ -140,21 +140,21 @@ def split_words(text: str) -> list[str]:
 
 
 def normalize_words(words: Sequence[str]) -> str:
-    """Return a key that ignores case, punctuation and Unicode compatibility variants."""
+    """Join words into a key that ignores case and Unicode compatibility variants."""
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
 
-def find_problem(text: str, kind: Kind) -> str | None:
-    """Return why a caption is rejected, or None. Apply `strip_boilerplate_opening` to the text first."""
+def find_text_problem(text: str, kind: Kind) -> str | None:
+    """Return the problem of a caption, or None. `text` must be a result of `strip_boilerplate_opening`."""
     if _ANY_OPENING.match(text.replace("’", "'")):
         return BOILERPLATE
     words = split_words(text)
-    if problem := _check_length(text, words, kind):
+    if problem := _find_length_problem(text, words, kind):
         return problem
     return REPETITION if _is_repetitive([word.casefold() for word in words]) else None
 
 
-def _check_length(text: str, words: Sequence[str], kind: Kind) -> str | None:
+def _find_length_problem(text: str, words: Sequence[str], kind: Kind) -> str | None:
     num_characters = len(UNSPACED.findall(text))
     is_unspaced = 2 * num_characters > len(words)
     if len(words) < (MIN_CHARACTERS if is_unspaced else MIN_WORDS):
@@ -180,23 +180,23 @@ def _is_repetitive(words: Sequence[str]) -> bool:
 
 
 def identify_language(text: str) -> str | None:
-    """Return the language code of a text, such as "en", or None if the text is too short to be sure.
+    """Return the language code of a text, such as "en", or None if the identification is uncertain.
 
-    Errors: 0 of 13,468 English captions from Flickr8k and COCO, and 1 of 6,548 German captions.
+    Misidentified captions: 0 of 13,468 English captions from Flickr8k and COCO, and 1 of 6,548 German captions.
     """
-    language, probability = _load_identifier().classify(text[:LANGUAGE_CHARACTERS])
+    language, probability = _load_language_identifier().classify(text[:LANGUAGE_CHARACTERS])
     return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else None
 
 
 @cache
-def _load_identifier() -> Any:
+def _load_language_identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 def find_language_code(language: str) -> str | None:
-    """Return the code of a language from its English name or code, or None if it is unknown."""
+    """Return the code of a language from its English name or code, or None if the language is unknown."""
     name = language.strip().lower()
     if name in LANGUAGES.values():
         return name
@@ -224,7 +224,7 @@ _MARK_SHARED = """
 UPDATE temp.checks SET problem = ? WHERE problem IS NULL AND words_key IN (
   SELECT words_key FROM temp.checks WHERE problem IS NULL GROUP BY words_key HAVING count(*) > ?)
 """
-# A caption that an earlier --check rejected stays rejected.
+# A rejection by an earlier comparison (--check) is kept if the text checks find no problem.
 _STORE_PROBLEMS = """
 UPDATE answers SET problem = checks.problem FROM temp.checks
 WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.model = ? AND answers.prompt = ?
@@ -234,30 +234,30 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 
 
 @dataclass
-class TextChecks:
-    """Result of `check_captions`."""
+class TextCheckSummary:
+    """Summary of the text checks."""
 
-    max_images: int  # captions that more images share are rejected
+    max_images: int  # maximum number of images that may share a caption
     num_captions: int = 0  # number of checked captions
     num_shortened: int = 0  # number of captions from which an opening was removed
 
 
 def check_captions(
     database: CaptionDatabase, model: str, prompts: Sequence[Prompt], language: str | None = None
-) -> TextChecks:
+) -> TextCheckSummary:
     """Check the texts of a model's captions. Store the problem of each rejected caption in the database.
 
     Args:
-        prompts: Prompts whose captions are checked. Of duplicate captions of an image, the caption from the earliest
-            prompt is kept.
+        prompts: Prompts whose captions are checked. Of duplicate captions of an image, the first prompt's caption is
+            accepted.
         language: Expected language. Default: the language of most captions of each prompt.
     """
-    checks = TextChecks(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
+    checks = TextCheckSummary(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
     with database.transaction():
         database.connection.execute(_TEMPORARY_TABLE)
         for position, prompt in enumerate(prompts):
             for batch in _iterate_captions(database, model, prompt):
-                rows = [_check_answer(answer, position, prompt, checks) for answer in batch]
+                rows = [_make_check_row(answer, position, prompt, checks) for answer in batch]
                 database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?)", rows)
             code = find_language_code(language) if language else _find_main_language(database, position)
             if code is not None:
@@ -286,13 +286,13 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
         last = rows[-1][:2]
 
 
-def _check_answer(
-    answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextChecks
+def _make_check_row(
+    answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextCheckSummary
 ) -> tuple[str, int, int, int, str | None, str | None]:
-    """Return the row for the temporary table, and count the text in `checks`."""
+    """Return a row of the temporary table, and update the counts in `checks`."""
     image_hash, sample, text = answer
     shortened = strip_boilerplate_opening(text)
-    problem = find_problem(shortened, prompt.kind)
+    problem = find_text_problem(shortened, prompt.kind)
     checks.num_captions += 1
     checks.num_shortened += shortened != text
     language = None if problem else identify_language(shortened)
@@ -301,7 +301,7 @@ def _check_answer(
 
 
 def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
-    """Return the language of more than half of the captions with a known language, or None."""
+    """Return the language of more than half of the captions with an identified language, or None."""
     query = "SELECT language, count(*) FROM temp.checks WHERE position = ? AND language IS NOT NULL GROUP BY language"
     counts = Counter(dict(database.connection.execute(query, (position,))))
     code, count = counts.most_common(1)[0] if counts else (None, 0)
@@ -312,8 +312,8 @@ def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
 
 
 @dataclass
-class ScoredCaptions:
-    """Result of `score_captions`."""
+class ImageCheckSummary:
+    """Summary of the comparison of captions with their images."""
 
     encoder: str  # name of the dual encoder
     max_rank: float
@@ -328,19 +328,19 @@ def score_captions(
     prompts: Sequence[Prompt],
     encoder: DualEncoder,
     max_rank: float,
-) -> ScoredCaptions:
-    """Compare captions without other problems with their images, and reject captions that match other images better.
+) -> ImageCheckSummary:
+    """Compare captions with their images, and reject captions that match too many other images better.
 
-    The score of a caption is its cosine similarity to its image. The rank is the fraction of a sample of other images
-    that match the caption better, from 0 to 1. Ties count half. Captions with a rank above `max_rank` are rejected.
+    Captions with other problems are skipped. The score of a caption is its cosine similarity to its image. The rank is
+    the fraction of a sample of other images that match the caption better, from 0 to 1. Ties count half.
 
-    With any encoder, the mean rank of random captions is 0.5. Unlike a score threshold, `max_rank` therefore does not
-    depend on the encoder.
+    Captions with a rank above `max_rank` are rejected. The mean rank of random captions is 0.5 for any encoder, so,
+    unlike a score threshold, `max_rank` does not depend on the encoder.
     """
-    sample_hashes, sample = _encode_sample(database, encoder)
-    result = ScoredCaptions(encoder.name, max_rank, sample_size=len(sample_hashes))
+    sample_hashes, sample = _encode_sample_images(database, encoder)
+    result = ImageCheckSummary(encoder.name, max_rank, sample_size=len(sample_hashes))
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
-        for rows in iter_chunks(database.iterate_images(distinct=True), IMAGES_PER_BATCH):
+        for rows in iter_chunks(database.iterate_image_rows(distinct=True), IMAGES_PER_BATCH):
             hashes, embeddings = _encode_images(database, rows, encoder)
             result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
@@ -358,7 +358,7 @@ def score_captions(
                 for answer, score, rank in zip(answers, scores.tolist(), ranks.tolist(), strict=True):
                     problem = MISMATCH if rank > max_rank else None
                     scored.append(replace(answer, problem=problem, score=score, rank=rank))
-                database.update_checks(scored)
+                database.update_check_results(scored)
                 result.num_captions += len(scored)
             bar.update(len(rows))
     return result
@@ -371,11 +371,11 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
         texts: Embeddings of N captions, of shape (N, D).
         images: Embedding of each caption's image, of shape (N, D).
         sample: Embeddings of S images, of shape (S, D).
-        is_own: Boolean mask of each caption's own image in the sample, of shape (N, S). Own images are not counted.
+        is_own: Boolean mask of each caption's own image in the sample, of shape (N, S). Own images are excluded.
 
     Returns:
-        Scores (cosine similarities) and ranks (fractions of other images that match better), both of shape (N,). Ranks
-        are 0 without other images.
+        Scores (cosine similarities) and ranks (fractions of other images that match better), both of shape (N,). If
+        there are no other images, the rank is 0.
     """
     scores = (texts * images).sum(1)
     differences = texts @ sample.T - scores[:, None]  # (N, S)
@@ -385,14 +385,14 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
     return scores, num_better / num_others.clamp(min=1)
 
 
-def _encode_sample(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
-    """Return the hashes and embeddings of a random sample of the images.
+def _encode_sample_images(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
+    """Return the hashes and embeddings of a sample of the images.
 
-    The sample consists of the images with the smallest hashes, so it hardly changes when images are added.
+    The sample consists of the images with the smallest hashes, so adding images hardly changes the sample.
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
-    return _encode_images(database, [database.read_image(number) for number in numbers], encoder)
+    return _encode_images(database, [database.read_image_row(number) for number in numbers], encoder)
 
 
 def _encode_images(
@@ -409,5 +409,5 @@ def _encode_images(
 
 
 def find_image_file(database: CaptionDatabase, row: ImageRow) -> FileImage:
-    """Return the image file of a record, whose path may be relative to the output folder."""
+    """Return the image file of a record. Relative paths are resolved against the output folder."""
     return FileImage(str(Path(database.file).absolute().parent / row.record["image"]))

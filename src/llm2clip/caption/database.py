@@ -1,7 +1,7 @@
-"""SQLite database of a captioning run, with the images of the sources and the answers of the model.
+"""SQLite database of a captioning run, with the source images and the answers of the model.
 
-The database makes runs resumable: each answer is committed when it arrives, and stored answers are not requested again.
-Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images are not requested again either.
+A run can be resumed, because each answer is committed when it arrives, and stored answers are not requested again.
+Images are identified by the SHA-256 hash of their bytes, so a moved or duplicate image needs no new requests.
 """
 
 import json
@@ -31,14 +31,14 @@ CREATE TABLE answers(
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
-# Tokens of earlier attempts are included, because they have been paid for.
+# Token counts include earlier attempts, because failed attempts can also cost money.
 _ADD_ANSWER = f"""
 INSERT INTO answers VALUES ({", ".join("?" * 13)})
 ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
   date = excluded.date, input_tokens = input_tokens + excluded.input_tokens,
   output_tokens = output_tokens + excluded.output_tokens
 """
-# Answers of a model to given prompts for the current images.
+# Selects a model's answers to the specified prompts for the current images.
 _CURRENT_ANSWERS = """
 FROM answers WHERE model = ? AND ({prompts}) AND EXISTS (SELECT 1 FROM images WHERE images.hash = answers.hash)
 """
@@ -56,36 +56,36 @@ SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_capt
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """A row of the table `answers`, with fields in the order of the columns. The first four fields are the key."""
+    """Row of the table `answers`. The fields are in column order, and the first four are the primary key."""
 
-    hash: str  # of the image
+    hash: str  # `ImageRow.hash`
     prompt: str  # `Prompt.key`
     sample: int  # from 0
-    model: str  # name of the model
+    model: str
     text: str | None  # caption, or None if the request failed
     error: str | None  # reason why the last request failed, or None
     temperature: float
-    date: str  # UTC, such as 2026-11-29
+    date: str  # UTC date, such as 2026-11-29
     input_tokens: int = 0
     output_tokens: int = 0
-    problem: str | None = None  # reason why quality control rejects the caption
+    problem: str | None = None  # reason why quality control rejects the caption, or None
     score: float | None = None  # cosine similarity between the caption and its image (see `score_captions`)
     rank: float | None = None  # fraction of other images that match the caption better
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """A row of the table `images`: a source record with an image."""
+    """Row of the table `images`, which contains the source records with an image."""
 
     number: int  # zero-based position of the record in the sources
     key: str  # identifier of the image reference in its source
     hash: str  # SHA-256 of the image's bytes
-    record: dict[str, Any]  # without generated captions; `image` may be relative to the output folder
+    record: dict[str, Any]  # source record; its `image` may be relative to the output folder
     version: str | None = None  # size and modification time of the image file, or None if it is not a local file
 
 
 class CaptionDatabase:
-    """SQLite database next to the output file. Each thread must open its own instance or hold a lock.
+    """SQLite database next to the output file. Each thread must open its own instance, or share one with a lock.
 
     Raises:
         FormatVersionError: The file has a different format version.
@@ -114,7 +114,7 @@ class CaptionDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all changes in the `with` block at its end. Roll them back if it raises an exception."""
+        """Commit the changes of the `with` block. If the block raises an exception, roll the changes back."""
         with self._convert_errors():
             self.connection.execute("BEGIN IMMEDIATE")
             try:
@@ -126,15 +126,12 @@ class CaptionDatabase:
 
     # ---- images
 
-    def replace_images(self, rows: Iterable[ImageRow]) -> None:
-        """Replace all rows of the table `images` in one transaction.
-
-        Records with the same key are merged into the first of them.
-        """
+    def replace_image_rows(self, rows: Iterable[ImageRow]) -> None:
+        """Replace the rows of the table `images` in one transaction. Merge records with the same key."""
         with self.transaction():
             self.connection.execute("DELETE FROM images")
             for row in rows:
-                earlier = self.find_image(row.key)
+                earlier = self.find_image_row(row.key)
                 if earlier is not None:
                     record = json.dumps(_merge_records(earlier.record, row.record))
                     self.connection.execute("UPDATE images SET record = ? WHERE number = ?", (record, earlier.number))
@@ -142,13 +139,13 @@ class CaptionDatabase:
                     values = (row.number, row.key, row.hash, json.dumps(row.record), row.version)
                     self.connection.execute("INSERT INTO images VALUES (?, ?, ?, ?, ?)", values)
 
-    def find_image(self, key: str) -> ImageRow | None:
+    def find_image_row(self, key: str) -> ImageRow | None:
         row = self.connection.execute("SELECT * FROM images WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _to_image_row(row)
+        return None if row is None else _parse_image_row(row)
 
-    def read_image(self, number: int) -> ImageRow:
+    def read_image_row(self, number: int) -> ImageRow:
         row = self.connection.execute("SELECT * FROM images WHERE number = ?", (number,)).fetchone()
-        return _to_image_row(row)
+        return _parse_image_row(row)
 
     def has_source_captions(self, image_hash: str) -> bool:
         """Return True if any source record with this image has captions."""
@@ -159,30 +156,30 @@ class CaptionDatabase:
         ((count,),) = self.connection.execute("SELECT count(DISTINCT hash) FROM images")
         return int(count)
 
-    def iterate_images(self, distinct: bool = False) -> Iterator[ImageRow]:
-        """Yield all records in source order. The database may change during the iteration.
+    def iterate_image_rows(self, distinct: bool = False) -> Iterator[ImageRow]:
+        """Yield all rows in source order. If `distinct` is True, yield only the first row of each image.
 
-        With `distinct`, yield only the first record of each image.
+        The database may change during the iteration.
         """
         is_first = "number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)"
         condition = f"number > ? AND {is_first}" if distinct else "number > ?"
         query = f"SELECT * FROM images WHERE {condition} ORDER BY number LIMIT 1000"
         last = -1
         while rows := self.connection.execute(query, (last,)).fetchall():
-            yield from map(_to_image_row, rows)
+            yield from map(_parse_image_row, rows)
             last = rows[-1][0]
 
     # ---- answers
 
     def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
-        """Store answers in one transaction. An answer replaces a failed request with the same key."""
+        """Store answers in one transaction. An answer replaces an earlier failed request with the same key."""
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 
     def list_answers(self, image_hash: str, model: str, prompts: Sequence[Prompt]) -> list[StoredAnswer]:
         """Return a model's answers for an image, including failed requests, in the order of the prompts.
 
-        Samples beyond the number that a prompt requests are omitted.
+        Only the first `Prompt.samples` answers to each prompt are returned.
         """
         query = "SELECT * FROM answers WHERE hash = ? AND prompt = ? AND model = ? AND sample < ? ORDER BY sample"
         answers = []
@@ -192,31 +189,35 @@ class CaptionDatabase:
         return answers
 
     def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:
-        """Return the number of answers for the current images. `only_captions` excludes failed requests."""
+        """Count a model's answers for the current images. If `only_captions` is True, exclude failed requests."""
         query = f"SELECT count(*) {_CURRENT_ANSWERS}"
-        ((count,),) = self._select(f"{query} AND error IS NULL" if only_captions else query, model, prompts)
+        ((count,),) = self._query_current_answers(
+            f"{query} AND error IS NULL" if only_captions else query, model, prompts
+        )
         return int(count)
 
-    def count_problems(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
-        """Return the number of rejected captions of the current images for each problem."""
+    def count_rejected_by_problem(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
+        """Count the rejected captions of the current images for each problem."""
         query = f"SELECT problem, count(*) {_CURRENT_ANSWERS} AND problem IS NOT NULL GROUP BY problem"
-        return Counter(dict(self._select(query, model, prompts)))
+        return Counter(dict(self._query_current_answers(query, model, prompts)))
 
-    def count_errors(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
-        """Return (reason, number of requests, example error) for the most common reasons why requests failed."""
-        return self._select(_COUNT_ERRORS, model, prompts, limit)
+    def count_errors_by_reason(self, model: str, prompts: Sequence[Prompt], limit: int) -> list[tuple[str, int, str]]:
+        """Return the most common reasons for failed requests, as (reason, number of requests, example error)."""
+        return self._query_current_answers(_COUNT_ERRORS, model, prompts, limit)
 
     def count_images_without_caption(self, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
-        """Count the current images without an accepted caption. All images must have been requested.
+        """Count the images without an accepted caption. Captions must have been requested for all images.
 
         Returns:
             The number of images for which all requests failed, and the number of images with only rejected captions.
         """
-        ((num_failed, num_rejected),) = self._select(_COUNT_WITHOUT_CAPTION, model, prompts)
+        ((num_failed, num_rejected),) = self._query_current_answers(_COUNT_WITHOUT_CAPTION, model, prompts)
         return int(num_failed), int(num_rejected)
 
-    def _select(self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object) -> list[Any]:
-        """Run a query that contains `_CURRENT_ANSWERS`."""
+    def _query_current_answers(
+        self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object
+    ) -> list[Any]:
+        """Return the result of a query that contains `_CURRENT_ANSWERS`."""
         condition = " OR ".join(["prompt = ? AND sample < ?"] * len(prompts))
         samples = [value for prompt in prompts for value in (prompt.key, prompt.samples)]
         return self.connection.execute(query.format(prompts=condition), (model, *samples, *parameters)).fetchall()
@@ -226,8 +227,8 @@ class CaptionDatabase:
         query = "SELECT coalesce(sum(input_tokens), 0), coalesce(sum(output_tokens), 0) FROM answers WHERE model = ?"
         return self.connection.execute(query, (model,)).fetchone()
 
-    def update_checks(self, answers: Iterable[StoredAnswer]) -> None:
-        """Store the problem, score and rank of answers in one transaction."""
+    def update_check_results(self, answers: Iterable[StoredAnswer]) -> None:
+        """Store the problem, score and rank of each answer in one transaction."""
         query = """UPDATE answers SET problem = ?, score = ?, rank = ?
           WHERE hash = ? AND prompt = ? AND sample = ? AND model = ?"""
         with self.transaction():
@@ -244,13 +245,13 @@ class CaptionDatabase:
             raise OSError(f"{self.file}: {error}") from error
 
 
-def _to_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
+def _parse_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
     number, key, image_hash, record, version = row
     return ImageRow(number, key, image_hash, json.loads(record), version)
 
 
 def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge two records of an image, including their captions. For other fields, the first record takes precedence."""
+    """Merge the lists of two records, such as captions. For other fields, the first record takes precedence."""
     merged = second | first
     for name, values in second.items():
         if isinstance(values, list):

@@ -9,7 +9,7 @@ With --out captions.jsonl, a run writes the following files:
     captions_skipped.jsonl     unreadable images
     captions_images/           copies of images that are not local files: members of tars, cells of tables, URLs
 
-Runs ignore these files in folders that they read as sources.
+Runs ignore these output files in source folders.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from llm2clip.caption.checks import (
     DUPLICATE,
     MANY_IMAGES,
     MISMATCH,
-    ScoredCaptions,
-    TextChecks,
+    ImageCheckSummary,
+    TextCheckSummary,
     find_image_file,
     strip_boilerplate_opening,
 )
@@ -48,10 +48,10 @@ from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-WRITTEN_BY_CAPTION = "not read, because `llm2clip caption` has written it"
-MAX_IMAGES = 200  # in the report
-MAX_ERRORS = 20  # reasons for failed requests in the report
-MAX_SOURCE_CAPTIONS = 10  # per image in the report
+WRITTEN_BY_CAPTION = "not read, because written by `llm2clip caption`"
+MAX_IMAGES = 200  # maximum number of images in the report
+MAX_ERRORS = 20  # maximum number of reasons for failed requests in the report
+MAX_SOURCE_CAPTIONS = 10  # maximum number of source captions per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels
 _COPIED_IMAGE = re.compile(r"(.*)_images/[0-9a-f]{64}\.\w+", re.DOTALL)
@@ -65,8 +65,8 @@ ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) != ?) DESC, max(rank) DES
 """
 
 
-class CaptionOutput:
-    """Paths of the files of a captioning run, derived from the output path, which must end with .jsonl."""
+class CaptionOutputPaths:
+    """Paths of the output files of a captioning run, derived from the path of the records."""
 
     def __init__(self, records: Path) -> None:
         self.records = records
@@ -76,57 +76,57 @@ class CaptionOutput:
         self.skipped = records.with_name(f"{records.stem}_skipped.jsonl")
         self.images = records.with_name(f"{records.stem}_images")
 
-    def check(self) -> None:
-        """Raise ValueError if the path is invalid, or if a file exists that was not written by a captioning run."""
+    def check_records_path(self) -> None:
+        """Raise ValueError if `records` is not a .jsonl path, or exists but was not written by a captioning run."""
         if self.records.suffix.lower() != ".jsonl":
             raise ValueError(f"--out must be a .jsonl file (got {self.records})")
         if self.records.exists() and not self.database.exists():
             raise ValueError(
-                f"--out {self.records} already exists, and was not written by `llm2clip caption`, because "
-                f"{self.database.name} does not exist. Choose another file"
+                f"--out {self.records} already exists, but was not written by `llm2clip caption` "
+                f"({self.database.name} does not exist). Choose another file"
             )
 
 
 # ---- list the images -------------------------------------------------------------------------------------------------
 
 
-def list_images(
+def list_image_rows(
     sources: Sequence[str],
     columns: dict[str, str],
-    output: CaptionOutput,
+    output: CaptionOutputPaths,
     log: SkipLog,
     earlier: CaptionDatabase,
 ) -> Iterator[ImageRow]:
     """Yield a row for each record with an image. Copy images that are not local files to the images folder.
 
     Args:
-        columns: Mapping from fields to source columns; see `Source`.
-        earlier: Database with the images of the previous run. Unchanged files are not read again.
+        columns: Source column of each field.
+        earlier: Database of the previous run, from which the hashes of unchanged files are reused.
     """
     number = 0
     with ProgressBar(desc="read", unit="image") as bar:
         for source in sources:
-            for record, image in _open_images(source, columns, output, log):
+            for record, image in _iterate_image_records(source, columns, output, log):
                 key = image.key.encode(errors="backslashreplace").decode()  # file names can contain invalid bytes
                 try:
                     if isinstance(image, FileImage) and not is_remote(image.path):
                         path = os.path.abspath(image.path)
-                        image_hash, version = _hash_file(image, earlier.find_image(key))
+                        image_hash, version = _hash_file(image, earlier.find_image_row(key))
                     else:
                         path, image_hash, version = *_copy_image(image.read(), output), None
                 except (OSError, ImageFormatError, DecodingLimitError) as error:
                     log.skip(str(image), number, UNREADABLE_IMAGE, error)
                     continue
                 path = path.removeprefix(os.path.join(os.path.abspath(output.records.parent), ""))
-                yield ImageRow(number, key, image_hash, _make_record(record, path), version)
+                yield ImageRow(number, key, image_hash, _make_source_record(record, path), version)
                 number += 1
                 bar.update()
 
 
-def _open_images(
-    source: str, columns: dict[str, str], output: CaptionOutput, log: SkipLog
+def _iterate_image_records(
+    source: str, columns: dict[str, str], output: CaptionOutputPaths, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
-    """Yield pairs of record and image. Omit records without an image and the output of captioning runs."""
+    """Yield each record with its image. Skip records without an image, and the output of captioning runs."""
     parsed = Source.parse(source, columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
     # The output of another run is read only if the user names the file.
@@ -146,7 +146,7 @@ def _open_images(
             yield record, record.image
 
 
-def _make_record(record: Record, path: str) -> dict[str, Any]:
+def _make_source_record(record: Record, path: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"image": path, "id": record.id}
     for name in TEXT_FIELDS:
         if texts := getattr(record, name):
@@ -157,7 +157,7 @@ def _make_record(record: Record, path: str) -> dict[str, Any]:
 
 
 def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
-    """Return the hash and version of an image file, which is read only if it has changed since the previous run."""
+    """Return the hash and version of an image file. Read the file only if its version has changed."""
     ((size, modified),) = get_file_version(image.path)
     version = f"{size} {modified}"
     if earlier is not None and earlier.version == version:
@@ -165,14 +165,14 @@ def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
     return hashlib.sha256(image.read()).hexdigest(), version
 
 
-def _copy_image(data: bytes, output: CaptionOutput) -> tuple[str, str]:
+def _copy_image(data: bytes, output: CaptionOutputPaths) -> tuple[str, str]:
     image_hash = hashlib.sha256(data).hexdigest()
     image_format = (open_header(BytesIO(data)).format or "").lower()
     suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
     path = output.images.absolute() / f"{image_hash}.{suffix}"
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # random, so other users cannot plant a link
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # random, so that other users cannot place a link
         with explain_write_errors(path), temporary.open("xb") as stream:
             stream.write(data)
         temporary.replace(path)
@@ -192,10 +192,10 @@ def _is_copied_image(path: str) -> bool:
 
 
 def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """Write the records with their accepted captions. Return the number of records and of generated captions."""
+    """Write the records with their accepted captions. Return the numbers of records and generated captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
-        for row in database.iterate_images():
+        for row in database.iterate_image_rows():
             answers = database.list_answers(row.hash, model, prompts)
             accepted = [answer for answer in answers if answer.text is not None and answer.problem is None]
             record = _add_captions(row, accepted, prompts, database.has_source_captions(row.hash))
@@ -234,10 +234,10 @@ def _add_captions(
 
 
 def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
-    """Write all failed requests and their reasons to a file, unless there are none. Return the number of requests."""
+    """Write the failed requests, if any, and their reasons to a file. Return the number of failed requests."""
     num_failures = 0
     with _open_jsonl(file) as stream:
-        for row in database.iterate_images(distinct=True):
+        for row in database.iterate_image_rows(distinct=True):
             for answer in database.list_answers(row.hash, model, prompts):
                 if answer.error is not None:
                     failure = {"image": row.record["image"], "id": row.record["id"], "prompt": answer.prompt}
@@ -260,21 +260,21 @@ def _open_jsonl(file: Path) -> Iterator[TextIO]:
 
 @dataclass(frozen=True)
 class CaptionReport:
-    """Results of a captioning run for its report."""
+    """Data for the report of a captioning run."""
 
-    sources: Sequence[str]  # as specified by the user
-    model: str  # name of the captioner
+    sources: Sequence[str]  # source strings from the command line
+    model: str
     prompts: Sequence[Prompt]
-    checks: TextChecks
-    scores: ScoredCaptions | None = None  # None if the captions were not compared with their images
-    seconds: float = 0.0  # duration of the run
+    checks: TextCheckSummary
+    scores: ImageCheckSummary | None = None  # None if the captions were not compared with their images
+    seconds: float = 0.0  # duration of the run in seconds
 
 
 def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
-    blocks = build_blocks(database, report)
-    cards = [_make_card(database, row, report) for row in find_worst_images(database, report)]
+    blocks = build_report_blocks(database, report)
+    cards = [_make_caption_card(database, row, report) for row in select_worst_images(database, report)]
     if cards:
-        text = f"{format_count(len(cards), 'image')}: failed or rejected captions first, then by highest rank."
+        text = f"{format_count(len(cards), 'image')}, sorted by number of failed or rejected captions, then by rank."
         blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)
@@ -283,8 +283,8 @@ def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionR
 
 def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     num_captions = report.checks.num_captions
-    problems = database.count_problems(report.model, report.prompts)
-    num_failed = sum(count for _, count, _ in database.count_errors(report.model, report.prompts, MAX_ERRORS))
+    problems = database.count_rejected_by_problem(report.model, report.prompts)
+    num_failed = sum(count for _, count, _ in database.count_errors_by_reason(report.model, report.prompts, MAX_ERRORS))
     failures = f" {format_count(num_failed, 'request')} failed." if num_failed else ""
     if not num_captions:
         return f"No image has a caption.{failures}"
@@ -293,21 +293,20 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     if problems:
         [(problem, count)] = problems.most_common(1)
         share = 100 * problems.total() / num_captions
-        verdict = f"Rejected: {problems.total():,} of {captions} ({share:.1f}%)"
-        verdict += f", most of them because: {problem} ({count:,})." if len(problems) > 1 else f": {problem}."
+        verdict = f"Rejected: {problems.total():,} of {captions} ({share:.1f}%). Main reason: {problem} ({count:,})."
     if not num_failed and report.scores is None:
-        verdict += " They were not compared with their images."
+        verdict += " The captions were not compared with their images."
     return verdict + failures
 
 
-def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
-    problems = database.count_problems(report.model, report.prompts)
+def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
+    problems = database.count_rejected_by_problem(report.model, report.prompts)
     input_tokens, output_tokens = database.count_tokens(report.model)
     numbers = {
         "images": database.count_images(),
         "captions": report.checks.num_captions,
         "rejected captions": problems.total(),
-        "captions whose opening was removed": report.checks.num_shortened,
+        "captions with a removed boilerplate opening": report.checks.num_shortened,
         "input tokens": input_tokens,
         "output tokens": output_tokens,
     }
@@ -325,39 +324,39 @@ def build_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block
         Paragraph(f'Captions shared by more than {report.checks.max_images:,} images are rejected as "{MANY_IMAGES}".'),
     ]
     rows = []
-    for reason, count, example in database.count_errors(report.model, report.prompts, MAX_ERRORS):
+    for reason, count, example in database.count_errors_by_reason(report.model, report.prompts, MAX_ERRORS):
         rows.append((shorten_text(reason), f"{count:,}", shorten_text(example.removeprefix(reason).removeprefix(": "))))
     if rows:
         blocks += [Heading("Failed requests"), Table(["reason", "requests", "example"], rows)]
     return blocks
 
 
-def _describe_comparison(scores: ScoredCaptions | None, num_mismatches: int) -> str:
+def _describe_comparison(scores: ImageCheckSummary | None, num_mismatches: int) -> str:
     if scores is not None:
         text = (
-            f"Captions compared with {format_count(scores.sample_size, 'image')} by {scores.encoder}: "
-            f"{scores.num_captions:,}. "
-            f"A caption is rejected if more than {scores.max_rank:.0%} of these images match it better than its image."
+            f"{scores.encoder} compared {format_count(scores.num_captions, 'caption')} with "
+            f"{format_count(scores.sample_size, 'image')}. A caption is rejected if more than {scores.max_rank:.0%} of "
+            "the other images match the caption better than its own image."
         )
         if scores.num_unreadable:
             unreadable = format_count(scores.num_unreadable, "image")
-            text += f" {unreadable} could not be decoded, so the captions were not compared."
+            text += f" The captions of {unreadable} were not compared, because decoding failed."
         return text
     if num_mismatches:
-        return "This run did not compare the captions with their images. Earlier rejections remain valid."
-    return "The captions were not compared with their images. To compare them, use --check MODEL."
+        return "The captions were not compared with their images. Rejections by earlier comparisons remain in effect."
+    return "The captions were not compared with their images. To compare captions with images, use --check MODEL."
 
 
-def find_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
-    """Return at most `MAX_IMAGES` images, most failed or rejected captions first, then by highest rank."""
+def select_worst_images(database: CaptionDatabase, report: CaptionReport) -> list[ImageRow]:
+    """Return at most `MAX_IMAGES` rows, sorted by number of failed or rejected captions, then by highest rank."""
     keys = [prompt.key for prompt in report.prompts]
     query = _WORST_IMAGES.format(prompts=", ".join("?" * len(keys)))
     parameters = (report.model, *keys, DUPLICATE, DUPLICATE, MAX_IMAGES)
     numbers = [number for (number,) in database.connection.execute(query, parameters)]
-    return [database.read_image(number) for number in numbers]
+    return [database.read_image_row(number) for number in numbers]
 
 
-def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
+def _make_caption_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
     texts: dict[str, list[str]] = {}
     for answer in database.list_answers(row.hash, report.model, report.prompts):
         label, text = "failed requests", shorten_text(answer.error or "")
@@ -373,7 +372,7 @@ def _make_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) 
 
 
 def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
-    """Return a card with the thumbnail, name and size of an image, or with the error if it cannot be decoded."""
+    """Return a card with the thumbnail, name and size of an image, or with the decoding error."""
     jpeg, size, error = None, [], ""
     try:
         pixels = load_image(image)

@@ -22,20 +22,20 @@ _NAME = re.compile(r"[a-z0-9_]+")
 
 @dataclass
 class CaptionOptions:
-    """Options of the command `caption`. The docstrings are the help texts of the command-line options."""
+    """Options of the command `caption`. The attribute docstrings are the help texts."""
 
     endpoint: str | None = None
-    """URL of a server with OpenAI's chat API, such as http://localhost:8000/v1, to which the images are sent. The API
-    key is read from the environment variable LLM2CLIP_API_KEY."""
+    """URL of a server with OpenAI's chat API, such as http://localhost:8000/v1. The images are sent to this server. The
+    API key is read from the environment variable LLM2CLIP_API_KEY."""
     prompts: str | None = None
     """YAML file with prompts. Default: two short captions and one dense caption per image."""
     language: str | None = None
     """Language of the captions, such as "German". Captions in other languages are rejected. Default: the language that
     the model uses for most captions."""
     use_captions: bool = False
-    """Give the model the first source caption of each image, in prompts that contain {caption}."""
+    """Insert the first source caption of each image into prompts that contain {caption}."""
     image_size: int = 768
-    """Shrink images to at most this size, in pixels per side."""
+    """Maximum width and height of the images, in pixels. Larger images are shrunk."""
     batch_size: int = 32
     """Number of images per batch, without --endpoint. Halved if a batch does not fit in device memory."""
     concurrency: int = 8
@@ -46,9 +46,9 @@ class CaptionOptions:
     """Maximum response time of the server, in seconds."""
     check: str | None = None
     """Dual encoder that compares each caption with its image: an llm2clip model, or any other model that `evaluate`
-    accepts. Default: only the texts are checked."""
+    accepts. Default: check only the texts."""
     check_max_rank: float = 0.25
-    """Reject a caption if more than this fraction of other images match it better than its own image."""
+    """Reject a caption if more than this fraction of other images match the caption better than its own image."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05
@@ -62,7 +62,7 @@ class CaptionOptions:
 
 
 def describe_missing_server(address: str, error: Exception) -> str:
-    return f"no server responds at {address}. Start it, or check the URL ({error})"
+    return f"no server responds at {address} ({error}). Start the server, or check the URL"
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def describe_missing_server(address: str, error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An instruction to write a caption. Raise ValueError if a value is invalid."""
+    """Instruction to write a caption. Invalid values raise ValueError."""
 
     name: str
     kind: Kind  # "short" for a sentence, "dense" for a detailed description
@@ -80,15 +80,19 @@ class Prompt:
     max_tokens: int = 100  # per answer
 
     def __post_init__(self) -> None:
-        self._require("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
+        self._check_field("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
         is_text = isinstance(self.text, str) and 0 < len(self.text.strip()) <= MAX_TEXT_CHARACTERS
-        self._require("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
-        self._require("samples", _is_integer(self.samples, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES}")
+        self._check_field("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
+        self._check_integer("samples", MAX_SAMPLES)
         is_temperature = type(self.temperature) in (int, float) and 0 <= self.temperature <= 2
-        self._require("temperature", is_temperature, "a number from 0 to 2")
-        self._require("max_tokens", _is_integer(self.max_tokens, MAX_TOKENS), f"an integer from 1 to {MAX_TOKENS}")
+        self._check_field("temperature", is_temperature, "a number from 0 to 2")
+        self._check_integer("max_tokens", MAX_TOKENS)
 
-    def _require(self, field: str, is_valid: bool, description: str) -> None:
+    def _check_integer(self, field: str, maximum: int) -> None:
+        value = getattr(self, field)
+        self._check_field(field, type(value) is int and 1 <= value <= maximum, f"an integer from 1 to {maximum}")
+
+    def _check_field(self, field: str, is_valid: bool, description: str) -> None:
         if not is_valid:
             value = repr(getattr(self, field))
             shown = value if len(value) <= 100 else f"{value[:100]}..."
@@ -99,8 +103,8 @@ class Prompt:
         """Prompt name plus a hash of its text, so that changing the text requests the captions again."""
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
-    def fill(self, caption: str | None) -> str:
-        """Return the instruction for an image. Without a caption, lines with {caption} are omitted."""
+    def insert_caption(self, caption: str | None) -> str:
+        """Return the instruction with an inserted caption. If there is no caption, omit lines with {caption}."""
         if CAPTION_FIELD not in self.text:
             return self.text
         if caption is None:
@@ -116,7 +120,7 @@ def load_prompts(
 
     Args:
         file: YAML file that maps prompt names to fields. Default: the built-in prompts.
-        language: Language of the answers, such as "German". Default: the model chooses, usually English.
+        language: Language of the answers, such as "German". Default: chosen by the model.
         use_captions: Keep lines with {caption}. Otherwise, remove them.
 
     Raises:
@@ -131,7 +135,7 @@ def load_prompts(
         raise ValueError(f"{path}: not a valid YAML file ({error})") from error
     if not isinstance(content, dict) or not content or not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path} must map the names of prompts to their fields, as in {DEFAULT_FILE}")
-    counts = Counter(key.value for key, _ in root.value)  # safe_load keeps only the last prompt with a name
+    counts = Counter(key.value for key, _ in root.value)  # safe_load drops repeated names without an error
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{path}: several prompts have the name {repeated[0]}. Give each prompt a different name")
     prompts = []
@@ -158,13 +162,9 @@ def _parse_prompt(name: str, values: Any, language: str | None, use_captions: bo
     prompt = Prompt(name, **values)
     text = (prompt.text if use_captions else _drop_caption_lines(prompt.text)).strip()
     if not text:
-        raise ValueError(f"text must be an instruction with a line without {CAPTION_FIELD} (got {prompt.text!r})")
+        raise ValueError(f"text must contain a line without {CAPTION_FIELD} (got {prompt.text!r})")
     return replace(prompt, text=f"{text}\nAnswer in {language}." if language else text)
 
 
 def _drop_caption_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)
-
-
-def _is_integer(value: Any, largest: int) -> bool:
-    return type(value) is int and 1 <= value <= largest

@@ -1,7 +1,6 @@
-"""Captioning runs, which request captions for all images of the sources and write records with these captions.
+"""Captioning runs, which request captions for source images and write records with the captions.
 
-The first pass over the sources lists and hashes the images, and the second pass requests the missing captions. Then all
-captions are checked, and the accepted captions are written.
+A run lists and hashes the images, requests the missing captions, checks all captions, and writes the accepted captions.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
-    CaptionOutput,
+    CaptionOutputPaths,
     CaptionReport,
-    build_blocks,
+    build_report_blocks,
     describe_captions,
-    list_images,
+    list_image_rows,
     write_caption_report,
     write_failures,
     write_records,
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from llm2clip.caption.captioners import Captioner
     from llm2clip.models.dual_encoder import DualEncoder
 
-POLL_INTERVAL = 0.1  # seconds between checks of the stop signal
+POLL_INTERVAL = 0.1  # maximum delay until a signal is handled, in seconds
 
 OpenEncoder = Callable[[], "DualEncoder"]
 
@@ -63,17 +62,17 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
 
     For the exceptions, see `caption_images`.
     """
-    check_extra("caption", "captioning")  # py3langid is needed only after captioning
+    check_extra("caption", "captioning")  # checked now, because py3langid is needed only after captioning
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
 
-    CaptionOutput(out).check()
+    CaptionOutputPaths(out).check_records_path()
     prompts = load_prompts(options.prompts, options.language, options.use_captions)
     open_encoder = None
     if options.check is not None:
         from llm2clip.models.dual_encoder import open_dual_encoder
 
         open_encoder = partial(open_dual_encoder, options.check, process_state().device)
-        if process_state().is_main_process:  # the encoder is needed only after captioning, but must be valid
+        if process_state().is_main_process:  # fails before captioning if the encoder is invalid
             open_encoder()
             free_memory()
     if options.endpoint is None:
@@ -85,7 +84,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
                 "concurrent requests with --concurrency"
             )
         endpoint = EndpointCaptioner(options.endpoint, model, options.concurrency, options.retries, options.timeout)
-        print_once(*endpoint.describe())
+        print_once(*endpoint.describe_endpoint())
         captioner = endpoint
     return caption_images(sources, out, captioner, prompts, options, open_encoder)
 
@@ -100,31 +99,31 @@ def caption_images(
 ) -> list[str]:
     """Write captions for all images in the sources to a JSONL file. Return lines to print. Must be called by all ranks.
 
-    Captions that are already in the database are not requested again, so an interrupted run can be resumed, and images
-    can be added.
+    Captions that are already in the database are not requested again, so an interrupted run can be resumed, and later
+    runs can add images.
 
     Args:
         open_encoder: Function that opens the dual encoder for comparing captions with their images. The main process
             calls it after all captions have been requested.
 
     Raises:
-        KeyboardInterrupt: The process received SIGINT or SIGTERM. As after any error, all answers have been stored.
+        KeyboardInterrupt: The process received SIGINT or SIGTERM. All received answers have been stored.
         TooManySkipped: More than `options.max_skipped` of the images are unreadable, or have no caption because
             requests failed.
         ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
-        FolderInUseError: Another run is writing to the same folder.
+        FolderInUseError: Another run is writing to the same file.
     """
-    output = CaptionOutput(out)
-    output.check()
+    output = CaptionOutputPaths(out)
+    output.check_records_path()
     is_main = process_state().is_main_process
     with folder_lock(out.parent, f".{out.name}.lock") if is_main else nullcontext():
         log = SkipLog(output.skipped if is_main else None, options.max_skipped)
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
-                closing(CaptionDatabase(output.database)) as earlier,  # reads the old images until the transaction ends
+                closing(CaptionDatabase(output.database)) as earlier,  # reads the rows of the previous run
             ):
-                database.replace_images(list_images(sources, options.columns, output, log, earlier))
+                database.replace_image_rows(list_image_rows(sources, options.columns, output, log, earlier))
                 if not database.count_images():
                     raise ValueError(f"there are no images to caption: {log.summary()}")
         wait_for_everyone()
@@ -133,35 +132,35 @@ def caption_images(
             lines: list[str] = []
             try:
                 with _stop_on_signals(run):
-                    run.ask_all()
+                    run.request_missing_captions()
             finally:
                 if sys.exception() is None:  # after an exception, torchrun stops the other ranks
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not after a second Ctrl+C
                     was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
-                    lines = _write_output(run, sources, log, open_encoder if was_completed else None)
+                    lines = _check_and_write_captions(run, sources, log, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
-                _check_result(run)
+                _check_missing_captions(run)
             wait_for_everyone()
             if run.was_interrupted:
                 raise KeyboardInterrupt
     return lines
 
 
-def _write_output(
+def _check_and_write_captions(
     run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
 ) -> list[str]:
     """Check all captions and write the output files.
 
-    The files are written before the comparison with the images, which can fail, and again after it.
+    Because the comparison with the images can fail, the files are written both before and after the comparison.
     """
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
-    report = CaptionReport(sources, model, prompts, checks, seconds=run.seconds)
+    report = CaptionReport(sources, model, prompts, checks, seconds=run.elapsed_seconds)
     lines = _write_files(run, report, log)
     if open_encoder is not None:
         scores = score_captions(database, model, prompts, open_encoder(), run.options.check_max_rank)
-        lines = _write_files(run, replace(report, scores=scores, seconds=run.seconds), log)
+        lines = _write_files(run, replace(report, scores=scores, seconds=run.elapsed_seconds), log)
     return lines
 
 
@@ -170,13 +169,13 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     num_records, num_captions = write_records(database, output.records, model, prompts)
     num_failures = write_failures(database, output.failures, model, prompts)
     write_caption_report(output.report, database, report)
-    lines = [render_text(build_blocks(database, report), describe_captions(database, report)), ""]
+    lines = [render_text(build_report_blocks(database, report), describe_captions(database, report)), ""]
     num_images = database.count_images()
     _, num_rejected = database.count_images_without_caption(model, prompts)
     if num_rejected > run.options.max_skipped * num_images:
         lines.append(
             f"Warning: no caption for {num_rejected:,} of {format_count(num_images, 'image')}, because quality control "
-            "has rejected all captions\n"
+            "rejected all captions\n"
         )
     captions = format_count(num_captions, "caption")
     lines += [
@@ -186,50 +185,48 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
     ]
     if num_failures:
         lines.append(
-            f"Failed requests: {num_failures:,}, listed in {output.failures}. To retry them, run the same command again"
+            f"Failed requests: {num_failures:,}, listed in {output.failures}. To retry, run the same command again"
         )
     return lines
 
 
-def _check_result(run: _CaptionRun) -> None:
+def _check_missing_captions(run: _CaptionRun) -> None:
     if num_missing := run.count_missing():  # a rank does not know whether other ranks were interrupted
         raise ValueError(
-            f"{format_count(num_missing, 'caption')} not requested, because another process was stopped. All other "
-            "captions are stored. To request the missing captions, run the same command again"
+            f"another process was stopped. Captions that have not been requested: {num_missing:,}. All other captions "
+            "are stored. To request the missing captions, run the same command again"
         )
     num_failed, num_rejected = run.database.count_images_without_caption(run.captioner.name, run.prompts)
     num_images = run.database.count_images()
     if num_failed > run.options.max_skipped * num_images:
-        _, num_requests, example = run.database.count_errors(run.captioner.name, run.prompts, limit=1)[0]
+        _, num_requests, example = run.database.count_errors_by_reason(run.captioner.name, run.prompts, limit=1)[0]
         raise TooManySkipped(
             f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
             f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
-            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry "
-            "them, run the same command again. To accept images without captions, raise the limit with --max_skipped"
+            f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry, run "
+            "the same command again. To accept images without captions, raise the limit with --max_skipped"
         )
     if num_failed + num_rejected == num_images:
         raise ValueError(
-            f"no image has a caption. Images whose captions were rejected by quality control: {num_rejected:,}. Images "
-            f"whose requests failed: {num_failed:,}. Reasons: {run.output.report}. Use another model or other prompts"
+            f"no image has an accepted caption. Images whose captions were rejected by quality control: "
+            f"{num_rejected:,}. Images whose requests failed: {num_failed:,}. The reasons are listed in "
+            f"{run.output.report}. Use another model or other prompts"
         )
 
 
-# ---- ask for captions ------------------------------------------------------------------------------------------------
+# ---- request captions ------------------------------------------------------------------------------------------------
 
 
 class _CaptionRun:
-    """Requests the missing captions. One thread reads the images, and other threads call the captioner.
+    """Captioning run in which one thread reads the images, and other threads call the captioner.
 
     Each thread stores its answers before it sends the next requests, so if the process is killed, at most one call per
     thread is lost.
-
-    Attributes:
-        was_interrupted: True if the process received a signal to stop.
     """
 
     def __init__(
         self,
-        output: CaptionOutput,
+        output: CaptionOutputPaths,
         captioner: Captioner,
         prompts: Sequence[Prompt],
         options: CaptionOptions,
@@ -239,17 +236,17 @@ class _CaptionRun:
         self.options, self.database = options, database
         self._captions_per_image = sum(prompt.samples for prompt in prompts)
         self._started_at = time.monotonic()
-        self.was_interrupted = False
+        self.was_interrupted = False  # True after a signal to stop
         self._stopped = threading.Event()
         self._error: BaseException | None = None  # error in a thread that calls the captioner
-        self._lock = threading.Lock()  # for the database and the progress bar
+        self._lock = threading.Lock()  # protects the database and the progress bar
         self._batches_lock = threading.Lock()
 
     @property
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         return time.monotonic() - self._started_at
 
-    def ask_all(self) -> None:
+    def request_missing_captions(self) -> None:
         state, model = process_state(), self.captioner.name
         num_stored = self.database.count_answers(model, self.prompts, only_captions=True)
         num_missing = self.database.count_images() * self._captions_per_image - num_stored
@@ -260,11 +257,11 @@ class _CaptionRun:
         is_main = state.is_main_process
         with (
             ProgressBar(total=total, initial=num_stored, desc="caption", unit="caption", disable=not is_main) as bar,
-            closing(Prefetcher(self._read_batches(), depth=max(2, self.captioner.workers))) as batches,
+            closing(Prefetcher(self._iterate_request_batches(), depth=max(2, self.captioner.workers))) as batches,
         ):
             threads = []
             for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
-                threads.append(threading.Thread(target=self._request_captions, args=(batches, bar), daemon=True))
+                threads.append(threading.Thread(target=self._process_batches, args=(batches, bar), daemon=True))
                 threads[-1].start()
             for thread in threads:
                 while thread.is_alive():  # Python handles signals only between calls to join
@@ -281,12 +278,12 @@ class _CaptionRun:
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 
-    def _read_batches(self) -> Generator[list[CaptionRequest]]:
+    def _iterate_request_batches(self) -> Generator[list[CaptionRequest]]:
         """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
         batches: dict[str, list[CaptionRequest]] = defaultdict(list)
-        with closing(CaptionDatabase(self.output.database)) as database:  # not used by other threads
-            for row in database.iterate_images(distinct=True):
+        with closing(CaptionDatabase(self.output.database)) as database:  # connection that only this thread uses
+            for row in database.iterate_image_rows(distinct=True):
                 if self._stopped.is_set():
                     return
                 if int(row.hash[:8], 16) % state.num_processes != state.process_index:
@@ -299,7 +296,7 @@ class _CaptionRun:
         yield from batches.values()
 
     def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
-        """Return the requests for the missing captions of an image, or [] if it cannot be read."""
+        """Return the requests for missing captions of an image. If the image is unreadable, store the error instead."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, self.prompts)
@@ -314,25 +311,25 @@ class _CaptionRun:
             data = find_image_file(database, row).read()
             if hashlib.sha256(data).hexdigest() != row.hash:
                 raise OSError("the file was changed during the run")
-            prepared = self.captioner.prepare(shrink_image(load_image(data), self.options.image_size))
+            prepared = self.captioner.prepare_image(shrink_image(load_image(data), self.options.image_size))
         except (ImageError, OSError) as error:
             failure = Answer(None, f"{UNREADABLE_IMAGE}: {error}")
         requests = [CaptionRequest(prepared, prompt, row.hash, sample, caption) for prompt, sample in missing]
         if failure is None:
             return requests
         with self._lock:
-            self.database.add_answers([self._make_answer(request, failure) for request in requests])
+            self.database.add_answers([self._make_stored_answer(request, failure) for request in requests])
         return []
 
-    def _request_captions(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
+    def _process_batches(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
         """Request captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
-            while batch := self._take_batch(batches):
-                answers = self.captioner.ask(batch)
-                rows = [self._make_answer(request, answer) for request, answer in zip(batch, answers, strict=True)]
+            while batch := self._get_next_batch(batches):
+                answers = self.captioner.generate_answers(batch)
+                rows = [self._make_stored_answer(*pair) for pair in zip(batch, answers, strict=True)]
                 with self._lock:
                     self.database.add_answers(rows)
-                    bar.total = max(bar.total or 0, bar.n + len(rows))  # an estimate for several ranks
+                    bar.total = max(bar.total or 0, bar.n + len(rows))  # with several ranks, the total is an estimate
                     bar.update(len(rows))
         except StoppedError:
             pass
@@ -340,12 +337,12 @@ class _CaptionRun:
             self._error = self._error or error
             self.stop()
 
-    def _take_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
+    def _get_next_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
         with self._batches_lock:
             batch = next(batches, None)
         return None if self._stopped.is_set() else batch
 
-    def _make_answer(self, request: CaptionRequest, answer: Answer) -> StoredAnswer:
+    def _make_stored_answer(self, request: CaptionRequest, answer: Answer) -> StoredAnswer:
         prompt = request.prompt
         return StoredAnswer(
             hash=request.image_hash,
@@ -369,19 +366,19 @@ def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
+    def restore_handlers() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def handle(*_: Any) -> None:
-        restore()
+    def handle_signal(*_: Any) -> None:
+        restore_handlers()
         run.was_interrupted = True
         run.stop()
-        print("\nStopping. Waiting for the answers to the requests that have been sent.", file=sys.stderr)
+        print("\nStopping. Waiting for the answers to requests in flight.", file=sys.stderr)
 
     for number in previous:
-        signal.signal(number, handle)
+        signal.signal(number, handle_signal)
     try:
         yield
     finally:
-        restore()
+        restore_handlers()

@@ -1,12 +1,12 @@
-"""Builder of record tables from data sources, which also splits the records into training and held-out records.
+"""Construction of record tables from data sources, and division into training records and held-out records.
 
-Sources are read in parts. A part is a file or a range of a large file, and its name is a hash of everything that
-affects its rows. After an interruption, reading continues with the missing parts, and only changed files are read
-again. All saved files end with a checksum. Corrupt files are rebuilt:
+A data source is read in parts. Each part is a file or a range of a large file. The rows of a part are saved in a file
+whose name is a hash of everything that affects the rows. An interrupted read resumes with the missing parts, and only
+changed files are read again. Each saved file ends with a checksum, and corrupt files are rebuilt.
 
-      FOLDER/
-        parts/HASH.arrow         rows of one part, and log of its skipped rows
-        tables/HASH/             rows.npy, merged.arrow, sources.npy, copies.npy; files derived from the table
+    FOLDER/
+      parts/HASH.arrow    rows of one part, and the log of its skipped rows
+      tables/HASH/        rows.npy, merged.arrow, sources.npy, copies.npy, and files derived from the table
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from llm2clip.data.image_facts import (
     TOO_LARGE_IMAGE,
     UNREADABLE_IMAGE,
     ImageFacts,
-    find_copies,
-    find_first_rows,
-    mask_same_images,
+    find_duplicate_images,
+    find_first_occurrences,
+    mask_matching_images,
 )
 from llm2clip.data.records import (
     CAPTION_FIELDS,
@@ -49,7 +49,7 @@ from llm2clip.data.records import (
 from llm2clip.data.remote import get_file_size, pin_versions, prefetch
 from llm2clip.data.skip_log import RecordingSkipLog, SkipLog
 from llm2clip.data.storage import is_remote
-from llm2clip.data.table import Blocks, RecordTable, decode_name, read_metadata, write_rows
+from llm2clip.data.table import RecordBatches, RecordTable, decode_name, read_metadata, write_rows
 from llm2clip.io_utils import (
     append_checksum,
     atomic_dir,
@@ -63,24 +63,24 @@ from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import folder_lock
 
-FORMAT_VERSION = 5  # increase it if the files, their contents or the rules for merging change
-PART_BYTES = 16 << 20  # approximate size of a part of a large file
+FORMAT_VERSION = 5  # must be increased when the file formats or the merge rules change
+PART_BYTES = 16 << 20  # approximate size of each part of a large file
 MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in the main process, because starting workers takes a second
-START_TIME = time.time_ns()  # approximate start of this process
-PREFETCH_FILES = 8  # number of remote files to download ahead
-MAX_VERIFIED_BYTES = 1 << 30  # total size of the parts whose checksums are verified; verifying more would take too long
-UNUSED_DAYS = 30  # parts and tables that have not been opened for this long are deleted
+START_TIME = time.time_ns()  # approximate start time of this process, in nanoseconds since the epoch
+PREFETCH_FILES = 8  # number of remote files to download in advance
+MAX_VERIFIED_BYTES = 1 << 30  # parts beyond this total size are not verified, to save time
+UNUSED_DAYS = 30  # parts and tables that have not been used for this many days are deleted
 
 ARRAY_FILES = ("rows.npy", "sources.npy", "copies.npy")
 CORRUPT_FILE = "corrupt, and therefore rebuilt"
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
-HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first existing split is held out
-HELD_OUT_DIVISOR = 10  # one in this many images is held out if the data has no held-out split
-MAX_HELD_OUT = 1000  # maximum number of images to hold out if the data has no held-out split
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first split that exists is held out
+HELD_OUT_DIVISOR = 10  # if the data has no held-out split, 1 image in 10 is held out
+MAX_HELD_OUT = 1000  # maximum number of held-out images if the data has no held-out split
 
 
 class NoImagesError(ValueError):
-    """Raised when images are checked but no record has an image."""
+    """Raised when no record has an image although images are required."""
 
 
 def open_table(
@@ -92,50 +92,51 @@ def open_table(
     workers: int | None = None,
     require_captions: bool = True,
 ) -> RecordTable:
-    """Read sources into a table with one record per image, in order of the images' first appearance.
+    """Read data sources into a table with one record per image, in order of first appearance.
 
-    Rows with the same image are merged into one record with all their distinct captions, across all sources. The record
-    keeps the id, split and source of its first row. Image files with equal bytes count as the same image. Rows without
-    an image are merged if they have the same id, source path and split. Merging takes about 60 bytes of memory per row.
+    Rows with the same image are merged, even across sources. The merged record contains all distinct captions, and the
+    id, split and source of the first row. Image files with identical bytes count as the same image. Rows without an
+    image are merged if they have the same id, source path and split. Merging takes about 60 bytes of memory per row.
 
-    If a caption file has not changed, only its previously missing or invalid images are checked again.
+    The saved rows of an unchanged caption file are reused, unless an image that was missing or invalid has since been
+    added or modified.
 
     Args:
-        columns: Column mapping that extends or overrides each source's own mapping.
-        image_check: See `open_records`. If "ignore", the bytes of image files are not compared.
-        folder: Folder for the table. Default: a folder in the user's cache.
-        workers: Number of worker processes. Default: one per core, or none for small sources.
+        columns: Mapping from record fields to column names. It extends or overrides each source's own mapping.
+        image_check: See `open_records`. With "ignore", image files are not compared by content.
+        folder: Folder in which the table is saved. Default: a folder in the user's cache directory.
+        workers: Number of worker processes. Default: one per CPU core, or none for small sources.
         require_captions: See `open_records`.
 
     Raises:
-        NoImagesError: Images are checked, but no record has an image.
+        NoImagesError: No record has an image, and `image_check` is "header".
         ValueError: See `open_records`.
     """
     folder = folder or get_cache_dir() / "records"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # URLs of remote images can contain signatures
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private folder, because image URLs can contain credentials
     (folder / "parts").mkdir(exist_ok=True)
     (folder / "tables").mkdir(exist_ok=True)
     parsed = [Source.parse(source, columns) for source in sources]
     with folder_lock(folder, "lock", timeout=-1):
-        _delete_unused(folder)
-        tasks = _list_parts(parsed, log, image_check, require_captions, folder)
+        _delete_unused_files(folder)
+        tasks = _list_part_tasks(parsed, log, image_check, require_captions, folder)
         _read_parts(tasks, log, workers)
         table_folder = _build_merged_table(tasks, log, image_check, folder)
-    log.count_copies(np.load(table_folder / "copies.npy"))
+    log.count_duplicate_images(np.load(table_folder / "copies.npy"))
     files = [*(task.file for task in tasks), *table_folder.glob("merged.arrow")]
     rows = np.load(table_folder / "rows.npy", mmap_mode="r")
-    table = RecordTable(Blocks.open(list(map(str, files))), rows, table_folder)
+    table = RecordTable(RecordBatches.open(list(map(str, files))), rows, table_folder)
     if image_check == "header" and len(table) and not table.has_image.any():
         message = (
-            f"{', '.join(map(str, parsed))}: none of the {len(table):,} records has an image. Only `tune` and `embed` "
-            "accept text-only data"
+            f"{', '.join(map(str, parsed))}: no record has an image ({format_count(len(table), 'record')}). Only "
+            "`tune` and `embed` accept text-only data"
         )
         raise NoImagesError("\n".join([message, *log.list_notes()]))
     return table
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
-    """Load the index of each record's source, of shape (N,), int16, for a table returned by `open_table`."""
+    """Load the source index of each record in a table from `open_table`. Return shape (N,), int16."""
     assert table.folder is not None
     return np.load(table.folder / "sources.npy")
 
@@ -145,7 +146,7 @@ def load_source_indices(table: RecordTable) -> np.ndarray:
 
 @dataclass
 class _PartTask:
-    """Part of a source, the file in which its rows are saved, and its summary once the part has been read."""
+    """Task of reading one part of a source and saving its rows in `file`."""
 
     source_index: int
     source: Source
@@ -154,16 +155,15 @@ class _PartTask:
     require_captions: bool
     file: Path
     version: str | None = None  # pinned version of a remote file
-    summary: ReadSummary | None = None
+    summary: ReadSummary | None = None  # None until the part has been read
 
     def open_reader(self, log: SkipLog) -> RecordReader:
         return RecordReader(self.source, log, self.image_check, self.require_captions)
 
 
-def _list_parts(
+def _list_part_tasks(
     sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, require_captions: bool, folder: Path
 ) -> list[_PartTask]:
-    """List the parts of all sources in order. The file name of a part is a hash of everything that affects its rows."""
     tasks = []
     num_bytes = 0
     for index, source in enumerate(sources):
@@ -179,27 +179,27 @@ def _list_parts(
                 summary = None
                 if file.exists():
                     num_bytes += file.stat().st_size
-                    summary = _read_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
+                    summary = _load_part_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
                     if summary is None:
                         log.add_note(CORRUPT_FILE, str(file))
-                if summary is None or _must_read_again(part, summary):
+                if summary is None or _must_reread_part(part, summary):
                     remove_path(file)
                     summary = None
                 tasks.append(_PartTask(index, source, part, image_check, require_captions, file, pinned, summary))
     return tasks
 
 
-def _read_summary(file: Path, verify: bool) -> ReadSummary | None:
-    """Return the summary of a part, or None if its file is corrupt. `verify` compares the file's checksum."""
+def _load_part_summary(file: Path, verify: bool) -> ReadSummary | None:
+    """Return the summary of a saved part, or None if the file is corrupt. If `verify` is True, check its checksum."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         if not verify or has_valid_checksum(file):
             return ReadSummary(**read_metadata(str(file), "summary"))
     return None
 
 
-def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
-    """Return True if the rows of a part may have changed, although its file has not."""
-    skipped = [event for event in summary.events if event[0] == "skip"]  # "skip", file, row, reason, value, rows
+def _must_reread_part(part: FilePart, summary: ReadSummary) -> bool:
+    """Return True if an unchanged file must be read again because a download failed or a skipped image has changed."""
+    skipped = [event for event in summary.events if event[0] == "skip"]  # see `SkipLog.skip`
     # A new run retries failed downloads, but all processes of one run must use the same rows.
     if is_remote(part.path) and summary.read_at < START_TIME and any(e[3] == UNREADABLE_FILE for e in skipped):
         return True
@@ -214,7 +214,7 @@ def _must_read_again(part: FilePart, summary: ReadSummary) -> bool:
 
 
 def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -> None:
-    """Read the parts that have not been read before. Check each source as soon as all of its parts are complete."""
+    """Read all parts that have no saved summary. Check each source as soon as all of its parts have been read."""
     missing = {task.file: task for task in tasks if task.summary is None}
     work = _estimate_read_bytes([task.part for task in missing.values()])
     if workers is None:
@@ -237,11 +237,11 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
                 num_rows += task.summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
                 bar.update()
-            reader.finish()
+            reader.check_complete_source()
 
 
 def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
-    """Estimate the number of bytes to read, counting only the text of local files, but all of each remote file."""
+    """Estimate the number of bytes to read: the text in local files, and all bytes of remote files."""
     formats = {part.path: part.format for part in parts}
     work = 0.0
     for path, source_format in formats.items():
@@ -253,7 +253,7 @@ def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
 
 
 def _write_part(task: _PartTask) -> Exception | None:
-    """Read a part and save its rows. Return an error that must be raised only once all earlier parts are complete."""
+    """Read a part and save its rows. Return an error instead of raising it, so that earlier parts fail first."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = RecordingSkipLog()
@@ -271,30 +271,30 @@ def _write_part(task: _PartTask) -> Exception | None:
 
 
 def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
-    """Merge rows with the same image. If the merged table already exists, reuse it. Return the table's folder."""
+    """Build and save the merged table, unless it already exists. Return the folder of the table."""
     summaries = [task.summary for task in tasks if task.summary is not None]
     source_paths = {task.source_index: task.source.path for task in tasks}
-    # The time is included, because a part that was read again may have different rows.
+    # A part that was read again may have different rows, so the hash includes the time of reading.
     names = [(task.source_index, task.file.name, part.read_at) for task, part in zip(tasks, summaries, strict=True)]
     table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, list(source_paths.values())])
     if table_folder.exists():
-        if _is_intact(table_folder):
+        if _has_valid_checksums(table_folder):
             os.utime(table_folder)
             return table_folder
         log.add_note(CORRUPT_FILE, str(table_folder))
     remove_path(table_folder)
-    blocks = Blocks.open([str(task.file) for task in tasks])
+    blocks = RecordBatches.open([str(task.file) for task in tasks])
     table = RecordTable(blocks, np.arange(blocks.num_rows))
     num_rows = [summary.num_records for summary in summaries]
     source_of_row = np.repeat(np.array([task.source_index for task in tasks], np.int16), num_rows)
-    first = find_first_rows(table.numbers("key_high"), table.numbers("key_low"))
-    copies, originals = find_copies(table, first) if image_check != "ignore" else np.empty((2, 0), np.int64)
+    first = find_first_occurrences(table.numeric_column("key_high"), table.numeric_column("key_low"))
+    copies, originals = find_duplicate_images(table, first) if image_check != "ignore" else np.empty((2, 0), np.int64)
     final = first.copy()  # for each row, the first row with the same image
     final[copies] = originals
     final = final[first]
     num_members = np.bincount(final, minlength=len(final))
     kept = np.flatnonzero(final == np.arange(len(final)))
-    origins = kept[num_members[kept] > 1]  # first row of each merged record
+    origins = kept[num_members[kept] > 1]  # first row of each group of rows with the same image
     rows = kept.copy()
     rows[num_members[kept] > 1] = len(final) + np.arange(len(origins))
     members = np.flatnonzero(num_members[final] > 1)
@@ -303,7 +303,7 @@ def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: I
     with atomic_dir(table_folder) as temporary:
         np.save(temporary / "rows.npy", rows.astype(small))
         np.save(temporary / "sources.npy", source_of_row[kept])
-        np.save(temporary / "copies.npy", table.select(copies).numbers("key_high"))
+        np.save(temporary / "copies.npy", table.select(copies).numeric_column("key_high"))
         for name in ARRAY_FILES:
             append_checksum(temporary / name)
         if len(origins):
@@ -313,7 +313,7 @@ def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: I
     return table_folder
 
 
-def _is_intact(table_folder: Path) -> bool:
+def _has_valid_checksums(table_folder: Path) -> bool:
     files = [table_folder / name for name in ARRAY_FILES]
     merged = table_folder / "merged.arrow"
     if merged.exists() and merged.stat().st_size <= MAX_VERIFIED_BYTES:
@@ -333,7 +333,7 @@ def _build_merged_records(
         yield merged, source_path, ImageFacts(*values)
 
 
-def _delete_unused(folder: Path) -> None:
+def _delete_unused_files(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]:
         if path.lstat().st_mtime < oldest:
@@ -351,15 +351,15 @@ def _hash_json(value: Any) -> str:
 class DataSplits:
     """Training records and held-out records.
 
-    `held_out` maps each caption field, and each column in `EvaluateConfig.fields`, to the held-out records that have an
-    image. The `captions` of these records are the captions in this field.
+    `held_out` contains one table of held-out images per caption field and per column in `EvaluateConfig.fields`. The
+    captions in each table come only from that field or column.
     """
 
-    records: RecordTable  # all records, including those in unused splits
+    records: RecordTable  # all records, including records in unused splits
     train: RecordTable
     held_out: dict[str, RecordTable]
     summary: str
-    rule: str  # explains how the held-out images were chosen and how to use all images instead
+    rule: str  # message that explains how images were held out and how to train on all images
 
 
 def read_splits(
@@ -371,11 +371,11 @@ def read_splits(
     keep_selected_splits: bool = False,
     folder: Path | None = None,
 ) -> DataSplits:
-    """Read sources and divide their records into training and held-out records. Each image has one record.
+    """Read data sources and divide their records into training records and held-out records.
 
-    If splits are selected for a source (`PATH@train+none`), all records in these splits are used for training.
-    Otherwise, only records with a training split or no split are used. The first rule that applies determines the
-    held-out records:
+    If splits are selected for a source, as in `PATH@train+none`, all records in the selected splits can be used for
+    training. Otherwise, only records with a training split or without a split can be used. The first rule that applies
+    determines the held-out records:
 
     1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
     2. If a source has a split named val, validation, valid, dev or test, the first of these splits that exists is held
@@ -389,7 +389,7 @@ def read_splits(
     source_of_record = load_source_indices(records)
     has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
     split_names, split_of_record = _read_split_names(records)
-    is_selected = has_selection | _mask_splits(split_names, split_of_record, TRAIN_SPLITS)
+    is_selected = has_selection | _mask_records_in_splits(split_names, split_of_record, TRAIN_SPLITS)
     other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_selected])}
     held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
     is_held_out = np.zeros(len(records), bool)
@@ -398,37 +398,37 @@ def read_splits(
         parsed = [Source.parse(source) for source in config.data]
         held_out = open_table(config.data, columns, log, image_check, folder)
         source_of_held_out = load_source_indices(held_out)
-        is_leaked = is_selected & mask_same_images(held_out, records)
+        is_leaked = is_selected & mask_matching_images(held_out, records)
         is_training = is_selected & ~is_leaked
         if is_leaked.any():
             notes.append(f"{format_count(int(is_leaked.sum()), 'held-out image')} removed from training")
     else:
         if held_out_split is not None:
-            is_held_out = ~is_selected & _mask_splits(split_names, split_of_record, (held_out_split,))
+            is_held_out = ~is_selected & _mask_records_in_splits(split_names, split_of_record, (held_out_split,))
         elif not (keep_selected_splits and all(source.splits for source in parsed)):
-            is_held_out = _draw_held_out(records, is_selected, has_selection)
+            is_held_out = _choose_held_out_records(records, is_selected, has_selection)
         is_training = is_selected & ~is_held_out
         held_out, source_of_held_out = records.select(is_held_out), source_of_record[is_held_out]
     unused = split_of_record[~is_selected & ~is_held_out]
     if len(unused):
-        names = ", ".join(_list_names(split_names, unused))
+        names = ", ".join(_list_split_names(split_names, unused))
         notes.append(f"{format_count(len(unused), 'record')} from other splits ({names}) not used")
     held_out_sources = [parsed[n] for n in np.unique(source_of_held_out[held_out.has_image])]
     held_out = held_out.select(held_out.has_image)
     train = records.select(is_training)
-    pa.default_memory_pool().release_unused()  # return the memory of the columns read above to the system
+    pa.default_memory_pool().release_unused()  # returns the memory of temporary columns to the operating system
     return DataSplits(
         records=records,
         train=train,
-        held_out=_group_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
+        held_out=_build_tables_by_caption_field(held_out, held_out_sources, config.fields, columns, folder),
         summary=", ".join(
             [format_count(int(train.has_image.sum()), "training image"), f"{len(held_out):,} held out", *notes]
         ),
-        rule=_describe_rule(len(held_out), held_out_split, split_names, split_of_record[records.has_image]),
+        rule=_describe_held_out_rule(len(held_out), held_out_split, split_names, split_of_record[records.has_image]),
     )
 
 
-def _describe_rule(
+def _describe_held_out_rule(
     num_held_out: int, held_out_split: str | None, split_names: Sequence[str], split_of_image: np.ndarray
 ) -> str:
     reason = f"the {held_out_split} split"
@@ -437,53 +437,53 @@ def _describe_rule(
         reason += f" or {HELD_OUT_SPLITS[-1]}"
     return (
         f"{format_count(num_held_out, 'held-out image')} out of {len(split_of_image):,} ({reason}). To use all images, "
-        f"list their splits: PATH@{'+'.join(_list_names(split_names, split_of_image))}"
+        f"list their splits: PATH@{'+'.join(_list_split_names(split_names, split_of_image))}"
     )
 
 
-def _list_names(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
+def _list_split_names(split_names: Sequence[str], splits: np.ndarray) -> list[str]:
     return sorted(split_names[n] for n in np.unique(splits))
 
 
 def mask_training_splits(records: RecordTable) -> np.ndarray:
-    """Return a boolean mask, of shape (N,), of the records with a training split or no split."""
-    return _mask_splits(*_read_split_names(records), TRAIN_SPLITS)
+    """Return a boolean mask of shape (N,) that selects records with a training split or without a split."""
+    return _mask_records_in_splits(*_read_split_names(records), TRAIN_SPLITS)
 
 
 def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
-    """Return the names of all splits, and the index of each record's split, of shape (N,)."""
+    """Return the names of all splits and each record's index into these names, of shape (N,)."""
     encoded = pc.fill_null(records.column("split"), NO_SPLIT.encode()).dictionary_encode().unify_dictionaries()
     names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
     indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]
     return [decode_name(name) for name in names], np.concatenate([np.empty(0, np.int32), *indices])
 
 
-def _mask_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
+def _mask_records_in_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
     is_selected = np.array([name.lower() in splits for name in names], bool)
     return is_selected[split_of_record] if len(names) else np.zeros(len(split_of_record), bool)
 
 
-def _draw_held_out(records: RecordTable, is_training: np.ndarray, has_selection: np.ndarray) -> np.ndarray:
-    """Choose a tenth of the training images by hash. Return a boolean mask of the held-out records, of shape (N,)."""
+def _choose_held_out_records(records: RecordTable, is_training: np.ndarray, has_selection: np.ndarray) -> np.ndarray:
+    """Choose the training images to hold out by hash. Return a boolean mask of the records, of shape (N,)."""
     is_candidate = is_training & ~has_selection
     if not is_candidate.any():
         is_candidate = is_training
     candidates = np.flatnonzero(is_candidate & records.has_image)
     count = min(MAX_HELD_OUT, max(1, len(candidates) // HELD_OUT_DIVISOR))
-    hashes = records.select(candidates).numbers("draw_hash")
+    hashes = records.select(candidates).numeric_column("draw_hash")
     is_held_out = np.zeros(len(records), bool)
     is_held_out[candidates[np.argsort(hashes, kind="stable")[:count]]] = True
     return is_held_out
 
 
-def _group_by_caption_field(
+def _build_tables_by_caption_field(
     held_out: RecordTable,
     sources: Sequence[Source],
     extra_columns: Sequence[str],
     columns: dict[str, str],
     folder: Path | None,
 ) -> dict[str, RecordTable]:
-    """Group held-out records by caption field. Each extra caption column requires another pass over the sources."""
+    """Return one table per caption field. Each extra caption column requires another pass over the sources."""
     fields = {"captions": held_out.select(held_out.count_texts("captions") > 0)}
     for name in CAPTION_FIELDS[1:]:
         if held_out.count_texts(name).any():
@@ -491,7 +491,7 @@ def _group_by_caption_field(
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s in sources)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
-        quiet = SkipLog(max_skipped=1.0)  # rows without a caption in this column are expected
+        quiet = SkipLog(max_skipped=1.0)  # rows without a caption in the extra column are expected
         candidates = open_table(sources, only_this_column, quiet, "header", folder)
-        fields[name] = candidates.select(mask_same_images(held_out, candidates))
+        fields[name] = candidates.select(mask_matching_images(held_out, candidates))
     return fields

@@ -1,10 +1,11 @@
-"""Counter-based random numbers: hashes of a seed and of counters, such as the epoch, the image and the draw.
+"""Counter-based random numbers, computed by hashing a seed and counters such as the epoch and the image index.
 
-A sample does not depend on the other samples in its batch, on the ranks, or on the step from which a run is resumed.
+Each random number depends only on its own seed and counters. It does not depend on the batch, the number of ranks or
+the step from which a run is resumed.
 
-The hash is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014,
-https://doi.org/10.1145/2714064.2660195): in `hash_counters(seed, epoch, image)`, output `epoch` of the first generator
-seeds the second one, and so on.
+The hash function is based on SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014, https://doi.org/10.1145/2714064.2660195). Each counter selects an output of a SplitMix64 generator, and
+this output is the seed of the generator for the next counter.
 """
 
 import numpy as np
@@ -16,7 +17,8 @@ _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049
 def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
     """Return 64 random bits per combination of counters, as a uint64 array with the broadcast shape of the counters.
 
-    The seed and the counters must not be negative.
+    Raises:
+        ValueError: The seed is negative.
     """
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
@@ -24,17 +26,17 @@ def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
     with np.errstate(over="ignore"):  # all arithmetic is modulo 2^64
         for counter in counters:
             index = np.asarray(counter).astype(np.uint64)
-            bits = _mix(bits + (index + np.uint64(1)) * _GOLDEN_GAMMA)
+            bits = _mix_bits(bits + (index + np.uint64(1)) * _GOLDEN_GAMMA)
     return bits
 
 
 def to_unit_interval(bits: np.ndarray) -> np.ndarray:
-    """Convert uint64 random bits to float64 values in [0, 1) with 53 random bits. The shape is unchanged."""
+    """Convert uint64 random bits to float64 values in [0, 1), using the upper 53 bits. The shape is unchanged."""
     return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
 
 
 def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Shuffle the first `counts[n]` values of each row n. The remaining values keep their positions.
+    """Shuffle the first `counts[n]` values of each row `n`. The other values keep their positions.
 
     Args:
         values: Array of shape (N, M).
@@ -46,7 +48,7 @@ def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np
     return np.take_along_axis(values, np.argsort(keys, axis=1, kind="stable"), axis=1)
 
 
-def _mix(bits: np.ndarray) -> np.ndarray:
+def _mix_bits(bits: np.ndarray) -> np.ndarray:
     bits = (bits ^ (bits >> np.uint64(30))) * _MULTIPLIER_1
     bits = (bits ^ (bits >> np.uint64(27))) * _MULTIPLIER_2
     return np.asarray(bits ^ (bits >> np.uint64(31)))

@@ -1,8 +1,10 @@
 """Sizes and hashes of images, computed without decoding, and detection of duplicate images.
 
-A hash covers an image's size in bytes and a short sample from its middle. Only images with equal hashes are read in
-full. The hashes of the training images are stored in the model folder, so that `evaluate` can warn about evaluation on
-training images. Anyone who has a copy of an image can check whether the model was trained on this image.
+The hash of an image file covers its size and a sample of bytes from its middle. Files are compared by their full
+contents only if their hashes are equal.
+
+Model folders contain the hashes of the training images, so that `evaluate` can warn if a model is evaluated on its own
+training images. Anyone who has an image can use the hashes to check whether a model was trained on this image.
 """
 
 from __future__ import annotations
@@ -40,14 +42,14 @@ if TYPE_CHECKING:
 
 TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
-NUM_THREADS = 16  # hides the latency of network file systems
+NUM_THREADS = 16  # enough threads to hide the latency of network file systems
 ITEMS_PER_TASK = 32
-BATCH_IMAGES = 1 << 14  # number of images whose references are in memory at a time
+BATCH_IMAGES = 1 << 14  # maximum number of image references in memory
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
 
 class ImageFacts(NamedTuple):
-    """Properties of an image that are known without decoding it. Unknown integers are 0."""
+    """Properties of an image that can be read without decoding its pixels. Unknown numbers are 0."""
 
     width: int = 0  # pixels
     height: int = 0
@@ -59,9 +61,9 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     """Read the size of an image if `check` is True, and its hash if `compute_hash` is True.
 
     Raises:
-        UnusableRow: `check` is True and, according to its header, the image is unreadable or too large.
+        UnusableRow: `check` is True, and the image is missing, unreadable or too large.
     """
-    samples = _read_samples(image) if check or compute_hash else None
+    samples = _read_byte_samples(image) if check or compute_hash else None
     width = height = image_hash = 0
     digest = None
     if check:
@@ -75,45 +77,43 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     if compute_hash:
         image_hash = _hash_image(image.ref, samples)
         if samples is not None and isinstance(image.ref, FileImage | TarImage) and is_remote(image.ref.path):
-            digest = hashlib.sha256(image.data).digest() if image.data else _hash_content(image.ref) or None
+            digest = hashlib.sha256(image.data).digest() if image.data else _hash_file_content(image.ref) or None
     return ImageFacts(width, height, image_hash, digest)
 
 
-class _Samples(NamedTuple):
-    """Samples of an image's bytes."""
-
-    size: int
-    start: bytes  # at least the first bytes of the image file
+class _ByteSamples(NamedTuple):
+    size: int  # total number of bytes of the image
+    start: bytes  # first bytes of the image, or all bytes
     middle: bytes
 
 
-def _read_samples(image: LoadedImage) -> _Samples | None:
-    """Read samples of an image's bytes. Return None for other kinds of references and for unreadable files."""
+def _read_byte_samples(image: LoadedImage) -> _ByteSamples | None:
+    """Read samples of an image's bytes. Return None for unreadable files and for unloaded images in tables."""
     if image.data is not None:
         size = len(image.data)
-        start, length = _locate_middle(size)
-        return _Samples(size, image.data, image.data[start : start + length])
+        start, length = _locate_middle_bytes(size)
+        return _ByteSamples(size, image.data, image.data[start : start + length])
     ref = image.ref
     if not isinstance(ref, FileImage | TarImage):
         return None
     try:
         with open_file(ref.path) as file:
             offset, size = (ref.offset, ref.size) if isinstance(ref, TarImage) else (0, file.seek(0, os.SEEK_END))
-            start, length = _locate_middle(size)
+            start, length = _locate_middle_bytes(size)
             file.seek(offset)
             first = file.read(min(size, max(START_BYTES, length)))
             if size <= len(first):
-                return _Samples(size, first, first[start : start + length])
+                return _ByteSamples(size, first, first[start : start + length])
             file.seek(offset + start)
             middle = file.read(length)
     except FatalDataError:
         raise
     except (OSError, ValueError):
         return None
-    return _Samples(size, first, middle) if len(middle) == length else None
+    return _ByteSamples(size, first, middle) if len(middle) == length else None
 
 
-def _locate_middle(size: int) -> tuple[int, int]:
+def _locate_middle_bytes(size: int) -> tuple[int, int]:
     length = min(SAMPLE_BYTES, size)
     return (size - length) // 2, length
 
@@ -126,7 +126,7 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
         raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
     except FatalDataError:
         raise
-    except Exception as error:  # malicious files can make Pillow's plugins raise any type of exception
+    except Exception as error:  # malicious files can make Pillow raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
         raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
@@ -138,8 +138,8 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
 def get_distinct_image_hashes(images: Iterable[ImageRef | None]) -> np.ndarray:
     """Return the sorted hashes of all distinct images as a uint64 array of shape (N,). Missing images are omitted.
 
-    Image files and tar members are hashed by their size and their middle 1,024 bytes, images in tables by all their
-    bytes.
+    The hash of an image file or tar member covers its size and its middle 1,024 bytes. The hash of an image in a table
+    covers all of its bytes.
     """
     refs = list({image.key: image for image in images if image is not None}.values())
     with ThreadPool(NUM_THREADS) as pool:
@@ -162,7 +162,7 @@ def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> Non
 def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     """Load a model's sorted training image hashes, of shape (N,), uint64, from its folder or downloaded Hub repository.
 
-    Return None if the model has no hashes. Raise ValueError if they are corrupt.
+    Return None if the model has no hashes. Raise ValueError if the hashes are corrupt.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -180,64 +180,65 @@ def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     return hashes
 
 
-def _hash_image(image: ImageRef, samples: _Samples | None = None) -> int:
-    """Return 64 bits that identify an image, or 0 if it is empty or does not exist."""
+def _hash_image(image: ImageRef, samples: _ByteSamples | None = None) -> int:
+    """Return a 64-bit hash of an image, or 0 if the image is empty or missing."""
     if not isinstance(image, FileImage | TarImage):
         return int.from_bytes(hashlib.sha256(image.key.encode()).digest()[:8], "little")
-    samples = samples or _read_samples(LoadedImage(image, None))
+    samples = samples or _read_byte_samples(LoadedImage(image, None))
     if samples is None or not samples.size:
         return 0
     digest = hashlib.sha256(samples.size.to_bytes(8, "little") + hashlib.sha256(samples.middle).digest())
     return int.from_bytes(digest.digest()[:8], "little")
 
 
-def _hash_content(image: ImageRef | None) -> bytes:
+def _hash_file_content(image: ImageRef | None) -> bytes:
     if not isinstance(image, FileImage | TarImage):
         return b""
     path = image.path if is_remote(image.path) else os.path.realpath(image.path)
     try:
-        return _hash_content_cached(replace(image, path=path), get_file_version(path))
+        return _hash_file_content_cached(replace(image, path=path), get_file_version(path))
     except OSError:
         return b""
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _hash_content_cached(image: FileImage | TarImage, version: object) -> bytes:
+def _hash_file_content_cached(image: FileImage | TarImage, version: object) -> bytes:
     with image.open() as stream:
         digest = hashlib.file_digest(cast(Any, stream), "sha256").digest()
     return b"" if digest == hashlib.sha256().digest() else digest
 
 
-# ---- copies ----------------------------------------------------------------------------------------------------------
+# ---- duplicates ------------------------------------------------------------------------------------------------------
 
 
-def mask_same_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
-    """Return a boolean mask, of shape (candidates,), of the candidates whose image occurs in `records`.
+def mask_matching_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
+    """Return a boolean mask of shape (len(candidates),) of the candidates whose image also occurs in `records`.
 
-    Image files with equal bytes count as the same image.
+    Image files with identical bytes count as the same image.
     """
-    keys = [table.numbers("key_high") for table in (records, candidates)]
+    keys = [table.numeric_column("key_high") for table in (records, candidates)]
     is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
-    known_hashes, candidate_hashes = _read_duplicate_hashes(records), _read_duplicate_hashes(candidates)
+    known_hashes, candidate_hashes = _get_file_hashes(records), _get_file_hashes(candidates)
     shared = np.intersect1d(known_hashes, candidate_hashes)
     shared = shared[shared > 0]
     positions = np.flatnonzero(np.isin(candidate_hashes, shared))
-    known = _hash_table_images(records, np.flatnonzero(np.isin(known_hashes, shared)))
-    first = find_first_rows(*np.concatenate([known, _hash_table_images(candidates, positions)], axis=1))
+    known = _hash_image_contents(records, np.flatnonzero(np.isin(known_hashes, shared)))
+    first = find_first_occurrences(*np.concatenate([known, _hash_image_contents(candidates, positions)], axis=1))
     num_known = known.shape[1]
     is_same[positions[first[num_known:] < num_known]] = True
     return is_same
 
 
-def find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Return the index of the first row with the same key for each row, of shape (N,), int64. Keys of 0 never match.
+def find_first_occurrences(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Find the first row with the same key for each of N rows. Return row indices of shape (N,), int64.
 
-    `high` and `low` are the upper and lower 64 bits of each key, uint64.
+    Keys have 128 bits: `high` and `low` contain the upper and lower 64 bits, of shape (N,), uint64. Rows with key 0 do
+    not match any other row.
     """
     order = np.argsort(high, kind="stable")
     is_same = high[order[1:]] == high[order[:-1]]
     is_equal = is_same & (low[order[1:]] == low[order[:-1]])
-    if not np.array_equal(is_same, is_equal):  # different keys have equal upper 64 bits
+    if not np.array_equal(is_same, is_equal):  # some different keys have the same upper 64 bits
         order = np.lexsort((low, high))
         is_equal = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
     is_equal &= (high[order[1:]] > 0) | (low[order[1:]] > 0)
@@ -247,29 +248,28 @@ def find_first_rows(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return first
 
 
-def find_copies(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find images with different keys but equal bytes.
+def find_duplicate_images(table: RecordTable, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find images with different keys but identical bytes.
 
     Args:
-        first: Index of the first row with the same image key for each row, of shape (N,); see `find_first_rows`.
+        first: First row with the same image key for each row, of shape (N,). See `find_first_occurrences`.
 
     Returns:
         The first row of each duplicate image, and the first row of its original, both of shape (D,), int64.
     """
-    hashes = _read_duplicate_hashes(table)
+    hashes = _get_file_hashes(table)
     hashes[first != np.arange(len(first))] = 0
     values, counts = np.unique(hashes[hashes > 0], return_counts=True)
     rows = np.flatnonzero(np.isin(hashes, values[counts > 1]))
-    originals = rows[find_first_rows(*_hash_table_images(table, rows))]
+    originals = rows[find_first_occurrences(*_hash_image_contents(table, rows))]
     is_copy = originals != rows
     return rows[is_copy], originals[is_copy]
 
 
-def _hash_table_images(table: RecordTable, positions: np.ndarray) -> np.ndarray:
+def _hash_image_contents(table: RecordTable, positions: np.ndarray) -> np.ndarray:
     """Return the first 128 bits of the SHA-256 of each image's bytes, as a uint64 array of shape (2, N).
 
-    Empty images, unreadable images and images in tables have hash 0. An image is read only if its bytes were not hashed
-    when the table was built.
+    The hash is 0 for empty and unreadable images. Images whose digest is stored in the record table are not read again.
     """
     hashes = np.empty((2, len(positions)), np.uint64)
     for start in range(0, len(positions), BATCH_IMAGES):
@@ -278,16 +278,16 @@ def _hash_table_images(table: RecordTable, positions: np.ndarray) -> np.ndarray:
         unknown = [n for n, digest in enumerate(digests) if digest is None]
         images = list(records.select(np.array(unknown, int)).get_images())
         with ThreadPool(NUM_THREADS) as pool:
-            for n, digest in zip(unknown, pool.map(_hash_content, images, ITEMS_PER_TASK), strict=True):
+            for n, digest in zip(unknown, pool.map(_hash_file_content, images, ITEMS_PER_TASK), strict=True):
                 digests[n] = digest
         data = b"".join(digest[:16].ljust(16, b"\0") for digest in digests)
         hashes[:, start : start + len(digests)] = np.frombuffer(data, ">u8").reshape(-1, 2).T
     return hashes
 
 
-def _read_duplicate_hashes(table: RecordTable) -> np.ndarray:
-    """Return the hash of each record's image file or tar member, or 0 for other images, of shape (N,), uint64."""
-    hashes, kinds = table.numbers("image_hash"), table.numbers("image_kind")
+def _get_file_hashes(table: RecordTable) -> np.ndarray:
+    """Return the stored hash of each image file and tar member, and 0 for other images, of shape (N,), uint64."""
+    hashes, kinds = table.numeric_column("image_hash"), table.numeric_column("image_kind")
     kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]
     hashes[~np.isin(kinds, kinds_with_hash)] = 0
     return hashes

@@ -1,7 +1,8 @@
 """Image header parsing, supported formats, and limits on image size and decoding cost.
 
 A small file can make a decoder process the same pixels or bytes thousands of times. `open_header` and
-`check_decoding_cost` reject such files. `benchmarks/hostile_images.py` measures the slowest accepted files.
+`check_decoding_cost` reject such files. `benchmarks/hostile_images.py` measures the decoding time of the slowest files
+that are accepted.
 """
 
 import io
@@ -15,37 +16,35 @@ from PIL import Image
 
 from llm2clip.io_utils import install_command
 
-# Larger images are rejected before decoding. 100 million RGB pixels take 300 MB.
+# Images with more pixels are rejected before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
 MAX_FILE_BYTES = 1 << 30  # enough for 100 million uncompressed 16-bit RGBA pixels (800 MB)
 
-# Pillow decodes all of these formats in-process. EPS is excluded because Pillow runs Ghostscript on EPS files. ICO is
-# excluded because Pillow decodes the images in an ICO file before their size can be checked. HEIC requires the optional
-# package pillow-heif, which is imported when the first HEIC file is opened.
+# Pillow decodes these formats in-process, whereas it runs Ghostscript for EPS.
+# ICO is excluded because Pillow decodes the images in an ICO file before their size can be checked.
+# HEIC requires the optional package pillow-heif, which is imported when the first HEIC file is opened.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
-# Ordinary progressive JPEGs have at most about 20 scans. A 100-byte scan can cover the entire image.
-MAX_SCANS = 100
+MAX_SCANS = 100  # progressive JPEGs usually have at most 20 scans; a scan of 100 bytes can cover the entire image
 MAX_SCANNED_PIXELS = 2_000_000_000  # maximum product of the number of scans and the number of pixels in a JPEG
-MAX_HEADER_READS = 2048  # Pillow reads headers in pieces (such as PNG chunks) and runs Python code for each piece
-MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile in a PNG, although only one is allowed
-MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images that Pillow decodes in Python because of an unusual maximum value
+MAX_HEADER_READS = 2048  # Pillow runs Python code for each part of a header, such as a PNG chunk
+MAX_PNG_PROFILES = 16  # Pillow decompresses every colour profile, although a PNG may contain only one
+MAX_PYTHON_PIXELS = 2_000_000  # limit for PPM images with an unusual maximum value, which Pillow decodes in Python
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA  # JPEG markers (ITU-T T.81, table B.1)
 _SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
 _ARITHMETIC_FRAMES = frozenset({0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF})
-# In entropy-coded data, FF is followed by 00 or by a restart marker (D0 to D7).
+# In entropy-coded JPEG data, FF is followed by 00 or by a restart marker (D0 to D7).
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-# Header of a progressive or arithmetic-coded frame: marker, length for 1 to 4 components, 8 bits per sample.
+# Header of a progressive or arithmetic-coded JPEG frame with 1 to 4 components and 8 bits per sample.
 _COMPLEX_FRAME = re.compile(rb"\xff[\xc2\xc5-\xc7\xc9-\xcb\xcd-\xcf]\x00[\x0b\x0e\x11\x14]\x08")
-# JPEG segments without a size limit or a structure that Pillow checks: Huffman tables, restart interval, comment, and
-# application segments except JFIF (E0), EXIF and XMP (E1), ICC and multi-picture (E2), Photoshop (ED) and Adobe (EE).
+# JPEG segments that Pillow does not check: Huffman tables, restart intervals, comments and rare application segments.
 _UNCHECKED_SEGMENTS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE3, 0xED), 0xEF})
 _SIMPLE_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _unpack_segment_header = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
 MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments are opened with Pillow
 MAX_SIMPLE_PIXELS = 50_000_000  # larger images are opened with Pillow, which has its own limit
-START_BYTES = 4096  # enough for the headers of most images
+START_BYTES = 4096  # number of bytes at the start that contain the headers of most images
 
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
 _FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
@@ -70,11 +69,11 @@ class ImageFormatError(ValueError):
 
 
 class DecodingLimitError(ValueError):
-    """Raised when decoding an image would cost far more than its number of pixels suggests."""
+    """Raised when an image would be far more expensive to decode than its number of pixels suggests."""
 
 
 @cache
-def list_formats() -> list[str]:
+def list_readable_formats() -> list[str]:
     """Return the supported formats that the installed version of Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
@@ -83,7 +82,7 @@ def list_formats() -> list[str]:
 def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
     """Return the width and height of a JPEG that starts with `data`, about ten times faster than `open_header`.
 
-    Return None if the file must be opened with Pillow, which includes all files that `open_header` rejects.
+    Return None for files that must be opened with Pillow, including all files that `open_header` rejects.
     """
     if file_size > MAX_FILE_BYTES or not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -95,9 +94,9 @@ def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
 
 
 def _parse_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Return the size of a baseline or progressive JPEG, or None if its header is unusual.
+    """Return the width and height of a baseline or progressive JPEG, or None if its header is unusual.
 
-    Segments up to the first scan are checked as in Pillow.
+    The segments before the first scan are checked as in Pillow.
     """
     size = None
     position = 2
@@ -125,7 +124,7 @@ def _parse_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _is_simple_segment(marker: int, start: bytes, length: int) -> bool:
-    """Return True if Pillow accepts an application segment with `length` bytes that begins with `start`."""
+    """Return True if Pillow is known to accept an application segment of `length` bytes that starts with `start`."""
     if marker == 0xE0:
         return length >= 7 or not start.startswith(b"JFIF")
     if marker == 0xE1:
@@ -147,7 +146,7 @@ def open_header(stream: BinaryIO) -> Image.Image:
     reader = _BoundedReader(stream)
     start = stream.read(1024)
     stream.seek(0)
-    formats = list_formats()
+    formats = list_readable_formats()
     if is_heic(start):
         _register_heic()
         formats = ["HEIF"]
@@ -155,8 +154,8 @@ def open_header(stream: BinaryIO) -> Image.Image:
         image = Image.open(cast(BinaryIO, reader), formats=formats)
     except Image.UnidentifiedImageError:
         _reject_unsupported_formats(start)
-        reason = f" in a supported format ({', '.join(list_formats())}, HEIC)" if start else ": the file is empty"
-        raise ImageFormatError(f"not an image{reason}") from None
+        reason = f"not an image in a supported format ({', '.join(list_readable_formats())}, HEIC)"
+        raise ImageFormatError(reason if start else "not an image: the file is empty") from None
     tags = getattr(image, "tag_v2", {})
     if tags:
         _reject_unsupported_formats(start)  # CR2 files are based on TIFF
@@ -185,7 +184,7 @@ def _register_heic() -> None:
             f"HEIC images require the package pillow-heif ({error}). Run {install_command('photos')}, or convert the "
             "image to JPEG"
         ) from error
-    # Thumbnails, depth maps and other auxiliary images are unused and would take memory.
+    # Thumbnails, depth maps and other auxiliary images are not read, to save memory.
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 
 
@@ -199,19 +198,19 @@ def is_heic(start: bytes) -> bool:
 
 
 def check_decoding_cost(data: bytes, header: Image.Image) -> None:
-    """Raise `DecodingLimitError` if decoding could process the pixels or bytes of an image too often.
+    """Raise `DecodingLimitError` if an image is too expensive to decode.
 
-    `header` is the image in `data`, opened with `open_header`.
+    `data` is the encoded image, and `header` is the same image, opened with `open_header`.
     """
     width, height = header.size
     if header.format in ("JPEG", "MPO"):
-        _check_jpeg(data, width * height)
+        _check_jpeg_cost(data, width * height)
     elif header.format == "TIFF":
-        _check_tiff(data, header)
+        _check_tiff_cost(data, header)
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
-        if codec in ("bmp_rle", "ppm_plain"):  # decoded in Python by Pillow
+        if codec in ("bmp_rle", "ppm_plain"):  # Pillow decodes both formats in Python
             raise DecodingLimitError("run-length encoded BMP images and plain-text PPM images are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
             raise DecodingLimitError(
@@ -220,7 +219,7 @@ def check_decoding_cost(data: bytes, header: Image.Image) -> None:
 
 
 class _BoundedReader:
-    """Stream that limits a decoder to as many reads and bytes as a file of this size requires.
+    """Stream that limits how often and how much a decoder can read, depending on the size of the file.
 
     Without the limits, reading a header with a million empty chunks, or with thousands of references to the same bytes,
     could take minutes or gigabytes of memory.
@@ -252,10 +251,10 @@ class _BoundedReader:
         return getattr(self._stream, name)
 
 
-def _check_jpeg(data: bytes, num_pixels: int) -> None:
+def _check_jpeg_cost(data: bytes, num_pixels: int) -> None:
     max_scans = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, num_pixels))
     num_scans = 0
-    num_components = None  # number of components in the sequential frame, if the image has one
+    num_components = None  # number of components of a sequential JPEG, None for other JPEGs
     for marker, position in _iter_jpeg_markers(data):
         if marker in _ARITHMETIC_FRAMES:
             raise DecodingLimitError("JPEG images with arithmetic coding are not supported")
@@ -264,7 +263,7 @@ def _check_jpeg(data: bytes, num_pixels: int) -> None:
         if marker != _SOS:
             continue
         if data[position + 2 : position + 3] == num_components:
-            return  # a scan with all components, as in most images, is the only one that is decoded
+            return  # decoding a sequential JPEG ends after a scan with all components
         num_scans += 1
         if num_scans > max_scans:
             raise DecodingLimitError(f"a JPEG of {num_pixels:,} pixels must have at most {max_scans} scans")
@@ -283,7 +282,7 @@ def _iter_jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
             position += max(2, length)
 
 
-def _check_tiff(data: bytes, header: Any) -> None:
+def _check_tiff_cost(data: bytes, header: Any) -> None:
     width, height = header.size
     tags = header.tag_v2
     if _TILE_WIDTH in tags or _TILE_HEIGHT in tags:

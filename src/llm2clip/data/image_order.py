@@ -1,7 +1,8 @@
-"""Order in which training reads the images of an epoch. It depends only on the data, the seed and the epoch.
+"""Order of the images in each training epoch, which depends only on the data, the seed and the epoch.
 
-In shard order, shards (tar or Parquet files) are read in random order, several shards at a time (a window), and the
-images of a window are shuffled. Each remote shard is then downloaded only once per epoch.
+The order is either a random permutation of all images, or grouped by shard (tar or Parquet file). For the grouped
+order, the shards are shuffled and divided into windows of several shards, and the images of each window are shuffled.
+Each remote shard is then downloaded only once per epoch.
 """
 
 import os
@@ -21,7 +22,7 @@ SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
 
 
 class EpochOrders:
-    """Images of each epoch, in training order."""
+    """Sequences of record indices in training order, one per epoch."""
 
     def __init__(
         self,
@@ -33,19 +34,19 @@ class EpochOrders:
     ) -> None:
         """
         Args:
-            is_usable: Boolean mask of the records to use, of shape (N,). All records must have an image.
-            read_images: Download remote shards ahead.
+            is_usable: Boolean mask of the records to use, of shape (N,). All of these records must have an image.
+            read_images: If True, download remote shards in advance.
         """
         self.image_order = image_order or choose_image_order(records)
         self.seed, self.num_images = seed, int(is_usable.sum())
-        self._usable = (
-            None if self.num_images == len(records) else np.flatnonzero(is_usable).astype(_choose_dtype(len(records)))
-        )
-        self._shard_of_image, self._shards = np.empty(0, np.int32), _list_paths(records)
-        self._prefetch_shards = read_images and any(map(is_remote, self._shards))
+        self._usable: np.ndarray | None = None  # indices of the records to use, if not all
+        if self.num_images < len(records):
+            self._usable = np.flatnonzero(is_usable).astype(_choose_index_dtype(len(records)))
+        self._shard_of_image, self._shards = np.empty(0, np.int32), _list_container_paths(records)
+        self._must_prefetch = read_images and any(map(is_remote, self._shards))
         self._next_prefetch = 0
         if self.image_order == "shards":
-            self._shard_of_image, self._shards = number_shards(records)
+            self._shard_of_image, self._shards = compute_shard_indices(records)
             if self._usable is not None:
                 self._shard_of_image = self._shard_of_image[self._usable]
         self._epoch, self._order = -1, np.empty(0, np.int32)
@@ -53,20 +54,20 @@ class EpochOrders:
     def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the indices of the records at positions `start` to `stop` of an epoch."""
         if epoch != self._epoch:
-            self._order = np.empty(0, np.int32)  # free the memory first
+            self._order = np.empty(0, np.int32)  # frees memory before the new order is drawn
             self._epoch = epoch
             if self.image_order == "shards":
                 self._order = draw_shard_order(self._shard_of_image, self.seed, epoch)
             else:
                 self._order = draw_random_order(self.num_images, self.seed, epoch)
             self._next_prefetch = 0
-        if self._prefetch_shards and start >= self._next_prefetch:
-            self._prefetch(start)
+        if self._must_prefetch and start >= self._next_prefetch:
+            self._prefetch_upcoming_shards(start)
         images = self._order[start:stop]
         return images if self._usable is None else self._usable[images]
 
-    def _prefetch(self, start: int) -> None:
-        """Start to download the remote shards that are needed next, and set when to call this method again."""
+    def _prefetch_upcoming_shards(self, start: int) -> None:
+        """Start downloading the next remote shards. Update the position at which this method must be called again."""
         if self.image_order == "shards":
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
             prefetch([self._shards[shard] for shard in upcoming])
@@ -78,21 +79,21 @@ class EpochOrders:
 
 
 def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a permutation of all images, of shape (num_images,), int32 if possible. No other memory is allocated."""
-    order = np.arange(num_images, dtype=_choose_dtype(num_images))
+    """Return a random permutation of image indices, of shape (num_images,). The dtype is int32 if possible."""
+    order = np.arange(num_images, dtype=_choose_index_dtype(num_images))
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
 
 
 def draw_shard_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
-    """Return a permutation of all images in which the images of a window of shards are consecutive.
+    """Return a random permutation of N image indices in which the images of each window of shards are consecutive.
 
-    `shard_of_image` and the result have shape (N,). The last window may have fewer shards.
+    `shard_of_image` contains the shard index of each image, of shape (N,). The last window may have fewer shards.
     """
     rng = np.random.default_rng([seed, epoch])
     counts = np.bincount(shard_of_image)
     starts = np.concatenate([[0], np.cumsum(counts)])
-    images_by_shard = np.argsort(shard_of_image, kind="stable").astype(_choose_dtype(len(shard_of_image)))
+    images_by_shard = np.argsort(shard_of_image, kind="stable").astype(_choose_index_dtype(len(shard_of_image)))
     shards = rng.permutation(np.flatnonzero(counts))
     windows = [np.empty(0, images_by_shard.dtype)]
     for first in range(0, len(shards), window):
@@ -104,8 +105,8 @@ def draw_shard_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: 
 def list_upcoming_shards(
     order: np.ndarray, shard_of_image: np.ndarray, start: int, max_shards: int = 2 * WINDOW
 ) -> list[int]:
-    """List the next shards that contain images of `order[start:]`, in the order in which they are first needed."""
-    shards: dict[int, None] = {}  # ordered, unlike a set
+    """List the next shards that contain images in `order[start:]`, ordered by their first use."""
+    shards: dict[int, None] = {}  # a dict keeps insertion order, unlike a set
     for position in range(start, len(order), 1 << 16):
         shards_of_chunk, first_position = np.unique(
             shard_of_image[order[position : position + (1 << 16)]], return_index=True
@@ -116,9 +117,9 @@ def list_upcoming_shards(
     return list(shards)[:max_shards]
 
 
-def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
-    """Return the index of the shard that contains each record's image, of shape (N,), int32, and the shards' paths."""
-    blocks, paths = records.blocks, _list_paths(records)
+def compute_shard_indices(records: RecordTable) -> tuple[np.ndarray, list[str]]:
+    """Return the shard index of each record's image, of shape (N,), int32, and the paths of all shards."""
+    blocks, paths = records.blocks, _list_container_paths(records)
     number_of_path = {path: number for number, path in enumerate(paths)}
     # shard index of each container, concatenated over the batches
     shard_of_container = np.array([number_of_path[path] for path in chain(*blocks.containers)], np.int32)
@@ -133,7 +134,7 @@ def number_shards(records: RecordTable) -> tuple[np.ndarray, list[str]]:
     return np.concatenate(parts), paths
 
 
-def _list_paths(records: RecordTable) -> list[str]:
+def _list_container_paths(records: RecordTable) -> list[str]:
     return list(dict.fromkeys(chain(*records.blocks.containers)))
 
 
@@ -141,20 +142,21 @@ def _list_paths(records: RecordTable) -> list[str]:
 
 
 def choose_image_order(records: RecordTable) -> ImageOrder:
-    """Return "shards" if all images are in more than `WINDOW` tar or Parquet files and at least one file is remote.
+    """Return "shards" for more than `WINDOW` tar or Parquet files with at least one remote file, otherwise "random".
 
-    The environment variable LLM2CLIP_IMAGE_ORDER overrides the choice, for example for local files on a hard disk.
+    If any image is stored outside of these files, the order is "random". The environment variable LLM2CLIP_IMAGE_ORDER
+    overrides the choice, for example if local files are on a slow hard disk.
     """
     forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
     if forced:
         if forced not in ("random", "shards"):
             raise ValueError(f"LLM2CLIP_IMAGE_ORDER must be random or shards (got {forced})")
         return cast(ImageOrder, forced)
-    paths = _list_paths(records)
-    if len(paths) <= WINDOW or not np.isin(records.numbers("image_kind"), SHARD_KINDS).all():
+    paths = _list_container_paths(records)
+    if len(paths) <= WINDOW or not np.isin(records.numeric_column("image_kind"), SHARD_KINDS).all():
         return "random"
     return "shards" if any(map(is_remote, paths)) else "random"
 
 
-def _choose_dtype(num_images: int) -> type[np.signedinteger]:
+def _choose_index_dtype(num_images: int) -> type[np.signedinteger]:
     return np.int32 if num_images < 1 << 31 else np.int64

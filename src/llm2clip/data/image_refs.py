@@ -1,6 +1,6 @@
-"""Image references, which specify where the encoded bytes of an image are stored.
+"""References to images in files, tar files, tables and memory.
 
-Each kind of reference is a subclass of `ImageRef`. `IMAGE_KINDS` lists the kinds that a record table may contain.
+Each kind of reference is a subclass of `ImageRef`. `IMAGE_KINDS` lists the kinds that a record table can contain.
 """
 
 import functools
@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
 from llm2clip.data.skip_log import UnusableRow
-from llm2clip.data.storage import get_parent, is_remote, join_path, parse_size
-from llm2clip.data.table_cells import map_cached_batches, open_cell, read_parquet_cell
+from llm2clip.data.storage import get_parent, is_remote, join_path, parse_file_size
+from llm2clip.data.table_cells import map_cached_batches, open_image_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
@@ -32,25 +32,25 @@ class ImageColumns(NamedTuple):
     name: str = ""  # file name, tar member or table column
     offset: int = 0  # byte offset in a tar file, or row number in a table
     size: int = 0  # size of a tar member in bytes
-    digest: bytes | None = None  # SHA-256 of the image's bytes, if it identifies the image
+    digest: bytes | None = None  # SHA-256 of the image's bytes, for images that are identified by their bytes
     data: bytes | None = None  # bytes of an image that cannot be read again
 
 
 class ImageRef(ABC):
-    """Reference to an image's encoded bytes, valid in any process. `str()` returns a name for messages."""
+    """Reference to the encoded bytes of an image, valid in any process. `str()` returns a name for messages."""
 
     __slots__ = ()
-    kind_name: ClassVar[str] = "memory"  # name of the storage in reports
+    kind_name: ClassVar[str] = "memory"  # name of the kind of storage in reports
     has_file_name: ClassVar[bool] = False  # True for image files and tar members
 
     @property
     def key(self) -> str:
-        """String that is equal for all references to an image, even if their paths are written differently."""
+        """String that is equal for all references to the same image, even if the references use different paths."""
         return self.canonical_path
 
     @property
     def canonical_path(self) -> str:
-        """Absolute path of the file, with symbolic links to folders resolved."""
+        """Absolute path of the image, with symbolic links to folders resolved."""
         container = self.container_path
         if container is None:
             return str(self)
@@ -63,7 +63,7 @@ class ImageRef(ABC):
 
     @property
     def container_path(self) -> str | None:
-        """Path of the file or folder that contains the bytes, or None for an image in memory."""
+        """Path of the file that contains the image, or None for an image in memory."""
         return getattr(self, "path", None)
 
     def open(self) -> BinaryIO:
@@ -72,7 +72,7 @@ class ImageRef(ABC):
             return self._open()
 
     def read(self) -> bytes:
-        """Return all encoded bytes. Raise OSError if they cannot be read or exceed `MAX_FILE_BYTES`."""
+        """Return all encoded bytes. Raise OSError if the image cannot be read or exceeds `MAX_FILE_BYTES`."""
         with self._convert_reader_errors(), self._open() as stream:
             size = stream.seek(0, os.SEEK_END)
             if size > MAX_FILE_BYTES:
@@ -81,18 +81,18 @@ class ImageRef(ABC):
             return stream.read()
 
     def to_columns(self) -> ImageColumns:
-        """Convert the reference to the columns of a record table. By default, the bytes are stored in the table."""
+        """Convert the reference to columns of a record table. By default, the table stores the image's bytes."""
         data = self.read()
         return ImageColumns(name=str(self), digest=hashlib.sha256(data).digest(), data=data)
 
     @classmethod
     @abstractmethod
     def from_columns(cls, columns: ImageColumns) -> Self:
-        """Create a reference from the columns of a record table."""
+        """Create a reference from columns of a record table."""
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. Corrupt files may raise any type of exception."""
+        """Open the encoded bytes as a stream. Any type of exception may be raised if the file is corrupt."""
 
     @contextmanager
     def _convert_reader_errors(self) -> Iterator[None]:
@@ -106,7 +106,7 @@ class ImageRef(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Image reference, with the image's bytes if they have already been read."""
+    """Image reference, together with the image's bytes if they have already been read."""
 
     ref: ImageRef
     data: bytes | None
@@ -115,8 +115,6 @@ class LoadedImage:
 
 @dataclass(frozen=True, slots=True)
 class FileImage(ImageRef):
-    """Image file."""
-
     kind_name: ClassVar[str] = "image files"
     has_file_name: ClassVar[bool] = True
     path: str
@@ -142,7 +140,7 @@ class FileImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class TarImage(ImageRef):
-    """Member of an uncompressed tar file. Its offset allows reading without a scan of the file."""
+    """Image in an uncompressed tar file. The image is read at its offset, without scanning the tar file."""
 
     kind_name: ClassVar[str] = "tar files"
     has_file_name: ClassVar[bool] = True
@@ -164,7 +162,7 @@ class TarImage(ImageRef):
 
     def read(self) -> bytes:
         if self.size > MAX_FILE_BYTES:
-            return ImageRef.read(self)  # raises the error
+            return ImageRef.read(self)  # raises OSError
         with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than `FileSlice`
             file.seek(self.offset)
             return file.read(self.size)
@@ -176,14 +174,11 @@ class TarImage(ImageRef):
         return f"{hide_url_secrets(self.path)}!{self.name or self.offset}"
 
 
-class _TableCell(ImageRef):
-    """Image in a table cell, identified by a hash of its bytes, because other cells may contain the same image.
-
-    `digest` is empty if the bytes have not been read.
-    """
+class _TableCellImage(ImageRef):
+    """Image in a table cell, identified by its bytes, because several cells can contain the same image."""
 
     __slots__ = ()
-    digest: str
+    digest: str  # hexadecimal SHA-256 of the image's bytes, or "" if the bytes have not been read
 
     @property
     def key(self) -> str:
@@ -195,8 +190,8 @@ class _TableCell(ImageRef):
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetImage(_TableCell):
-    """Image in a cell of a Parquet file: bytes, or a struct with bytes and a path. Random access is slow."""
+class ParquetImage(_TableCellImage):
+    """Image in a cell of a Parquet file, which contains bytes or a struct with bytes and a path."""
 
     kind_name: ClassVar[str] = "Parquet files"
     path: str
@@ -213,7 +208,7 @@ class ParquetImage(_TableCell):
 
     def _open(self) -> BinaryIO:
         cell = read_parquet_cell(self.path, get_file_version(self.path), self.row, self.column)
-        return open_cell(cell, str(self))
+        return open_image_cell(cell, str(self))
 
     def __str__(self) -> str:
         return f"{hide_url_secrets(self.path)}[{self.row}].{self.column}"
@@ -243,7 +238,7 @@ class MemoryImage(ImageRef):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredImage(_TableCell):
+class StoredImage(_TableCellImage):
     """Encoded image in a record table, from a source that can be read only once."""
 
     kind_name: ClassVar[str] = "the record table"
@@ -259,21 +254,24 @@ class StoredImage(_TableCell):
 
     def _open(self) -> BinaryIO:
         cell = map_cached_batches(self.path)[self.batch].column("image_data")[self.row]
-        return open_cell(cell, str(self))
+        return open_image_cell(cell, str(self))
 
     def __str__(self) -> str:
         return self.name
 
 
-# Record tables store an image's kind as its index in this tuple. Images of other kinds become `StoredImage`.
+# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `StoredImage`.
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, StoredImage)
 
 
 def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
-    """Return a reference to the image in a cell, or None if the value is missing. Raise `UnusableRow` if it is invalid.
+    """Return a reference to the image in a table cell, or None if the cell is empty.
 
-    A cell may contain a path relative to the folder of `file`, encoded bytes, a Hugging Face dict with the keys "bytes"
-    and "path", or a reference created by the reader.
+    A cell can contain a path relative to the folder of `file`, encoded bytes, a dict with the keys "bytes" and "path"
+    (as in Hugging Face datasets), or an image reference.
+
+    Raises:
+        UnusableRow: The value has another type, or it is a URL and `reject_urls` is True.
     """
     if type(value) is LoadedImage:
         return value
@@ -294,14 +292,14 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     path = join_path(get_parent(file), value)
     if is_remote(file):
         return LoadedImage(FileImage(path), None, value)
-    if "\\" in value and not os.path.exists(path):  # a relative path written on Windows
+    if "\\" in value and not os.path.exists(path):  # a relative path with Windows separators
         portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
         path = portable if os.path.exists(portable) else path
     return LoadedImage(FileImage(path), None, path)
 
 
 def is_null(value: object) -> bool:
-    """Return True for missing values: None, an empty string, an empty list, or NaN (as used by pandas)."""
+    """Return True for None, empty strings, empty lists and NaN, which pandas uses for missing values."""
     kind = type(value)
     if kind is str or kind is list:
         return not value
@@ -313,12 +311,12 @@ def compute_content_digest(data: bytes) -> str:
 
 
 def is_safe_relative_path(name: str) -> bool:
-    """Return True if a file name from a dataset cannot refer to a file outside its folder, except through a link."""
+    """Return True if a relative file name cannot refer to a file outside its folder, except through symbolic links."""
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
 def resolve_folder(path: str) -> str:
-    """Make a path absolute and resolve symbolic links in its folder, but not in its file name. URLs are unchanged."""
+    """Return the absolute path of a file, with symbolic links resolved in its folder only. URLs are unchanged."""
     if is_remote(path):
         return path
     folder, name = os.path.split(path)
@@ -329,6 +327,6 @@ def get_file_version(path: str) -> tuple[tuple[int, int], ...]:
     """Return the size and modification time (in ns) of a file. For a remote file, the time is a hash of its version."""
     if is_remote(path):
         version = get_remote_version(path)
-        return ((parse_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)),)
+        return ((parse_file_size(version), int(hashlib.sha256(version.encode()).hexdigest()[:15], 16)),)
     status = os.stat(path)
     return ((status.st_size, status.st_mtime_ns),)

@@ -1,4 +1,4 @@
-"""Image decoding to uint8 RGB tensors of shape (3, H, W), thumbnails, and inference batches of decoded images."""
+"""Image decoding to uint8 RGB tensors of shape (3, H, W), thumbnails, and batches of decoded images for inference."""
 
 import atexit
 import multiprocessing
@@ -38,10 +38,10 @@ from llm2clip.io_utils import FatalDataError, describe_error
 from llm2clip.parallel import count_cores
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # fewer images are decoded in less time than workers take to start
-PREFETCH_IMAGES = 4096  # interval, in decoded images, at which remote files are downloaded ahead
+MIN_IMAGES_FOR_WORKERS = 2048  # fewer images are decoded faster than worker processes start
+PREFETCH_IMAGES = 4096  # number of images between requests to download remote files in advance
 _ORIENTATION = 0x0112  # EXIF tag
-_FAST_FORMATS = ("JPEG", "MPO", "WEBP")  # decoded with torchvision, whose PNG decoder segfaults on corrupt pixel data
+_FAST_FORMATS = ("JPEG", "MPO", "WEBP")  # decoded with torchvision, which crashes on corrupt PNG files
 
 
 class ImageError(ValueError):
@@ -50,7 +50,7 @@ class ImageError(ValueError):
 
 @runtime_checkable
 class Readable(Protocol):
-    """Binary file, or any other object whose `read` method returns bytes."""
+    """Binary file or other object whose `read` method returns bytes."""
 
     def read(self) -> bytes: ...
 
@@ -68,9 +68,9 @@ def load_image(image: ImageLike) -> Tensor:
         ImageError: The image cannot be read, or its type is not supported.
     """
     if isinstance(image, Tensor):
-        return _convert_tensor(image)
+        return _convert_image_tensor(image)
     if isinstance(image, np.ndarray):
-        return _convert_array(image)
+        return _convert_image_array(image)
     if isinstance(image, bytes):
         return decode_image(image)
     name = _get_file_name(image)
@@ -100,11 +100,11 @@ def decode_image(data: bytes) -> Tensor:
     profiles are ignored, as in the pretraining of the vision towers.
 
     Raises:
-        ImageError: The image is unsupported, corrupt or too large, or too expensive to decode.
+        ImageError: The image is unsupported, corrupt, too large or too expensive to decode.
     """
     with _convert_decoder_errors():
         header = open_header(BytesIO(data))
-        _check_size(header)
+        _check_pixel_count(header)
         check_decoding_cost(data, header)
         pixels = _decode_with_torchvision(data, header)
         return _decode_with_pillow(header) if pixels is None else pixels
@@ -112,8 +112,8 @@ def decode_image(data: bytes) -> Tensor:
 
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
-    """Convert decoder exceptions, which can be of any type for corrupt files, to `ImageError`."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # True in some other packages, which turns missing pixels grey
+    """Convert exceptions of any type, which decoders can raise for corrupt files, to `ImageError`."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # with True, missing pixels of truncated images become grey
     try:
         yield
     except ImageError:
@@ -135,12 +135,12 @@ def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
 
 
 def make_thumbnail(image: Tensor, side: int) -> bytes:
-    """Shrink a uint8 image of shape (3, H, W) to a longer side of at most `side` pixels. Return JPEG bytes."""
+    """Encode a uint8 image of shape (3, H, W) as a JPEG whose longer side has at most `side` pixels."""
     return cast(bytes, encode_jpeg(shrink_image(image, side).contiguous(), quality=80).numpy().tobytes())
 
 
 def shrink_image(image: Tensor, side: int) -> Tensor:
-    """Shrink an image of shape (3, H, W) to a longer side of at most `side` pixels. Smaller images are unchanged."""
+    """Shrink an image of shape (3, H, W) so that its longer side has at most `side` pixels."""
     height, width = image.shape[-2:]
     scale = side / max(height, width)
     if scale >= 1:
@@ -149,7 +149,7 @@ def shrink_image(image: Tensor, side: int) -> Tensor:
 
 
 def _get_file_name(image: object) -> object:
-    """Return an image's file name for error messages, or "" if unknown. Raise `ImageError` for unsupported types."""
+    """Return the file name of an image, or "" if unknown. Raise `ImageError` if the image's type is unsupported."""
     if isinstance(image, ImageRef | str | Path):
         return image
     if isinstance(image, Image.Image):
@@ -161,7 +161,7 @@ def _get_file_name(image: object) -> object:
     )
 
 
-def _convert_tensor(image: Tensor) -> Tensor:
+def _convert_image_tensor(image: Tensor) -> Tensor:
     is_float = image.is_floating_point()
     if not (image.dtype == torch.uint8 or is_float) or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
         raise ImageError(
@@ -178,24 +178,24 @@ def _convert_tensor(image: Tensor) -> Tensor:
     return (image.float() * 255).round().to(torch.uint8)
 
 
-def _convert_array(image: np.ndarray) -> Tensor:
+def _convert_image_array(image: np.ndarray) -> Tensor:
     is_grey = image.ndim == 2
     if image.dtype != np.uint8 or not (is_grey or (image.ndim == 3 and image.shape[2] == 3)) or not image.size:
         raise ImageError(
             f"an image array must have shape (H, W, 3) or (H, W) and dtype uint8 (got {image.dtype} {image.shape})"
         )
-    pixels = torch.from_numpy(np.array(image, order="C"))  # a copy, because the array may be read-only
+    pixels = torch.from_numpy(np.array(image, order="C"))  # copied, because the array may be read-only
     return pixels.expand(3, -1, -1).contiguous() if is_grey else pixels.permute(2, 0, 1).contiguous()
 
 
-def _check_size(image: Image.Image) -> None:
+def _check_pixel_count(image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"image too large: {width} x {height} pixels; the limit is {MAX_PIXELS:,} pixels")
 
 
 def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
-    """Decode an image with torchvision. Return None for images that require Pillow and for decoding errors."""
+    """Decode an image with torchvision. Return None if the image requires Pillow or cannot be decoded."""
     if header.format not in _FAST_FORMATS or "transparency" in header.info:
         return None
     has_alpha = header.mode in ("RGBA", "LA")
@@ -208,37 +208,37 @@ def _decode_with_torchvision(data: bytes, header: Image.Image) -> Tensor | None:
         return None
     if header.format == "WEBP":
         pixels = _apply_orientation(pixels, _read_orientation(header))
-    return _blend_with_white(pixels) if has_alpha else pixels
+    return _composite_over_white(pixels) if has_alpha else pixels
 
 
 def _decode_with_pillow(image: Image.Image) -> Tensor:
-    _check_size(image)
+    _check_pixel_count(image)
     image.load()
-    _check_size(image)  # a decoded HEIC image can differ in size from its header
+    _check_pixel_count(image)  # a decoded HEIC image can differ in size from its header
     if image.mode == "F":
         raise ImageError("the pixels are floating-point values with an unknown range")
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
         grey = torch.from_numpy(np.array(image, np.int32)).clamp_(0, 65535)
         pixels = grey.add_(128).floor_divide_(257).to(torch.uint8).expand(3, -1, -1)
     elif image.has_transparency_data:
-        pixels = _blend_with_white(torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1))
+        pixels = _composite_over_white(torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1))
     else:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return _apply_orientation(pixels, _read_orientation(image)).contiguous()
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation (1 to 8), or 1 if it is missing or corrupt."""
+    """Return the EXIF orientation (1 to 8), or 1 if the orientation is missing or corrupt."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # corrupt EXIF data can make Pillow raise almost any type of exception
         return 1
 
 
-def _blend_with_white(pixels: Tensor) -> Tensor:
+def _composite_over_white(pixels: Tensor) -> Tensor:
     """Composite a uint8 RGBA image of shape (4, H, W) over white. Return a uint8 RGB image of shape (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
-    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # blocks of rows, to limit the memory for int32 copies
+    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # rows per chunk, which limits the memory for int32 copies
     for chunk, out in zip(pixels.split(num_rows, dim=-2), result.split(num_rows, dim=-2), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
         out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
@@ -246,7 +246,7 @@ def _blend_with_white(pixels: Tensor) -> Tensor:
 
 
 def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
-    """Rotate and flip an image according to its EXIF orientation (1 to 8). Ignore other values."""
+    """Rotate and flip an image according to its EXIF orientation (1 to 8). Ignore invalid orientations."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
@@ -257,7 +257,7 @@ def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
 
 
 def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
-    """Decode and transform an image. If this fails or memory runs out, return an error message."""
+    """Decode and transform an image. Return an error message if decoding fails or memory runs out."""
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
@@ -271,14 +271,14 @@ def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
 def iter_image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], Any], batch_size: int = 64, workers: int | None = None
 ) -> Generator[tuple[list[int], list[Any], dict[int, str]]]:
-    """Yield decoded and transformed images in order, in batches of `batch_size`.
+    """Yield batches of decoded and transformed images, in order.
 
-    For 2,048 or more images, worker processes are used. Their default number is half the number of CPU cores, at most
-    8.
+    Worker processes are used for 2,048 or more images. The default number of workers is half the number of CPU cores,
+    at most 8.
 
     Yields:
-        For each batch, the indices of the decoded images, the transformed images, and a dict {index: error message} for
-        the images that could not be decoded.
+        Indices of the decoded images, the transformed images, and a dict {index: error message} of the images that
+        could not be decoded.
     """
     if workers is None:
         workers = min(8, count_cores() // 2)
@@ -289,7 +289,7 @@ def iter_image_batches(
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
         **build_worker_options(workers, __name__),
-        generator=torch.Generator(),  # keeps the global random state unchanged
+        generator=torch.Generator(),  # leaves the global random state unchanged
     )
     next_prefetch = num_images = 0
     for batch in loader:
@@ -317,13 +317,13 @@ class _DecodedImages(Dataset):
 def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
     """Return the `DataLoader` arguments that determine how worker processes are started and initialised.
 
-    Forking a process that uses a GPU or threads is unsafe. With "forkserver", all workers are forked from one process
-    that has only imported `modules`.
+    Forking a process that uses a GPU or threads is unsafe. With "forkserver", all workers are forked from a server
+    process that has only imported `modules`.
     """
     if not workers:
         return {}
     start_method = "spawn"
-    if "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin":  # forking is unsafe there
+    if "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin":  # unsafe on macOS
         start_method = "forkserver"
         multiprocessing.set_forkserver_preload(list(modules))
     initialize = partial(_initialize_worker, dict(os.environ))
@@ -331,13 +331,13 @@ def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
 
 
 def _initialize_worker(environment: dict[str, str], worker: int) -> None:
-    """Make a data loader worker exit together with its main process and without finalising the interpreter.
+    """Make a data loader worker exit when its main process exits, without finalising the Python interpreter.
 
-    Finalisation would stop threads that are still sending a batch in C++ code, which aborts the process.
+    Finalisation can abort a worker, because it stops threads that are still sending a batch in C++ code.
     """
-    os.environ.update(environment)  # the fork server keeps the environment of the first data loader
+    os.environ.update(environment)  # a fork server has the environment of the first data loader
     atexit.register(os._exit, 0)
-    sys.excepthook = _report_exception
+    sys.excepthook = _print_worker_exception
     threading.Thread(target=_exit_with_main_process, daemon=True).start()
 
 
@@ -348,16 +348,16 @@ def _exit_with_main_process() -> None:
     os._exit(1)
 
 
-def _report_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print an exception, unless it was caused only by the interruption of the main process."""
+def _print_worker_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print an exception, unless it is a connection error caused by the interruption of the main process."""
     if not issubclass(kind, EOFError | ConnectionError | AuthenticationError):
         sys.__excepthook__(kind, error, traceback)
 
 
 def pack_batch(items: list[Any]) -> Tensor:
-    """Pickle a batch to a uint8 tensor, so that sending it from a worker process uses only one file descriptor.
+    """Pickle a batch to a uint8 tensor, so that a worker process can send the batch with a single file descriptor.
 
-    Sending 512 images as separate tensors would exceed the standard limit of 1,024 open files.
+    Sending 512 images as separate tensors would exceed the usual limit of 1,024 open files.
     """
     stream = BytesIO()
     _TensorPickler(stream, pickle.HIGHEST_PROTOCOL).dump(items)

@@ -1,11 +1,12 @@
-"""Short phrases, such as "dog" and "red hat", extracted from captions and used as extra captions.
+"""Extraction of short phrases, such as "dog" and "red hat", from captions, for use as additional captions.
 
-The rules below are for English. For other languages, or to use a parser's output, provide a `phrases` column. NLP
-libraries such as spaCy and NLTK are not used, because their models are not available from PyPI.
+The extraction rules are for English. To use phrases in another language, or from a parser, add a `phrases` column to
+the data. NLP libraries such as spaCy and NLTK are not used, because their models are not available from PyPI.
 
-The words between two function words or punctuation marks form a run, as in RAKE (Rose et al. 2010, "Automatic keyword
-extraction from individual documents"). Nouns are words that often stand alone between an article and a function word
-("a dog in"). All captions are read three times: to count the lone nouns, to count the phrases, and to select phrases.
+As in RAKE (Rose et al. 2010, "Automatic keyword extraction from individual documents"), each caption is divided into
+runs of words at function words and punctuation marks. A word is a noun if it often stands alone between an article and
+a function word, like "dog" in "a dog in". The captions are read three times: to count nouns, to count phrases, and to
+select the phrases of each image.
 """
 
 import hashlib
@@ -29,38 +30,38 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import folder_lock
 
 T = TypeVar("T")
-MIN_IMAGES = 3  # rarer phrases and nouns are often wrong and therefore discarded
-MAX_WORDS = 4  # maximum length of a phrase
-PART_IMAGES = 1 << 16  # images per task of a worker process
-MIN_PARALLEL_IMAGES = 100_000  # smaller tables are processed without workers, which take seconds to start
+MIN_IMAGES = 3  # phrases and nouns that occur in fewer images are often wrong and are discarded
+MAX_WORDS = 4  # maximum number of words in a phrase
+PART_IMAGES = 1 << 16  # number of images per worker task
+MIN_PARALLEL_IMAGES = 100_000  # smaller tables are processed without workers, because workers take seconds to start
 LANGUAGE_SAMPLES = 10_000  # maximum number of records whose language is checked
-RULES_VERSION = 1  # increase it if a change to the rules changes the extracted phrases
+RULES_VERSION = 1  # must be increased when the extraction rules change
 
 
 def to_word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ARTICLES = to_word_set("a an the his its their")  # a single word after one of these words is a noun
+ARTICLES = to_word_set("a an the his its their")  # a word that stands alone after one of these words is a noun
 NUMBERS = to_word_set("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
     | NUMBERS
     | to_word_set("this that these those her my your our some several many few both each every another no one")
 )
-# Words that a noun phrase without a determiner may follow ("with sunglasses", "dogs and cats").
+# Words that can precede a noun phrase without a determiner, as in "with sunglasses" or "dogs and cats".
 CONNECTIVES = to_word_set(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
-# Function words that end a run without starting a phrase.
+# Function words that end a run of words and cannot precede a noun phrase.
 FUNCTION_WORDS = to_word_set(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
-# Nouns that do not name anything visible in an image. Phrases that end with such a noun are not used.
+# Nouns that do not name a visible object. Phrases that end with one of these nouns are discarded.
 VAGUE_NOUNS = to_word_set(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
@@ -79,7 +80,7 @@ _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
 
 
 def is_english(captions: Sequence[str]) -> bool:
-    """Return True if a third of the captions with at least four words contain a common English function word."""
+    """Return True if a common English word occurs in at least a third of the captions with four or more words."""
     sample = [caption.lower().split() for caption in captions]
     sentences = [words for words in sample if len(words) >= 4]
     return sum(not ENGLISH_WORDS.isdisjoint(words) for words in sentences) * 3 >= len(sentences) > 0
@@ -88,7 +89,7 @@ def is_english(captions: Sequence[str]) -> bool:
 def split_into_runs(caption: str) -> Iterator[tuple[str, list[str], str]]:
     """Yield (preceding token, words, following token) for each run of content words in a caption.
 
-    The words are in lower case. The start and the end of a caption count as a full stop.
+    Words are converted to lower case. The start and the end of a caption count as full stops.
     """
     before = "."
     run: list[str] = []
@@ -107,22 +108,22 @@ def split_into_runs(caption: str) -> Iterator[tuple[str, list[str], str]]:
 
 @lru_cache(maxsize=1 << 16)
 def _tokenize(word: str) -> tuple[tuple[str, bool], ...]:
-    """Return the tokens of a word with its punctuation marks, each with a flag for content words."""
+    """Split a string without whitespace into tokens. Return each token with a flag that is True for content words."""
     tokens = _TOKEN.findall(word)
     return tuple((token, token[0].isalpha() and token not in _BOUNDARIES) for token in tokens)
 
 
 def find_lone_nouns(caption: str) -> Iterator[str]:
-    """Yield the words that stand alone after an article and before a function word or the end of a sentence."""
+    """Yield the words that stand alone between an article and either a function word or the end of a sentence."""
     for before, run, after in split_into_runs(caption):
         if len(run) == 1 and before in ARTICLES and after in _AFTER_NOUN:
             yield run[0]
 
 
 def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
-    """Yield the phrases in a caption, each followed by its last noun. A phrase may be yielded several times.
+    """Yield each phrase in a caption, followed by the last noun of the phrase. Texts can be yielded several times.
 
-    A phrase ends with a noun and starts after a determiner or connective, or at the start of a sentence.
+    A phrase ends with a noun and starts after a determiner, a number or a connective, or at the start of a sentence.
     """
     for before, run, _ in split_into_runs(caption):
         if before not in _BEFORE_PHRASE and not before.isdigit():
@@ -147,9 +148,9 @@ def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
 def add_phrases(records: RecordTable) -> RecordTable:
     """Return the records with phrases extracted from their captions. The phrases are saved in the table's folder.
 
-    If a record already has phrases from a data column, or if the captions are not in English, return the records
-    unchanged. Time: about 60 microseconds of CPU per image. Memory: 200 bytes per distinct phrase and 4 bytes per
-    record.
+    The records are returned unchanged if the data has a `phrases` column or if the captions are not in English.
+    Extraction takes about 60 microseconds of CPU time per image, 200 bytes of memory per distinct phrase and 4 bytes of
+    memory per record.
     """
     from llm2clip.runs.ranks import print_once  # imports PyTorch, which worker processes do not need
 
@@ -173,7 +174,7 @@ def add_phrases(records: RecordTable) -> RecordTable:
 
 
 def _hash_phrase_inputs(records: RecordTable) -> str:
-    """Return a hash of everything that determines a table's phrases: rows, caption column and rules."""
+    """Return a hash of the rows, the caption column and the version of the extraction rules."""
     digest = hashlib.sha256(f"{RULES_VERSION} {records.resolve_field('captions')} {records.rows.dtype}".encode())
     digest.update(np.ascontiguousarray(records.rows).data)
     return digest.hexdigest()[:32]
@@ -229,7 +230,7 @@ def _sample_captions(records: RecordTable) -> list[str]:
 
 
 def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
-    """Count the images of each phrase or, if `nouns_file` is None, of each lone noun."""
+    """Count the images per phrase or, if `nouns_file` is None, per lone noun."""
     find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent_texts(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):

@@ -1,9 +1,10 @@
 """Positive text pairs for `tune`: data sources and batch sampling.
 
-A pair is either two captions of the same image or a general text pair in the format of E5's training data (arXiv
-2212.03533): `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}`, where `negatives` and
-`instruction` are optional. For the same data and settings, the batches depend only on the seed, regardless of the
-number of processes.
+A pair consists of two captions of the same image, or is read from a text-pair dataset in the format of E5's training
+data (arXiv 2212.03533): `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}`. The fields
+`negatives` and `instruction` are optional.
+
+For the same data and settings, the batches depend only on the seed, and not on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from llm2clip.config import TuneConfig
 from llm2clip.data.build_table import load_source_indices, mask_training_splits, open_table
 from llm2clip.data.formats import BadRow, ReadOptions, find_files, read_rows
-from llm2clip.data.image_facts import mask_same_images
+from llm2clip.data.image_facts import mask_matching_images
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, NO_SPLIT, Source, guess_columns, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable, decode_name
@@ -37,13 +38,13 @@ PAIR_COLUMN_NAMES = {  # pair field -> common column names, in order of preferen
     "instruction": ("instruction", "instruct", "task"),
     "split": ("split",),
 }
-ITEMS_PER_READ = 1024  # images whose captions are read at once
+ITEMS_PER_READ = 1024  # number of images whose captions are read at once
 MAX_VECTOR_DIM = 64  # maximum dimension of the vectors used to group similar captions
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Positive pair of texts."""
+    """Positive pair of texts, with optional hard negatives."""
 
     anchor: str  # query
     positive: str  # text with the same meaning as the anchor, or an answer to it
@@ -68,7 +69,7 @@ class ImageCaptions:
 
 
 class CaptionItems:
-    """Lazily read captions of the images in a record table."""
+    """Captions of the images in a record table, read from disk on demand."""
 
     def __init__(self, records: RecordTable) -> None:
         self.records = records
@@ -85,7 +86,7 @@ class CaptionItems:
     @cached_property
     def pairable(self) -> CaptionItems:
         """Images with at least two different captions."""
-        is_pairable = np.fromiter(map(can_pair, self), bool, len(self))
+        is_pairable = np.fromiter(map(has_caption_pair, self), bool, len(self))
         return CaptionItems(self.records.select(is_pairable))
 
 
@@ -105,31 +106,30 @@ def read_tuning_sources(
     training_sources: Sequence[str] = (),
     folder: Path | None = None,
 ) -> list[TuningItems]:
-    """Read the training data for `tune`. Return the items of each caption source, then those of each text-pair source.
+    """Read the training data for `tune`. Return the items of the caption sources, then of the text-pair sources.
 
-    All caption sources except `train` are merged into one source. If no splits are selected for a source, only its
-    records with a training split or no split are used. Held-out images are recognised by their files and, in
-    `config.data`, also by the comparable part of their ids; see `to_comparable_id`.
+    All caption sources except `train` are merged into one source. If no splits are selected for a source, only records
+    with a training split or without a split are used. Held-out images are recognised by their files and, in
+    `config.data`, also by their ids; see `to_comparable_id`.
 
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
         held_out: Tables of records whose images must not be used for tuning.
-        columns, folder: See `open_table`.
-        training_sources: Caption sources from which `held_out` may have been drawn. They are read before the sources in
-            `config.data`.
+        training_sources: Caption sources from which the held-out images may have been drawn.
 
     Raises:
-        ValueError: A source has too few pairs, or there are neither text pairs nor images with two captions.
+        ValueError: A source has too few pairs, or the data has neither text pairs nor images with two captions.
     """
     excluded_ids = _read_comparable_ids(config.exclude, columns, log)
     num_read = len(train or ())
     captions: list[CaptionItems] = []
     if train:
-        captions.append(CaptionItems(train.select(~_mask_ids(train, excluded_ids))))
+        captions.append(CaptionItems(train.select(~_mask_records_by_id(train, excluded_ids))))
     if training_sources or config.data:
         records = open_table([*training_sources, *config.data], columns, log, "unchecked", folder)
         num_read += len(records)
-        is_usable = _mask_usable(records, held_out, training_sources, config) & ~_mask_ids(records, excluded_ids)
+        is_usable = _mask_usable_records(records, held_out, training_sources, config)
+        is_usable &= ~_mask_records_by_id(records, excluded_ids)
         captions.append(CaptionItems(records.select(is_usable)))
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
@@ -147,28 +147,28 @@ def read_tuning_sources(
 
 
 def check_pairable(captions: Iterable[ImageCaptions]) -> None:
-    if not any(map(can_pair, captions)):
+    if not any(map(has_caption_pair, captions)):
         raise ValueError(
             "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "
             "the LLM unchanged, or --tune.data to tune on a dataset with several captions per image"
         )
 
 
-def _mask_usable(
+def _mask_usable_records(
     records: RecordTable, held_out: Sequence[RecordTable], training_sources: Sequence[str], config: TuneConfig
 ) -> np.ndarray:
-    """Return a boolean mask of the records that are in a selected split and not held out, of shape (N,)."""
+    """Return a boolean mask of shape (N,) that selects records in a selected split that are not held out."""
     source_of_record = load_source_indices(records)
     training = [Source.parse(source) for source in training_sources]
     sources = [*training, *map(Source.parse, config.data)]
     is_usable = mask_training_splits(records) | np.array([bool(s.splits) for s in sources])[source_of_record]
     for table in held_out:
-        is_usable &= ~mask_same_images(table, records)
+        is_usable &= ~mask_matching_images(table, records)
     training_paths = {(source.path, source.splits) for source in training}
     is_training_source = np.array([(source.path, source.splits) in training_paths for source in sources])
     others = np.flatnonzero(is_usable & ~is_training_source[source_of_record])
     held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
-    is_usable[others] = ~_mask_ids(records.select(others), held_out_ids)
+    is_usable[others] = ~_mask_records_by_id(records.select(others), held_out_ids)
     return is_usable
 
 
@@ -186,7 +186,7 @@ def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
             yield to_comparable_id(decode_name(name))
 
 
-def _mask_ids(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
+def _mask_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
     if not comparable_ids:
         return np.zeros(len(records), bool)
     return np.fromiter((name in comparable_ids for name in _list_comparable_ids(records)), bool, len(records))
@@ -195,8 +195,8 @@ def _mask_ids(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarr
 def to_comparable_id(record_id: str) -> str:
     """Return the part of an image id that is the same in all datasets that contain the image.
 
-    For an id that is a number, this is the number without leading zeros, which COCO's file names have and COCO's ids do
-    not. For an id that starts with a number of at least five digits, it is that number. Otherwise, it is the entire id.
+    Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. If
+    another id starts with at least five digits, only these digits are returned. All other ids are unchanged.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -205,7 +205,7 @@ def to_comparable_id(record_id: str) -> str:
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, the first is used.
+    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first one.
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
@@ -313,11 +313,11 @@ def iter_pair_batches(
 def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, world_size: int) -> int:
     """Return the total number of pairs per step across all ranks: `batch_size` per rank, if the data allows it.
 
-    If no source has that many items, the number is reduced until every source can always fill a step with pairs that
-    have no text in common, and rounded down to a multiple of the number of ranks.
+    If no source has that many items, the number is reduced until every source can fill a step with pairs that have no
+    text in common. The number is then rounded down to a multiple of the number of ranks.
 
     Raises:
-        ValueError: Only some of the sources have enough items, or a source is too small for any step.
+        ValueError: Only some of the sources have enough items, or a source is too small for a single step.
     """
     pairs_per_step = batch_size * world_size
     usable = [select_pairable_items(items, 1) for items in sources]
@@ -325,9 +325,8 @@ def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, worl
         pairs_per_step = min(map(_count_unrelated_groups, usable)) // world_size * world_size
         if pairs_per_step < 2:
             raise ValueError(
-                f"not enough texts for tuning with {world_size} process(es): each step needs at least "
-                f"{max(2, world_size)} pairs that have no text in common. Add data, or use "
-                "--tune.steps 0 to leave the LLM unchanged"
+                f"not enough texts for tuning: each step needs at least {max(2, world_size)} pairs that have no text "
+                "in common. Add data, or use --tune.steps 0 to leave the LLM unchanged"
             )
     for items in sources:
         select_pairable_items(items, pairs_per_step)
@@ -338,23 +337,25 @@ def select_pairable_items(items: TuningItems, batch_size: int) -> TuningItems:
     """Return the items that can form a pair: text pairs, and images with two different captions.
 
     Raises:
-        ValueError: There are fewer than `batch_size` such items.
+        ValueError: Fewer than `batch_size` items can form a pair.
     """
     usable: TuningItems
     if isinstance(items, CaptionItems):
         usable = items.pairable
     else:
-        usable = [item for item in items if isinstance(item, Pair) or can_pair(item)]
+        usable = [item for item in items if isinstance(item, Pair) or has_caption_pair(item)]
     if len(usable) < batch_size:
-        kind = "text pairs" if any(isinstance(item, Pair) for item in items) else "images with two different captions"
+        available = format_count(len(usable), "text pair")
+        if not any(isinstance(item, Pair) for item in items):
+            available = f"{format_count(len(usable), 'image')} with two different captions"
         raise ValueError(
-            f"a source has only {len(usable)} {kind}, but a batch needs {batch_size}. "
-            "Lower --tune.batch_size, add data or remove this source"
+            f"a source has only {available}, but a batch needs {batch_size:,}. Lower --tune.batch_size, add data or "
+            "remove the source"
         )
     return usable
 
 
-def can_pair(captions: ImageCaptions) -> bool:
+def has_caption_pair(captions: ImageCaptions) -> bool:
     return len(set(captions.texts)) > 1
 
 
@@ -377,9 +378,9 @@ def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
 
 
 def _count_unrelated_groups(items: TuningItems) -> int:
-    """Count the connected groups of items, where items with a common text are connected.
+    """Count the groups of items that are connected by common texts.
 
-    Items in different groups share no text, so a batch can always be filled with one pair per group.
+    Items in different groups share no text, so a batch can always contain one pair per group.
     """
     parents = list(range(len(items)))  # union-find: each item's chain of parents ends at the root of its group
 
@@ -416,8 +417,8 @@ def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, gr
     vectors = np.empty((len(usable), 0))
     if group_size > 1:
         vectors = compute_caption_vectors(item.texts for item in usable)
-    upcoming: Iterator[tuple[int, TuningItem]] = iter(())  # remaining items in this pass, with their indices
-    waiting: list[tuple[int, TuningItem]] = []  # items deferred in earlier batches, in reverse order
+    upcoming: Iterator[tuple[int, TuningItem]] = iter(())  # (index, item) of each remaining item in this pass
+    waiting: list[tuple[int, TuningItem]] = []  # items deferred by earlier batches, last item first
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()
@@ -430,7 +431,7 @@ def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, gr
                 order = draw_grouped_permutation(vectors, group_size, rng)[::-1]
                 upcoming = _read_items(usable, order[~np.isin(order, [index for index, _ in deferred])])
                 entry = next(upcoming, None)
-            if entry is None:  # only deferred items remain: try other captions
+            if entry is None:  # only deferred items remain, so try other captions
                 waiting, deferred = deferred, []
                 entry = waiting.pop()
             index, item = entry
@@ -464,15 +465,16 @@ def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, Tu
 
 # ---- hard negatives --------------------------------------------------------------------------------------------------
 
-# In a random batch, most negatives describe a different subject and soon become too easy. Each pass over the data
-# therefore groups similar captions with a random projection tree. Similarity is based on TF-IDF, which takes only
-# seconds to compute, and a resumed run forms the same groups.
+# In a random batch, most negatives describe a different subject and soon become too easy.
+# Each pass over the data therefore groups similar captions with a random projection tree.
+# Similarity is based on TF-IDF, which is fast to compute and gives a resumed run the same groups.
 
 
 def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
     """Compute an L2-normalised vector from each item's captions. Return shape (N, D), float32, with D at most 64.
 
-    The method is latent semantic analysis: TF-IDF followed by truncated SVD. Memory: about 3 KB per item.
+    The vectors are computed with latent semantic analysis (TF-IDF followed by truncated SVD). Each item takes about
+    3 KB of memory.
     """
     documents = (" ".join(texts) for texts in captions)
     tfidf = TfidfVectorizer(analyzer=_split_words, sublinear_tf=True).fit_transform(documents)
@@ -488,8 +490,7 @@ def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
 def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.random.Generator) -> np.ndarray:
     """Return a random permutation of N items, as int64 indices, in which groups of similar items stay together.
 
-    `vectors` are from `compute_caption_vectors`, of shape (N, D). Each call forms new groups of up to `group_size`
-    items.
+    `vectors` has shape (N, D); see `compute_caption_vectors`. Each call forms new groups of at most `group_size` items.
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
@@ -514,5 +515,5 @@ def _split_into_groups(
 
 
 def _split_words(text: str) -> list[str]:
-    """Split a text into words. Text in scripts without spaces, such as Thai or Chinese, is split into characters."""
+    """Split a text into words. In scripts without spaces, such as Thai or Chinese, split it into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

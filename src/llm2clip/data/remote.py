@@ -1,10 +1,10 @@
-"""Files in object storage and on web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
+"""Access to files in object storage and on web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
 Entire files are downloaded into a local cache. The least recently used files are removed when the cache is full.
 Readers hold a shared lock, so files that are being read are not removed. Messages never contain credentials.
 
-Each process pins the first version of a file that it sees: if the file is replaced later, reading it raises an error
-instead of mixing both versions.
+Each process pins the version of a file when it first accesses the file. If the file is replaced later, reading it
+raises an error, so that a run never mixes two versions.
 """
 
 from __future__ import annotations
@@ -42,24 +42,21 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 PREFETCH_THREADS = 4
-FAILURE_SECONDS = 600  # delay before a file is requested again after all attempts have failed
-MAX_FOLDERS = 30_000  # limits on the number and depth of a remote folder's subfolders
-MAX_FOLDER_DEPTH = 16
+FAILURE_SECONDS = 600  # delay before a file is requested again after a failure
+MAX_FOLDERS = 30_000  # maximum number of folders in a remote folder
+MAX_FOLDER_DEPTH = 16  # maximum number of nested folders in a remote folder
 SIZE_VARIABLE = "LLM2CLIP_SHARD_CACHE_GB"
 MAX_DEFAULT_BYTES = 200 * 10**9
 FILL_FRACTION = 0.95  # files are removed from a full cache until it uses this fraction of its limit
-UNLISTED_FRACTION = 0.02  # fraction of the limit that a process may add before it must list the cache again
+UNLISTED_FRACTION = 0.02  # fraction of the size limit to download before the cache is listed again
 TOUCH_SECONDS = 60  # minimum interval between updates of a file's access time
-# Modification time of complete files in the cache, in seconds. If it differs, the file was changed after its download.
-# The access time is the time of last use.
+# Modification time of complete files in the cache, in seconds since the epoch. Files with other times are invalid.
 DOWNLOADED_TIME = 1_000_000_000
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
-_unlisted_allowances: dict[
-    tuple[str, str], float
-] = {}  # (cache folder, size limit) -> bytes to add before the next listing
-_pending: deque[str] = deque()  # URLs of files to download ahead
+_unlisted_allowances: dict[tuple[str, str], float] = {}  # (folder, limit) -> bytes to add before the next listing
+_pending: deque[str] = deque()  # URLs of files to download in advance
 _free_threads = threading.Semaphore(PREFETCH_THREADS)
 
 
@@ -71,18 +68,18 @@ class CacheFullError(FatalDataError):
 
 
 def find_remote_files(pattern: str) -> list[str]:
-    """Resolve a URL, which may contain glob characters and {000..010} ranges, to URLs. Pin the versions of all files.
+    """Expand glob characters and {000..010} ranges in a URL. Return the URLs, and pin the versions of all files.
 
-    URLs of folders end with a slash. Raise `MissingRemoteFileError` if no file matches.
+    The returned URLs of folders end with a slash. Raise `MissingRemoteFileError` if no file matches.
     """
     name = hide_url_secrets(pattern)
     if "@" in storage.split_url(pattern)[1] and not pattern.startswith("hf"):
         raise ValueError(f"{name}: a URL must not contain a user name or password. Put them in ~/.netrc instead")
     address = storage.strip_query(pattern)
-    is_pattern = (glob.has_magic(address) or "{" in address) and not _exists(pattern)
+    is_pattern = (glob.has_magic(address) or "{" in address) and not _remote_file_exists(pattern)
     urls = []
     for url in [expanded + pattern[len(address) :] for expanded in braceexpand(address)] if is_pattern else [pattern]:
-        matches = _glob(url) if is_pattern and glob.has_magic(storage.strip_query(url)) else [url]
+        matches = _glob_remote_files(url) if is_pattern and glob.has_magic(storage.strip_query(url)) else [url]
         if not matches:
             raise MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
         urls += matches
@@ -90,7 +87,7 @@ def find_remote_files(pattern: str) -> list[str]:
 
 
 def look_up_versions(urls: Sequence[str]) -> list[str]:
-    """Pin the current versions of many files in parallel. Return their URLs, with a slash at the end of folders."""
+    """Pin the current versions of files in parallel. Return the URLs, with a slash at the end of each folder's URL."""
     with ThreadPoolExecutor(storage.LOOKUP_THREADS) as pool:
         return list(pool.map(_pin_file_or_mark_folder, urls))
 
@@ -107,7 +104,7 @@ def _list_remote_folder(folder: str) -> list[str]:
     scheme = storage.get_scheme(folder)
     filesystem = storage.get_filesystem(scheme)
     names = set()
-    for entry in storage.call_with_retries(lambda: filesystem.ls(storage.to_path(folder), detail=True), folder):
+    for entry in storage.call_with_retries(lambda: filesystem.ls(storage.to_fsspec_path(folder), detail=True), folder):
         url = storage.to_url(scheme, entry["name"])
         name = url.rstrip("/").removeprefix(folder)
         if name and "/" not in name and "?" not in name and url.startswith(folder):
@@ -121,21 +118,20 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     To skip subfolders, the caller can remove their names from the list.
 
     Raises:
-        OSError: A folder is unreadable, or a remote folder has too many subfolders. On a web server, a folder can
-            contain itself.
+        OSError: A folder is unreadable, or a remote folder has too many subfolders.
     """
     if not is_remote(folder):
         yield from os.walk(folder, onerror=_raise_error)
         return
-    pending = [(folder.rstrip("/"), 0)]
+    pending = [(folder.rstrip("/"), 0)]  # limited below, because web servers can list a folder in itself
     num_folders = 0
     while pending:
         path, depth = pending.pop()
         num_folders += 1
         if depth > MAX_FOLDER_DEPTH or num_folders > MAX_FOLDERS:
             raise RemoteError(
-                f"{hide_url_secrets(path)}: more than {MAX_FOLDERS:,} folders, or {MAX_FOLDER_DEPTH} folders inside "
-                "each other. Pass a folder with fewer subfolders"
+                f"{hide_url_secrets(path)}: more than {MAX_FOLDERS:,} folders, or more than {MAX_FOLDER_DEPTH} nested "
+                "folders. Pass a folder with fewer subfolders"
             )
         names = _list_remote_folder(path)
         folders = [name.rstrip("/") for name in names if name.endswith("/")]
@@ -147,35 +143,35 @@ def file_exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.isfile(path)
     try:
-        _get_version(path)
-    except RemoteError as error:  # such as a missing permission, which opening the file reports
+        _look_up_version(path)
+    except RemoteError as error:  # such as a missing permission, which is reported when the file is opened
         return not isinstance(error, MissingRemoteFileError)
     return True
 
 
 def get_file_size(path: str) -> int:
-    """Return the size of a local or remote file in bytes. Raise OSError if it cannot be determined."""
+    """Return the size of a local or remote file in bytes. Raise OSError if the size cannot be determined."""
     if not is_remote(path):
         return os.path.getsize(path)
-    return storage.parse_size(_get_version(path))
+    return storage.parse_file_size(_look_up_version(path))
 
 
 def _raise_error(error: OSError) -> None:
     raise error
 
 
-def _exists(url: str) -> bool:
-    with suppress(RemoteError):  # usually a missing permission to list the folder; counts as missing
+def _remote_file_exists(url: str) -> bool:
+    with suppress(RemoteError):  # usually a missing permission; the file counts as missing
         return get_remote_version(url) != ""
     return False
 
 
-def _glob(pattern: str) -> list[str]:
-    """Return the URLs that match a glob pattern. Hidden files match only patterns with a dot, as in local folders."""
+def _glob_remote_files(pattern: str) -> list[str]:
+    """Return the URLs that match a glob pattern. Hidden files match only patterns that start with a dot."""
     scheme = storage.get_scheme(pattern)
     filesystem = storage.get_filesystem(scheme)
     paths = storage.call_with_retries(
-        lambda: filesystem.glob(storage.to_path(pattern)), pattern, storage.LOOKUP_ATTEMPTS
+        lambda: filesystem.glob(storage.to_fsspec_path(pattern)), pattern, storage.LOOKUP_ATTEMPTS
     )
     urls = sorted(storage.to_url(scheme, path) for path in paths)
     if posixpath.basename(pattern).startswith("."):
@@ -184,7 +180,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _pin_file_or_mark_folder(url: str) -> str:
-    """Pin the current version of a file, or return the URL of a folder with a slash at its end.
+    """Pin the current version of a file. Return the URL, with a slash at the end if it is the URL of a folder.
 
     Web servers do not distinguish files from folders, so a web address without a file suffix is treated as a folder.
     """
@@ -192,10 +188,10 @@ def _pin_file_or_mark_folder(url: str) -> str:
         url.startswith("http") and "." not in storage.split_url(storage.strip_query(url))[2].rpartition("/")[2]
     ):
         return url.rstrip("/") + "/"
-    info = storage.read_info(url)
+    info = storage.fetch_file_info(url)
     if info["type"] == "directory":
         return url + "/"
-    _versions[url] = storage.format_version(info, url)
+    _versions[url] = storage.build_version(info, url)
     return url
 
 
@@ -203,13 +199,13 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file, looked up on first use: its size and its etag or time."""
+    """Return the pinned version of a remote file (size and etag or time). On first use, pin the current version."""
     version = _versions.get(url)
     if version is None:
-        info = storage.read_info(url)
+        info = storage.fetch_file_info(url)
         if info["type"] == "directory":
             raise MissingRemoteFileError(f"{hide_url_secrets(url)} is a folder, not a file")
-        version = _versions.setdefault(url, storage.format_version(info, url))
+        version = _versions.setdefault(url, storage.build_version(info, url))
     return version
 
 
@@ -219,12 +215,12 @@ def get_pinned_versions(urls: Iterable[str]) -> dict[str, str]:
 
 
 def pin_versions(versions: Mapping[str, str]) -> None:
-    """Pin the versions of files, for example in a worker process. Reading any other version raises an error."""
+    """Pin the versions of files, for example in a worker process. Reading another version raises an error."""
     _versions.update(versions)
 
 
 def _check_version(url: str, version: str) -> None:
-    current = storage.format_version(storage.read_info(url, storage.MAX_ATTEMPTS), url)
+    current = storage.build_version(storage.fetch_file_info(url, storage.MAX_ATTEMPTS), url)
     if current != version:
         raise storage.build_replaced_error(url, version, current)
 
@@ -235,15 +231,17 @@ def _check_version(url: str, version: str) -> None:
 def open_file(path: str) -> io.BufferedReader:
     """Open a file in binary mode. A remote file is downloaded into the cache and not removed while it is open.
 
-    Raise OSError, or a `FatalDataError` if a remote file was replaced or does not fit in the cache.
+    Raises:
+        OSError: The file cannot be read.
+        FatalDataError: The remote file was replaced during the run or does not fit in the cache.
     """
     if not is_remote(path):
         return open_regular_file(path)
-    version = _get_version(path)
+    version = _look_up_version(path)
     cached_path = get_cached_path(path, version)
-    while (file := _open_cached(cached_path, storage.parse_size(version))) is None:
-        # Another process may remove the file before it is opened.
-        _remember_failure(path, functools.partial(_download, path, version, cached_path))
+    while (file := _open_cached(cached_path, storage.parse_file_size(version))) is None:
+        # Another process can remove the downloaded file before it is opened.
+        _call_unless_recently_failed(path, functools.partial(_download_unless_cached, path, version, cached_path))
     return file
 
 
@@ -256,7 +254,7 @@ def get_local_path(path: str) -> str:
 
 
 class FileSlice(io.RawIOBase):
-    """Seekable stream over part of a local or remote file."""
+    """Seekable stream of a byte range of a local or remote file."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = open_file(path), offset, size, 0
@@ -284,12 +282,12 @@ class FileSlice(io.RawIOBase):
         super().close()
 
 
-def _get_version(url: str) -> str:
-    return _versions.get(url) or _remember_failure(url, lambda: get_remote_version(url))
+def _look_up_version(url: str) -> str:
+    return _versions.get(url) or _call_unless_recently_failed(url, lambda: get_remote_version(url))
 
 
-def _remember_failure(url: str, function: Callable[[], T]) -> T:
-    """Call a function that reads a file. If this failed recently, raise the same error without a new request."""
+def _call_unless_recently_failed(url: str, function: Callable[[], T]) -> T:
+    """Call a function that reads a remote file. If a call for the same URL failed recently, raise the same error."""
     failed_at, failure = _failures.get(url, (0.0, None))
     if failure is not None and time.monotonic() - failed_at < FAILURE_SECONDS:
         raise failure
@@ -310,7 +308,7 @@ def get_cache_folder() -> Path:
 
 
 def get_cached_path(url: str, version: str) -> Path:
-    """Return the cache path for a version of a remote file. It ends with the file's suffix."""
+    """Return the path in the cache for a version of a remote file, with the suffix of the file."""
     digest = hashlib.sha256(f"{url}\0{version}".encode("utf-8", "surrogatepass")).hexdigest()[:40]
     name = url.partition("?")[0].rpartition("/")[2]
     suffix = re.search(r"(\.[A-Za-z0-9]{1,9}){1,2}$", name)
@@ -318,12 +316,12 @@ def get_cached_path(url: str, version: str) -> Path:
 
 
 def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
-    """Open a cached file, which is not removed while open. Return None if it is missing or was changed."""
+    """Open a cached file and lock it against removal. Return None if it is missing or was changed after download."""
     try:
         file = open_regular_file(path)
     except FileNotFoundError:
         return None
-    _lock(file, exclusive=False)
+    _lock_file(file, exclusive=False)
     status = os.fstat(file.fileno())
     if status.st_size != size or status.st_mtime != DOWNLOADED_TIME:
         file.close()
@@ -335,9 +333,9 @@ def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
     return file
 
 
-def _download(url: str, version: str, path: Path) -> None:
+def _download_unless_cached(url: str, version: str, path: Path) -> None:
     """Download a file into the cache, unless another process has just downloaded it."""
-    size = storage.parse_size(version)
+    size = storage.parse_file_size(version)
     with folder_lock(get_cache_folder() / "locks", path.name[:2], timeout=-1):
         if (file := _open_cached(path, size)) is not None:
             file.close()
@@ -345,7 +343,7 @@ def _download(url: str, version: str, path: Path) -> None:
         _free_cache_space(size, url)
         for is_last_attempt in (False, True):
             try:
-                _write_file(url, version, path)
+                _download_to_cache(url, version, path)
                 return
             except OSError as error:
                 if not (isinstance(error.__cause__, OSError) and error.__cause__.errno in storage.DISK_ERRORS):
@@ -355,12 +353,12 @@ def _download(url: str, version: str, path: Path) -> None:
                         f"{hide_url_secrets(url)}: {error}. Free some space, or move the cache to another disk with "
                         "the environment variable LLM2CLIP_CACHE"
                     ) from error
-                _remove_files(sorted(_list_files()), size)
+                _remove_cached_files(sorted(_list_cached_files()), size)
                 _unlisted_allowances.clear()
 
 
-def _write_file(url: str, version: str, path: Path) -> None:
-    size = storage.parse_size(version)
+def _download_to_cache(url: str, version: str, path: Path) -> None:
+    size = storage.parse_file_size(version)
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as stream:
             _check_version(url, version)
@@ -368,7 +366,7 @@ def _write_file(url: str, version: str, path: Path) -> None:
                 storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
             _check_version(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
-        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # otherwise, the file would be downloaded every time
+        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # without the time, the file would be downloaded again
             raise FatalDataError(
                 f"{path.parent}: this disk does not store modification times. Move the cache to another disk with the "
                 "environment variable LLM2CLIP_CACHE"
@@ -378,22 +376,22 @@ def _write_file(url: str, version: str, path: Path) -> None:
 def _free_cache_space(size: int, url: str) -> None:
     key = (str(get_cache_folder()), os.environ.get(SIZE_VARIABLE, ""))
     if size > _unlisted_allowances.get(key, -1):
-        files = sorted(_list_files())
+        files = sorted(_list_cached_files())
         used = sum(file_size for _, file_size, _ in files)
         limit = _get_size_limit(used)
         if size > limit:
             raise CacheFullError(
-                f"{hide_url_secrets(url)}: {size / 1e9:.2f} GB, but the cache of remote files is limited to "
-                f"{limit / 1e9:.2f} GB. Raise the limit with the environment variable {SIZE_VARIABLE}"
+                f"{hide_url_secrets(url)}: the file has {size / 1e9:.2f} GB, but the cache of remote files is limited "
+                f"to {limit / 1e9:.2f} GB. Raise the limit with the environment variable {SIZE_VARIABLE}"
             )
         if used + size > limit:
-            used -= _remove_files(files, used + size - FILL_FRACTION * limit)
+            used -= _remove_cached_files(files, used + size - FILL_FRACTION * limit)
         _unlisted_allowances[key] = min(limit - used, max(size, UNLISTED_FRACTION * limit))
     _unlisted_allowances[key] = _unlisted_allowances.get(key, 0.0) - size  # another thread may have removed the entry
 
 
 def _get_size_limit(used: int) -> float:
-    """Return the cache's size limit in bytes. Default: half of the free space plus the cache, at most 200 GB."""
+    """Return the cache's size limit in bytes. Default: half of the free and cached bytes, at most 200 GB."""
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
         return min(MAX_DEFAULT_BYTES, (shutil.disk_usage(get_cache_folder()).free + used) / 2)
@@ -406,7 +404,7 @@ def _get_size_limit(used: int) -> float:
     return limit
 
 
-def _list_files() -> Iterator[tuple[float, int, str]]:
+def _list_cached_files() -> Iterator[tuple[float, int, str]]:
     """Yield the (time of last use, size, path) of each file in the cache, including incomplete downloads."""
     for parent, folders, names in os.walk(get_cache_folder()):
         if "locks" in folders:
@@ -418,20 +416,20 @@ def _list_files() -> Iterator[tuple[float, int, str]]:
                 yield status.st_atime, status.st_size, path
 
 
-def _remove_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:
-    """Remove files in the given order until `num_bytes` are freed, but no file in use. Return the bytes freed."""
+def _remove_cached_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:
+    """Remove files that are not in use, in order, until `num_bytes` are freed. Return the number of freed bytes."""
     num_freed = 0
     for _, size, path in files:
         if num_freed >= num_bytes:
             break
         with suppress(OSError), open_regular_file(path) as file:
-            if _lock(file, exclusive=True):
+            if _lock_file(file, exclusive=True):
                 os.unlink(path)
                 num_freed += size
     return num_freed
 
 
-def _lock(file: BinaryIO, exclusive: bool) -> bool:
+def _lock_file(file: BinaryIO, exclusive: bool) -> bool:
     """Lock an open file until it is closed. Return False if another process holds the lock."""
     if fcntl is None:
         return True
@@ -444,7 +442,7 @@ def _lock(file: BinaryIO, exclusive: bool) -> bool:
     return True
 
 
-# ---- downloading ahead -----------------------------------------------------------------------------------------------
+# ---- prefetching -----------------------------------------------------------------------------------------------------
 
 
 def prefetch(paths: Sequence[str]) -> None:
@@ -473,11 +471,11 @@ def _download_pending() -> None:
             get_local_path(url)
 
 
-def _reset_threads() -> None:
+def _reset_prefetch_threads() -> None:
     global _free_threads
     _pending.clear()
     _free_threads = threading.Semaphore(PREFETCH_THREADS)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_threads)
+    os.register_at_fork(after_in_child=_reset_prefetch_threads)

@@ -1,4 +1,4 @@
-"""Log of skipped rows with a limit on their number."""
+"""Log of skipped rows, with a limit on the fraction of rows that can be skipped."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from llm2clip.io_utils import format_count, hide_url_secrets, to_valid_unicode
 MAX_NOTES = 5  # maximum number of notes in the summary
 MAX_VALUE_CHARACTERS = 200  # longer values are truncated
 MAX_PATH_CHARACTERS = 4096
-# Reason for skipping rows -> how to fix the source.
+# reason for which rows were skipped -> how to fix the source
 ADVICE_BY_REASON = {
     "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
     "or correct the paths",
@@ -41,9 +41,12 @@ class TooManySkipped(ValueError):
 class SkipLog:
     """Counter of skipped rows, which are also listed in a JSON Lines file.
 
-    An existing file is overwritten, and only one process may write to it. `skipped` counts the skipped rows by reason,
-    and `dropped` the rows from which a value was dropped. `max_skipped` is the maximum fraction of rows that may be
-    skipped.
+    An existing file is overwritten. Only one process may write to the file.
+
+    Attributes:
+        max_skipped: Maximum fraction of rows that may be skipped.
+        skipped: Number of skipped rows by reason.
+        dropped: Number of rows with a dropped value, by reason.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, max_skipped: float = 0.05) -> None:
@@ -53,10 +56,10 @@ class SkipLog:
         self.dropped: Counter[str] = Counter()
         self.examples: list[str] = []
         self.notes: dict[str, dict[str, None]] = {}
-        self._copies = np.empty(0, np.uint64)  # distinct hashes of duplicate images
+        self._copies = np.empty(0, np.uint64)  # hashes of the merged duplicate images
         self._num_rows = 0  # number of rows counted with `count_rows`
         self._source_rows: dict[str, dict[str, int]] = {}  # path -> split -> number of rows
-        self._recorded: set[tuple[str, int, str]] = set()  # (file, row, reason) of each skipped row or dropped value
+        self._recorded: set[tuple[str, int, str]] = set()  # (file, row, reason) of each logged problem
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
@@ -76,7 +79,7 @@ class SkipLog:
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Set the number of rows read so far from a split of a source in this pass. `split` is "" if unknown."""
+        """Set the number of rows read so far from a split of a source. `split` is "" if the split is unknown."""
         counts = self._source_rows.setdefault(path, {})
         counts[split] = max(count, counts.get(split, 0))
 
@@ -85,7 +88,7 @@ class SkipLog:
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` consecutive rows, starting at `row`, were skipped, once per row and reason."""
+        """Record that `rows` consecutive rows, starting at `row`, were skipped. Ignore repeated calls."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
@@ -95,14 +98,14 @@ class SkipLog:
         self._write(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record, once per row and reason, that part of a row was dropped while the rest is used."""
+        """Record that a value of a row was dropped. Ignore repeated calls for the same row and reason."""
         file = hide_url_secrets(file)
         if self._record_once(file, row, reason):
             self.dropped[reason] += 1
             self._write(file, row, reason, value)
 
-    def count_copies(self, hashes: np.ndarray) -> None:
-        """Record that duplicate images were merged. `hashes` (uint64) identify the images."""
+    def count_duplicate_images(self, hashes: np.ndarray) -> None:
+        """Count merged duplicate images. `hashes` identifies the images, of shape (N,), uint64."""
         self._copies = np.union1d(self._copies, hashes)
 
     def add_note(self, text: str, file: str) -> None:
@@ -110,7 +113,7 @@ class SkipLog:
         self.notes.setdefault(text, {})[to_valid_unicode(hide_url_secrets(file))] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:
-        """Record the events of an `RecordingSkipLog` in the same order."""
+        """Record the events of a `RecordingSkipLog` in the same order."""
         for name, *args in events:
             getattr(self, name)(*args)
 
@@ -127,14 +130,14 @@ class SkipLog:
         notes = "".join(f"\n{note}" for note in self.list_notes())
         most_common, _ = self.skipped.most_common(1)[0]
         advice = f"\n{ADVICE_BY_REASON.get(most_common, 'Fix the source')}"
-        if self.skipped.total() < self.rows_seen / 2:  # with more skipped rows, the source or column mapping is wrong
+        if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source is probably wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
             f"{self._format_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first notes. Each note names one of the files that it applies to and counts the other files."""
+        """Return the first notes. Each note begins with a file that it applies to and the number of other files."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
@@ -160,21 +163,21 @@ class SkipLog:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:MAX_VALUE_CHARACTERS]}
-        # The file is reopened for each line, so that no line is lost if the run is killed. Lone surrogates, from
-        # file names that are not UTF-8, are written as \udcXX, which is valid JSON.
+        # The file is reopened for each line, so that no line is lost if the run is killed.
+        # Lone surrogates, from file names that are not UTF-8, are written as \udcXX, which is valid JSON.
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 class RecordingSkipLog(SkipLog):
-    """Skip log that collects all calls with their arguments, for `SkipLog.replay` in another process."""
+    """Skip log that records method calls, so that `SkipLog.replay` can repeat the calls in another process."""
 
     def __init__(self) -> None:
         super().__init__(max_skipped=1.0)
         self.events: list[list[Any]] = []
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Do nothing, because the summary of the part contains the number of rows."""
+        """Do nothing, because `ReadSummary` contains the number of rows."""
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         self.events.append(["skip", file, row, reason, str(value)[:MAX_PATH_CHARACTERS], rows])

@@ -1,6 +1,6 @@
 """Access to object storage and web servers: URLs, file versions, and requests with retries after temporary errors.
 
-Requests are sent through fsspec. The credentials are those that each service's own tools use, such as AWS_PROFILE or
+Requests are sent through fsspec. Credentials are read from each service's usual settings, such as AWS_PROFILE or
 ~/.netrc.
 """
 
@@ -30,14 +30,14 @@ MAX_LISTING_BYTES = 16 << 20  # maximum size of a web server's directory listing
 CONNECT_TIMEOUT = 20.0  # seconds
 LOOKUP_ATTEMPTS = 4  # fewer than for downloads, to report a mistyped host within seconds
 LOOKUP_THREADS = 16
-UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # `_filesystems` is the only cache
+UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # the only cache is `_filesystems`
 MAX_ATTEMPTS = 8
 FIRST_DELAY = 0.5  # seconds; doubles with each attempt, so that the default number of attempts spans about a minute
 MAX_DELAY = 30.0  # seconds
-RETRIED_STATUSES = (408, 425, 429)  # in addition to all 5xx
+RETRIED_STATUSES = (408, 425, 429)  # retried in addition to all 5xx status codes
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NETWORK_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpx2", "httpcore", "requests", "urllib3")
-# Exceptions of storage packages for which a retry is pointless, such as missing credentials.
+# Exceptions of storage packages that are not retried, for example because credentials are missing.
 PERMANENT_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL", "OfflineModeIsEnabled")
 _REMOTE = re.compile(r"(s3|gs|hf|https?)://")
 _random = random.Random()  # separate, so that retries do not change the state of the global generator
@@ -78,8 +78,8 @@ def get_file_name(path: str) -> str:
 def join_path(folder: str, name: str) -> str:
     """Join a folder and a relative file name from a dataset.
 
-    A name in a local folder never resolves to a remote file, nor a name in a remote folder to a local file. In a remote
-    folder, names are resolved like relative URLs: absolute names and `..` stay within the same bucket, dataset or host.
+    The result is remote if and only if the folder is remote. Names in a remote folder are resolved like relative URLs,
+    so that absolute names and `..` stay within the same bucket, dataset or host.
     """
     if not is_remote(folder):
         return os.path.join(folder or ".", name) if is_remote(name) else os.path.join(folder, name)
@@ -110,7 +110,7 @@ def get_scheme(url: str) -> str:
     return url.partition("://")[0]
 
 
-def to_path(url: str) -> str:
+def to_fsspec_path(url: str) -> str:
     """Return the path that fsspec uses for a URL."""
     return url if get_scheme(url).startswith("http") else url.partition("://")[2]
 
@@ -122,27 +122,27 @@ def to_url(scheme: str, path: str) -> str:
 # ---- versions --------------------------------------------------------------------------------------------------------
 
 
-def read_info(url: str, max_attempts: int = LOOKUP_ATTEMPTS) -> dict[str, Any]:
+def fetch_file_info(url: str, max_attempts: int = LOOKUP_ATTEMPTS) -> dict[str, Any]:
     """Return the size, the etag or modification time, and the type ("file" or "directory") of a remote file."""
     filesystem = get_filesystem(get_scheme(url))
     options = {"refresh": True} if get_scheme(url) in ("s3", "hf") else {}
     info: dict[str, Any] = call_with_retries(
-        lambda: filesystem.info(to_path(url), **options), url, max_attempts=max_attempts
+        lambda: filesystem.info(to_fsspec_path(url), **options), url, max_attempts=max_attempts
     )
     return info
 
 
-def format_version(info: Mapping[str, Any], url: str) -> str:
+def build_version(info: Mapping[str, Any], url: str) -> str:
     size = info.get("size")
     if size is None:
-        raise RemoteError(f"{hide_url_secrets(url)}: the server does not state the size of the file")
+        raise RemoteError(f"{hide_url_secrets(url)}: the server does not report the size of the file")
     for key in ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "updated", "mtime"):
         if info.get(key):
             return f"{size}-{key.lower()}-{info[key]}"
     return f"{size}-"
 
 
-def parse_size(version: str) -> int:
+def parse_file_size(version: str) -> int:
     return int(version.partition("-")[0])
 
 
@@ -157,7 +157,7 @@ def build_replaced_error(url: str, version: str, current: str) -> ReplacedFileEr
 
 
 def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Append the bytes from `start` to `end` to `file`, or all bytes if the server does not support ranges."""
+    """Append a byte range of a remote file to `file`. If the server does not support ranges, write the entire file."""
     from fsspec.asyn import sync
 
     filesystem = get_filesystem(get_scheme(url))
@@ -170,7 +170,7 @@ def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) ->
             sync(filesystem.loop, _stream_response, filesystem, url, version, start, end, file)
             return
         options = {"timeout": BLOCK_TIMEOUT} if filesystem.async_impl else {}
-        data = filesystem.cat_file(to_path(url), start=start, end=end, **options)
+        data = filesystem.cat_file(to_fsspec_path(url), start=start, end=end, **options)
         if len(data) != end - start:
             raise ConnectionError(f"truncated response: {len(data):,} of {end - start:,} bytes")
         file.write(data)
@@ -179,7 +179,7 @@ def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) ->
 
 
 async def _stream_response(filesystem: Any, url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Write a byte range of a web address to a file. Check the size and etag in the response."""
+    """Write a byte range from a web server to a file. Check the size and etag in the response."""
     session = await filesystem.set_session()
     headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     async with session.get(filesystem.encode_url(url), headers=headers) as response:
@@ -189,9 +189,9 @@ async def _stream_response(filesystem: Any, url: str, version: str, start: int, 
         if response.status == 206 and stated != f"bytes {start}-{end - 1}":
             raise ConnectionError(f"the response contains {stated or 'no range'} instead of bytes {start}-{end - 1}")
         if response.status != 206:  # the server does not support ranges
-            start, expected = 0, parse_size(version)
+            start, expected = 0, parse_file_size(version)
             file.seek(0)
-        _check_response(response.headers, url, version)
+        _check_response_version(response.headers, url, version)
         num_bytes = 0
         async with asyncio.timeout(BLOCK_TIMEOUT * math.ceil(expected / BLOCK_BYTES)):
             async for chunk in response.content.iter_chunked(1 << 20):
@@ -203,11 +203,11 @@ async def _stream_response(filesystem: Any, url: str, version: str, start: int, 
             raise ConnectionError(f"truncated response: {num_bytes:,} of {expected:,} bytes")
 
 
-def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
+def _check_response_version(headers: Mapping[str, str], url: str, version: str) -> None:
     total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
     if total.isdecimal():
         info = {"size": int(total), "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")}
-        current = format_version(info, url)
+        current = build_version(info, url)
         if current != version:
             raise build_replaced_error(url, version, current)
 
@@ -216,14 +216,14 @@ def _check_response(headers: Mapping[str, str], url: str, version: str) -> None:
 
 
 def get_filesystem(scheme: str) -> Any:
-    """Return this process's file system for a URL scheme. All threads share it and its connections."""
+    """Return this process's file system for a URL scheme. All threads share the file system and its connections."""
     key = (os.getpid(), scheme)
     if key not in _filesystems:
         try:
             _filesystems[key] = _open_filesystem(scheme)
         except ImportError as error:
             raise ImportError(
-                f"{scheme}:// requires additional packages ({error}): {install_command('remote')}"
+                f"{scheme}:// requires additional packages ({error}). Run {install_command('remote')}"
             ) from error
     return _filesystems[key]
 
@@ -239,7 +239,7 @@ def _open_filesystem(scheme: str) -> Any:
         return fsspec.filesystem("gs", **UNCACHED)
     from aiohttp import ClientTimeout
 
-    # trust_env: use proxies from HTTPS_PROXY, and credentials from ~/.netrc, each sent only to its own host.
+    # trust_env uses the proxy in HTTPS_PROXY, and sends the credentials in ~/.netrc only to their own hosts.
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
     options = {"timeout": timeout, "trust_env": True}
     return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, **UNCACHED)
@@ -272,7 +272,7 @@ async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
             async for block in self.content.iter_any():
                 data += block
                 if len(data) > MAX_LISTING_BYTES:
-                    raise ValueError(f"the listing of this folder exceeds {MAX_LISTING_BYTES:,} bytes")
+                    raise ValueError(f"the folder listing exceeds {MAX_LISTING_BYTES:,} bytes")
             return data.decode(encoding or self.charset or "utf-8", errors)
 
     trace = TraceConfig()
@@ -311,16 +311,16 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
-            # The original exception is not chained: its message can contain credentials.
+            # The original exception is not chained, because its message can contain credentials.
             if not _is_temporary(error):
                 raise _convert_error(error, url) from None
             if attempt >= max_attempts:
-                raise RemoteError(f"{_describe(error, url)} (after {attempt} attempts)") from None
+                raise RemoteError(f"{_describe_error(error, url)} (after {attempt} attempts)") from None
         time.sleep(compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY))
 
 
 def compute_backoff(attempt: int, first: float, longest: float) -> float:
-    """Return a random delay in seconds before the next attempt. Its maximum doubles from `first` up to `longest`.
+    """Return a random delay in seconds before the next attempt. The maximum doubles from `first` up to `longest`.
 
     `attempt` is the number of the failed attempt, starting at 0.
     """
@@ -328,7 +328,7 @@ def compute_backoff(attempt: int, first: float, longest: float) -> float:
 
 
 def parse_retry_after(value: str) -> float:
-    """Return the delay in seconds from a `Retry-After` header (seconds or a date). Invalid values count as 0."""
+    """Return the delay in seconds from a `Retry-After` header (seconds or a date). Return 0 for invalid values."""
     with suppress(ValueError):
         return float(value)
     with suppress(ValueError, TypeError, OverflowError):
@@ -361,11 +361,11 @@ def _convert_error(error: BaseException, url: str) -> RemoteError:
     if status == 404 or (status is None and isinstance(_list_causes(error)[-1], FileNotFoundError)):
         return MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return RemoteError(f"{_describe(error, url)}. Check your credentials for this storage")
-    return RemoteError(_describe(error, url))
+        return RemoteError(f"{_describe_error(error, url)}. Check your credentials for this storage")
+    return RemoteError(_describe_error(error, url))
 
 
-def _describe(error: BaseException, url: str) -> str:
+def _describe_error(error: BaseException, url: str) -> str:
     status = _get_status(error)
     reason = f"HTTP status {status}" if status is not None else describe_error(_list_causes(error)[-1])
     return hide_url_secrets(f"{url}: {reason}")

@@ -1,7 +1,7 @@
 """Record tables: columnar, memory-mapped sequences of records.
 
-A table consists of Arrow record batches and the numbers of the selected rows. The batches are memory-mapped, so all
-processes of a machine share their pages, and each process needs only 4 bytes of private memory per record.
+A table consists of Arrow record batches and the row numbers of its records. All processes on a machine share the
+memory-mapped batches, so each process needs only 4 bytes of its own memory per record.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_arrow_file, map_batch
 from llm2clip.io_utils import append_checksum
 
 TEXTS = pa.list_(pa.string())
-# File names may not be valid Unicode, so names are stored as bytes; see `encode_name`.
+# Names are stored as bytes, because file names are not always valid Unicode; see `encode_name`.
 SCHEMA = pa.schema(
     [
         ("id", pa.binary()),
@@ -35,13 +35,13 @@ SCHEMA = pa.schema(
         ("split", pa.binary()),
         *[(field, TEXTS) for field in TEXT_FIELDS],
         ("image_kind", pa.int8()),  # index into IMAGE_KINDS, or NO_IMAGE
-        ("container", pa.int32()),  # index into the file's list of containers
-        ("image_name", pa.binary()),  # file name, tar member or column
+        ("container", pa.int32()),  # index into the list of containers in the file
+        ("image_name", pa.binary()),  # name of the file, tar member or table column
         ("offset", pa.int64()),  # byte offset in the tar file, or row number in a table
-        ("size", pa.int64()),  # bytes, only for tar members
+        ("size", pa.int64()),  # size of the tar member in bytes
         ("digest", pa.binary()),  # SHA-256 of an image in a table or in object storage
-        ("image_data", pa.binary()),  # bytes of an image that cannot be read again
-        ("width", pa.int32()),  # pixels; 0 if the header was not checked
+        ("image_data", pa.binary()),  # bytes of an image whose source cannot be read again
+        ("width", pa.int32()),  # in pixels; 0 if the image header was not read
         ("height", pa.int32()),
         ("image_hash", pa.uint64()),  # see `image_facts.get_distinct_image_hashes`; 0 if the image was not read
         ("key_high", pa.uint64()),  # rows with equal keys are merged, except for key 0
@@ -52,23 +52,23 @@ SCHEMA = pa.schema(
 IMAGE_COLUMNS = ("image_kind", "container", "image_name", "offset", "size", "digest")
 NO_IMAGE = -1
 _KIND_NUMBERS = {kind: number for number, kind in enumerate(IMAGE_KINDS)}
-BATCH_ROWS = 1 << 16  # rows per batch when a table is read in batches
+BATCH_ROWS = 1 << 16  # default number of rows per batch
 
 
 class RecordTable(Sequence[Record]):
-    """Sequence of records in memory-mapped batches. Selecting records copies no columns.
+    """Sequence of records in memory-mapped batches. Selecting records does not copy columns.
 
-    `rows` are the records' row numbers in `blocks`, of shape (N,). `folder` is for files derived from the table. It is
-    None for a table in memory.
+    `rows` contains the row number in `blocks` of each record, of shape (N,). `folder` contains files derived
+    from the table, and is None for a table in memory.
     """
 
     def __init__(
         self,
-        blocks: Blocks,
+        blocks: RecordBatches,
         rows: np.ndarray,
         folder: Path | None = None,
         caption_field: str | None = None,
-        phrases: _Phrases | None = None,
+        phrases: _PhraseLists | None = None,
     ) -> None:
         self.blocks, self.rows, self.folder = blocks, rows, folder
         self._caption_field, self._phrases = caption_field, phrases
@@ -80,7 +80,7 @@ class RecordTable(Sequence[Record]):
         for record in records:
             builder.add(record)
         batch = builder.take_batch()
-        return cls(Blocks([batch], [builder.containers]), np.arange(batch.num_rows, dtype=np.int32))
+        return cls(RecordBatches([batch], [builder.containers]), np.arange(batch.num_rows, dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,7 +91,7 @@ class RecordTable(Sequence[Record]):
             return self.select(np.arange(len(self))[index])
         position = index + len(self) if index < 0 else index
         if not 0 <= position < len(self):
-            raise IndexError(f"record {index} of a table with {len(self):,} records")
+            raise IndexError(f"record {index} is out of range: the table has {len(self):,} records")
         return next(self._make_records(position, position + 1))
 
     def __iter__(self) -> Iterator[Record]:
@@ -103,17 +103,17 @@ class RecordTable(Sequence[Record]):
         positions = np.flatnonzero(positions) if positions.dtype == bool else positions
         phrases = self._phrases
         if phrases is not None:
-            phrases = _Phrases(phrases.lists, phrases.rows[positions])
+            phrases = _PhraseLists(phrases.lists, phrases.rows[positions])
         return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
         """Split the table into tables of `size` records. A process that receives a table maps only the files it needs.
 
-        The phrases from `with_phrases` are omitted, because every process would receive all of them.
+        Phrases set by `with_phrases` are not included, because every process would receive all phrases.
         """
         tables = []
         for start in range(0, len(self), size):
-            blocks, rows = self.blocks.select_files(self.rows[start : start + size])
+            blocks, rows = self.blocks.drop_unused_files(self.rows[start : start + size])
             tables.append(RecordTable(blocks, rows, self.folder, self._caption_field))
         return tables
 
@@ -122,10 +122,10 @@ class RecordTable(Sequence[Record]):
         return RecordTable(self.blocks, self.rows, self.folder, self.resolve_field(field), self._phrases)
 
     def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
-        """Return a table with replaced phrases. `phrases` contains a list of strings per record."""
+        """Return a copy of the table with the given phrases. `phrases` contains one list of strings per record."""
         assert len(phrases) == len(self)
-        rows = np.arange(len(phrases), dtype=np.int32)
-        return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, _Phrases(phrases, rows))
+        lists = _PhraseLists(phrases, np.arange(len(phrases), dtype=np.int32))
+        return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, lists)
 
     def resolve_field(self, field: str) -> str | None:
         """Return the column that contains the texts of a field, or None if the records have no such texts."""
@@ -138,25 +138,25 @@ class RecordTable(Sequence[Record]):
     def iterate_batches(self, columns: Sequence[str], size: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """Yield the columns of all records, in batches of at most `size` records."""
         for start in range(0, len(self), size):
-            yield self._take(columns, start, min(start + size, len(self)))
+            yield self._take_columns(columns, start, min(start + size, len(self)))
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """Return the values of a column. Rows that are not adjacent are copied."""
+        """Return the values of a column. Values of rows that are not adjacent are copied."""
         chunks = [batch.column(0) for batch in self.iterate_batches([name])]
         return pa.chunked_array(chunks, TEXTS if name in TEXT_FIELDS else SCHEMA.field(name).type)
 
-    def numbers(self, name: str) -> np.ndarray:
-        """Return a numeric column without missing values, of shape (N,)."""
+    def numeric_column(self, name: str) -> np.ndarray:
+        """Return the values of a numeric column that has no nulls, of shape (N,)."""
         arrays = [batch.column(0).to_numpy(zero_copy_only=False) for batch in self.iterate_batches([name])]
         return np.concatenate([np.empty(0, SCHEMA.field(name).type.to_pandas_dtype()), *arrays])
 
     def count_texts(self, field: str) -> np.ndarray:
         """Count the texts in a field of each record. Return shape (N,), int32."""
-        counts = [_count_items(batch.column(0)) for batch in self.iterate_batches([field])]
+        counts = [_count_list_items(batch.column(0)) for batch in self.iterate_batches([field])]
         return np.concatenate([np.empty(0, np.int32), *counts])
 
     def iterate_texts(self, fields: Sequence[str]) -> Iterator[str]:
-        """Yield the texts of each record, in the order of the fields."""
+        """Yield the texts in the given fields, one record after the other."""
         for batch in self.iterate_batches(fields, 4096):
             columns = [column.to_pylist() for column in batch.columns]
             for texts_by_field in zip(*columns, strict=True):
@@ -166,23 +166,23 @@ class RecordTable(Sequence[Record]):
     @cached_property
     def has_image(self) -> np.ndarray:
         """Boolean mask of the records with an image, of shape (N,)."""
-        return self.numbers("image_kind") != NO_IMAGE
+        return self.numeric_column("image_kind") != NO_IMAGE
 
     def get_images(self) -> ImageList:
         return ImageList(self.blocks, self.rows)
 
     def get_distinct_image_hashes(self) -> np.ndarray:
-        """Return the sorted hashes of all distinct images, of shape (N,), uint64. See `image_facts`."""
-        hashes = self.numbers("image_hash")
+        """Return the sorted hashes of all distinct images, of shape (N,), uint64."""
+        hashes = self.numeric_column("image_hash")
         unknown = self.select(self.has_image & (hashes == 0))
         return np.union1d(hashes[hashes > 0], get_distinct_image_hashes(unknown.get_images()))
 
     def compute_identity(self, *columns: str) -> str:
-        """Return a hash of the given columns of all records. If they include "container", file paths are hashed too."""
+        """Return a hash of all values in the given columns. With the column "container", also hash the file paths."""
         digest = hashlib.sha256()
         for batch in self.iterate_batches(columns):
             for name in columns:
-                for part in _list_hashed_parts(batch.column(name)):
+                for part in _iter_value_buffers(batch.column(name)):
                     digest.update(part)
         if "container" in columns:
             for containers in self.blocks.containers:
@@ -191,7 +191,7 @@ class RecordTable(Sequence[Record]):
 
     # ---- rows --------------------------------------------------------------------------------------------------------
 
-    def _take(self, columns: Sequence[str], start: int, stop: int) -> pa.RecordBatch:
+    def _take_columns(self, columns: Sequence[str], start: int, stop: int) -> pa.RecordBatch:
         fields = {name: self.resolve_field(name) if name in TEXT_FIELDS else name for name in columns}
         if self._phrases is not None and "phrases" in fields:
             fields["phrases"] = None
@@ -208,7 +208,7 @@ class RecordTable(Sequence[Record]):
         return pa.RecordBatch.from_arrays(arrays, list(columns))
 
     def _make_records(self, start: int, stop: int) -> Iterator[Record]:
-        values = self._take(["id", "id_from_source", "split", *TEXT_FIELDS], start, stop).to_pydict()
+        values = self._take_columns(["id", "id_from_source", "split", *TEXT_FIELDS], start, stop).to_pydict()
         images = self.blocks.get_images(self.rows[start:stop])
         for name, from_source, split, *texts, image in zip(*values.values(), images, strict=True):
             yield Record(
@@ -221,23 +221,23 @@ class RecordTable(Sequence[Record]):
 
 
 @dataclass(frozen=True)
-class _Phrases:
-    """Phrases that replace the phrases of a table: lists of strings, and the index of each record's list."""
+class _PhraseLists:
+    """Lists of phrases that replace the phrases of a table. `rows` contains the index of each record's list."""
 
     lists: pa.ChunkedArray
     rows: np.ndarray
 
     def take(self, start: int, stop: int) -> pa.Array:
         rows = self.rows[start:stop]
-        is_slice = len(rows) > 0 and are_adjacent(rows)
+        is_slice = len(rows) > 0 and are_consecutive(rows)
         lists = self.lists.slice(int(rows[0]), len(rows)) if is_slice else self.lists.take(pa.array(rows))
         return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
 
 
 class ImageList(Sequence[ImageRef | None]):
-    """Image references of the records in a table. Worker processes that receive the list map the same files."""
+    """Image references of the records in a table. Worker processes that receive the list memory-map the same files."""
 
-    def __init__(self, blocks: Blocks, rows: Any) -> None:
+    def __init__(self, blocks: RecordBatches, rows: Any) -> None:
         self.blocks, self.rows = blocks, np.asarray(rows)
         self._shared_rows: Any = None
 
@@ -261,21 +261,21 @@ class ImageList(Sequence[ImageRef | None]):
         import torch
 
         # PyTorch sends tensors to data loader workers through shared memory, so the row numbers are stored only once.
-        # The shared memory must exist until the workers have mapped it, so this list holds a reference to it.
+        # The attribute keeps the shared memory alive until the workers have mapped it.
         if self._shared_rows is None:
             self._shared_rows = torch.from_numpy(np.array(self.rows))
         return ImageList, (self.blocks, self._shared_rows)
 
 
-def _count_items(lists: pa.ListArray) -> np.ndarray:
+def _count_list_items(lists: pa.ListArray) -> np.ndarray:
     return np.diff(lists.offsets.to_numpy())
 
 
-def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
+def _iter_value_buffers(array: pa.Array) -> Iterator[Any]:
     """Yield byte buffers that determine an array's values, independently of its memory layout."""
     if pa.types.is_list(array.type):
-        yield _count_items(array).tobytes()
-        yield from _list_hashed_parts(array.flatten())
+        yield _count_list_items(array).tobytes()
+        yield from _iter_value_buffers(array.flatten())
     elif pa.types.is_binary(array.type) or pa.types.is_string(array.type):
         offsets = np.frombuffer(array.buffers()[1], np.int32)[array.offset : array.offset + len(array) + 1]
         yield np.diff(offsets).tobytes()
@@ -288,11 +288,11 @@ def _list_hashed_parts(array: pa.Array) -> Iterator[Any]:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-class Blocks:
+class RecordBatches:
     """Record batches with consecutive row numbers.
 
-    `containers` lists, for each batch, the paths of the files and folders that contain its images. `paths` contains
-    each batch's Arrow file and index within this file. It is empty for batches in memory.
+    `containers` lists, for each batch, the paths of the files and folders that contain its images. `paths` contains the
+    Arrow file of each batch and the batch's index in the file, and is empty if the batches are in memory.
     """
 
     def __init__(
@@ -305,10 +305,10 @@ class Blocks:
         self.starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     @classmethod
-    def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> Blocks:
+    def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> RecordBatches:
         """Memory-map the batches in Arrow files written by `write_rows`.
 
-        `versions` contains the versions to pin of remote files that contain images; see `remote.pin_versions`.
+        `versions` maps the URLs of remote files with images to the versions to pin; see `remote.pin_versions`.
         """
         pin_versions(versions or {})
         batches: list[pa.RecordBatch] = []
@@ -330,17 +330,17 @@ class Blocks:
         if self.paths:
             containers = {name for names in self.containers for name in names}
             files = list(dict.fromkeys(path for path, _ in self.paths))
-            return Blocks.open, (files, get_pinned_versions(containers))
-        return Blocks, (self.batches, self.containers)
+            return RecordBatches.open, (files, get_pinned_versions(containers))
+        return RecordBatches, (self.batches, self.containers)
 
-    def select_files(self, rows: np.ndarray) -> tuple[Blocks, np.ndarray]:
-        """Return the batches of all files that contain these rows, and the row numbers within these batches."""
+    def drop_unused_files(self, rows: np.ndarray) -> tuple[RecordBatches, np.ndarray]:
+        """Return the batches of all files that contain the given rows, and the row numbers within these batches."""
         if not self.paths:
             return self, rows
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         files = {self.paths[n][0] for n in np.unique(batch_of_row).tolist()}
         numbers = [n for n, (file, _) in enumerate(self.paths) if file in files]
-        blocks = Blocks(
+        blocks = RecordBatches(
             [self.batches[n] for n in numbers], [self.containers[n] for n in numbers], [self.paths[n] for n in numbers]
         )
         shifts = np.zeros(len(self.batches), np.int64)
@@ -348,7 +348,7 @@ class Blocks:
         return blocks, (rows + shifts[batch_of_row]).astype(rows.dtype)
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.RecordBatch:
-        """Return some columns of N rows. Adjacent rows of one batch are not copied."""
+        """Return columns of the given rows. Adjacent rows of a batch are not copied."""
         if not len(rows):
             return pa.RecordBatch.from_arrays(
                 [pa.array([], SCHEMA.field(name).type) for name in columns], list(columns)
@@ -361,7 +361,7 @@ class Blocks:
         for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
             local = sorted_rows[start:stop] - self.starts[batch_of_row[start]]
-            if are_adjacent(local):
+            if are_consecutive(local):
                 pieces.append(batch.slice(int(local[0]), len(local)))
             else:
                 pieces.append(batch.take(pa.array(local)))
@@ -378,11 +378,10 @@ class Blocks:
     def get_images(self, rows: np.ndarray) -> list[ImageRef | None]:
         batches = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
         cells = self.take(rows, IMAGE_COLUMNS).to_pydict().values()
-        return [
-            self._make_image(*values) for values in zip(batches, rows.tolist(), zip(*cells, strict=True), strict=True)
-        ]
+        cells_by_row = zip(*cells, strict=True)
+        return [self._create_image_ref(*args) for args in zip(batches, rows.tolist(), cells_by_row, strict=True)]
 
-    def _make_image(self, batch: int, row: int, cells: tuple[Any, ...]) -> ImageRef | None:
+    def _create_image_ref(self, batch: int, row: int, cells: tuple[Any, ...]) -> ImageRef | None:
         kind, container, name, offset, size, digest = cells
         if kind == NO_IMAGE:
             return None
@@ -415,7 +414,7 @@ def decode_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogatepass")
 
 
-def are_adjacent(rows: np.ndarray) -> bool:
+def are_consecutive(rows: np.ndarray) -> bool:
     """Return True if row numbers, of shape (N,) with N > 0, are consecutive."""
     return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
 
@@ -424,7 +423,7 @@ def are_adjacent(rows: np.ndarray) -> bool:
 
 
 class RowBuilder:
-    """Builder of record batches. The bytes of images that exist only in memory are stored in the batch."""
+    """Builder of record batches. Images that exist only in memory are stored in the batches."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -433,7 +432,7 @@ class RowBuilder:
 
     @property
     def containers(self) -> list[str]:
-        """Paths of the containers of all images added so far."""
+        """Paths of the files and folders that contain the images added so far."""
         return list(self._containers)
 
     def __len__(self) -> int:
@@ -441,7 +440,7 @@ class RowBuilder:
 
     def add(self, record: Record, source: str = "", facts: ImageFacts = ImageFacts()) -> None:  # noqa: B008 - frozen
         """Add a record. Rows without an image are merged only within the same `source`."""
-        key_high, key_low = hash_merge_key(record, source)
+        key_high, key_low = compute_merge_key(record, source)
         kind, image, container = NO_IMAGE, ImageColumns(), 0
         if record.image is not None:
             kind = _KIND_NUMBERS.get(type(record.image), _KIND_NUMBERS[StoredImage])
@@ -472,7 +471,7 @@ class RowBuilder:
         )
 
     def take_batch(self) -> pa.RecordBatch:
-        """Return the collected rows as a batch, and start a new batch. The containers keep their numbers."""
+        """Return the collected rows as a batch, and start a new batch. The list of containers is kept."""
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(SCHEMA)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         self._rows, self.num_bytes = [], 0
@@ -480,9 +479,9 @@ class RowBuilder:
 
 
 def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
-    """Write rows, given as the arguments of `RowBuilder.add`, to an Arrow file for `map_batches`.
+    """Write rows to an Arrow file. Each row is a tuple of the arguments of `RowBuilder.add`.
 
-    `metadata` is called after the last row. Its result is saved in the file; see `read_metadata`.
+    `metadata` is called after the last row. The file also contains the result of the call; see `read_metadata`.
     """
     builder = RowBuilder()
     with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
@@ -499,10 +498,10 @@ def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metad
     append_checksum(file)
 
 
-def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
+def compute_merge_key(record: Record, source: str) -> tuple[int, int]:
     """Return a 128-bit hash of a record's image or, without an image, of its source, split and id.
 
-    Records that nothing identifies have the hash (0, 0) and are never merged.
+    Records with neither an identified image nor an id from the source have the hash (0, 0) and are never merged.
     """
     if record.image is not None and record.image.identifies_image:
         text = record.image.key
@@ -515,7 +514,7 @@ def hash_merge_key(record: Record, source: str) -> tuple[int, int]:
 
 
 def compute_held_out_hash(record: Record) -> int:
-    """Return the hash that decides if an image is held out: 64 bits of the SHA-256 of the id and the captions."""
-    # The captions are included because several records may have the same id.
+    """Return the 64-bit hash that decides whether an image is held out."""
+    # The captions are included because several records can have the same id.
     text = "\0".join([record.id, *record.texts])
     return int.from_bytes(hashlib.sha256(encode_name(text)).digest()[:8], "big")

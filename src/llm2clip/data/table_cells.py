@@ -1,7 +1,7 @@
 """Random access to images in the cells of Parquet and Arrow files.
 
-The size of decoded data is limited, because a file of a few hundred bytes can expand to many gigabytes. The `version`
-of a file is part of the cache key of its cells (see `image_refs.get_file_version`).
+The size of decoded data is limited, because a file of a few hundred bytes can expand to many gigabytes. Decoded cells
+are cached per version of a file; see `image_refs.get_file_version`.
 """
 
 import functools
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from llm2clip.data.remote import open_file
 from llm2clip.io_utils import CHECKSUM_BYTES
 
-MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the bytes of a row group that are decoded to reach a cell
+MAX_ROW_GROUP_BYTES = 2 << 30  # limit on the number of bytes that are decoded to reach a cell in a row group
 MAX_BATCH_BYTES = 256 << 20  # approximate limit on the size of the rows decoded in one batch
 MAX_WINDOW_BYTES = 128 << 20  # approximate limit on the size of the adjacent cells that are cached with a cell
 MAX_CACHE_BYTES = 256 << 20  # limit on the total size of the cached cells, per process
@@ -26,7 +26,7 @@ MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
 @dataclass(frozen=True)
-class _Window:
+class _CellWindow:
     """Consecutive decoded cells in a row group."""
 
     start: int  # index of the first cell in the row group
@@ -34,13 +34,13 @@ class _Window:
     num_bytes: int
 
 
-_windows: OrderedDict[tuple[object, ...], _Window] = OrderedDict()  # decoded cells, least recently used first
+_windows: OrderedDict[tuple[object, ...], _CellWindow] = OrderedDict()  # least recently used first
 
 
 def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:
-    """Return a cell, from the cache of decoded windows if possible. The total size of all windows is limited.
+    """Return a cell of a Parquet file. Decoded cells are cached up to a total size of `MAX_CACHE_BYTES`.
 
-    No lock is used: a process forked while another thread held the lock would wait forever.
+    No lock is used, because a process that is forked while another thread holds the lock would wait forever.
     """
     starts, batch_size = _read_row_group_layout(path, version)
     group = bisect_right(starts, row) - 1
@@ -57,7 +57,7 @@ def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.S
 
 @functools.lru_cache(maxsize=1024)
 def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
-    """Return the index of each row group's first row, and the number of rows to decode at a time."""
+    """Return the number of the first row in each row group, and the number of rows to decode at a time."""
     with open_file(path) as source, pq.ParquetFile(source) as file:
         metadata = file.metadata
     starts = [0]
@@ -66,10 +66,9 @@ def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
     return starts, choose_parquet_batch_size(metadata)
 
 
-def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _Window:
+def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _CellWindow:
     """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`."""
-    # The file is reopened each time and read without threads, because file handles and thread pools that survive a
-    # fork can deadlock in data loader workers.
+    # The file is reopened and read without threads, because handles and threads can deadlock after a fork.
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
     with open_file(path) as source, pq.ParquetFile(source) as file:
@@ -91,11 +90,11 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
                 raise _build_row_group_error(group)
     if row >= start + sum(map(len, batches)):
         raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
-    return _Window(start, pa.chunked_array(batches), num_bytes)
+    return _CellWindow(start, pa.chunked_array(batches), num_bytes)
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
-    """Return how many rows (at most 64) to read at a time, assuming that a value can be as large as its row group."""
+    """Return a safe number of rows to decode at a time, at most 64. A value can be as large as its row group."""
     return max(1, min(64, MAX_BATCH_BYTES // max([1, *_list_row_group_bytes(metadata)])))
 
 
@@ -131,7 +130,7 @@ def map_batches(path: str) -> list[pa.RecordBatch]:
 map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
 
 
-def open_cell(cell: pa.Scalar, name: str) -> BinaryIO:
+def open_image_cell(cell: pa.Scalar, name: str) -> BinaryIO:
     """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if there are no bytes.
 
     Paths in cells are not opened, because they could refer to any file on the machine.

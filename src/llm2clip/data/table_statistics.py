@@ -14,13 +14,13 @@ from llm2clip.data.records import CAPTION_FIELDS, NO_SPLIT, TEXT_FIELDS
 from llm2clip.data.table import NO_IMAGE
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
-LANGUAGE_CHARACTERS = 1000  # the language of a longer text is identified from this many characters at its start
+LANGUAGE_CHARACTERS = 1000  # number of characters from which the language of a text is identified
 KINDS_WITH_NAME = pa.array([number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name], pa.int8())
 _SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
 
 
 class Histogram(Counter[int]):
-    """Number of occurrences of each integer. Computes exact percentiles of data that does not fit in memory."""
+    """Counts of integers, from which exact percentiles are computed without storing all values."""
 
     def add(self, values: pa.Array | pa.ChunkedArray) -> None:
         """Count the values of an integer array. Nulls are ignored."""
@@ -39,7 +39,7 @@ class Histogram(Counter[int]):
         return sum(value * count for value, count in self.items()) / self.count
 
     def percentile(self, percent: float) -> int:
-        """Return the smallest counted value that at least `percent` of the values do not exceed."""
+        """Return the smallest value that is greater than or equal to at least `percent` percent of all values."""
         return int(np.percentile(list(self), percent, weights=list(self.values()), method="inverted_cdf"))
 
     def count_below(self, limit: int) -> int:
@@ -48,7 +48,7 @@ class Histogram(Counter[int]):
 
 @dataclass
 class TextStatistics:
-    """Lengths of the texts in a column, and number of records with at least one text in the column."""
+    """Lengths of the texts in a column, and the number of records with at least one text."""
 
     num_records: int = 0
     words: Histogram = field(default_factory=Histogram)
@@ -88,7 +88,7 @@ class TableStatistics:
         self.captions_per_image.add(count_captions(images))
         self.kinds.update(count_values(images["image_kind"]))
         self._add_suffixes(images)
-        measured = images.filter(pc.greater(images["width"], 0))  # only images whose header has been read
+        measured = images.filter(pc.greater(images["width"], 0))  # only images whose header was read
         self.widths.add(measured["width"])
         self.heights.add(measured["height"])
         self.short_sides.add(pc.min_element_wise(measured["width"], measured["height"]))
@@ -133,7 +133,7 @@ def count_values(values: pa.Array) -> Counter:
 
 
 def count_languages(texts: Iterable[str]) -> Counter[str]:
-    """Count the texts per language code, such as "en". Texts that are not in a language have the code "zxx".
+    """Count the texts per language code, such as "en". Texts without linguistic content have the code "zxx".
 
     Language identification is unreliable for short texts: for English captions of about ten words, one in 250 is wrong.
     """

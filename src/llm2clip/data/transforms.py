@@ -30,8 +30,8 @@ class Preprocess:
         resize: "shortest" resizes the shorter side and keeps the aspect ratio. "squash" resizes to a square.
         crop_pct: Side length of the centre crop, divided by the shorter side length of the resized image.
         mean, std: Per-channel normalisation of pixel values in [0, 1].
-        crop_rounding: Rounding of the crop's top left corner: "half_even" as in torchvision (timm, open_clip and the
-            LLM2CLIP authors' code), "down" as in transformers.
+        crop_rounding: Rounding of the crop's top left corner. "half_even" is used by torchvision, timm, open_clip and
+            the LLM2CLIP authors' code, "down" by transformers.
     """
 
     size: int
@@ -78,7 +78,7 @@ class Preprocess:
             resize_size = _parse_square_side(resize_config)
             size = _parse_square_side(config["crop_size"]) if config.get("do_center_crop") else resize_size
             crop_pct = config.get("crop_pct")
-            # Some transformers image processors use crop_pct with another meaning, so that it contradicts the sizes.
+            # Some transformers image processors use crop_pct with another meaning that contradicts the sizes.
             if not crop_pct or _compute_resize_size(size, crop_pct) != resize_size:
                 crop_pct = size / resize_size
             return cls(
@@ -104,8 +104,7 @@ class EvalTransform:
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
         side = [resize_size, resize_size]
         if self.preprocess.resize == "shortest":
-            # The centre crop discards the ends of an elongated image. The ends are cropped before resizing, because
-            # resizing an image of 1 x 1,000,000 pixels would exhaust memory.
+            # Resizing an image of 1 x 1,000,000 pixels would exhaust memory, so elongated images are cropped first.
             height, width = image.shape[-2:]
             shortest = min(height, width)
             image = F.center_crop(image, [min(height, 8 * shortest), min(width, 8 * shortest)])
@@ -118,7 +117,7 @@ class EvalTransform:
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
 
 
-MIN_CROP_SCALE = 0.9  # minimum fraction of the area that a random crop covers, as in the authors' code
+MIN_CROP_SCALE = 0.9  # minimum fraction of the image area in a random crop, as in the LLM2CLIP authors' code
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ class TrainTransform:
     """Training transform that resizes a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
 
     The crop covers at least `MIN_CROP_SCALE` of the image area and has an aspect ratio between 3/4 and 4/3. Images are
-    not flipped, because captions mention left and right.
-
-    All random numbers come from the `generator` argument.
+    not flipped, because captions can mention left and right.
     """
 
     preprocess: Preprocess

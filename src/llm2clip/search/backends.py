@@ -23,35 +23,35 @@ from llm2clip.search.metadata import (
     CONTENT_FIELDS,
     IMAGE_FIELDS,
     Filter,
-    list_columns,
-    read_columns,
+    get_columns,
+    list_column_names,
 )
 from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
 from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fuse_rankings
 
-# Name of the backend for each URL scheme. The module `search.NAME_backend` defines `open_index`, and the extra NAME
-# installs its packages. A location without a scheme is a folder.
+# Backend of each URL scheme. A location without a scheme is a folder.
+# The module of the backend NAME is `search.NAME_backend`, and the extra NAME installs its packages.
 BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
-# URL parameters that may appear in messages. Others, such as `password` or `options`, can contain secrets.
+# URL parameters that may appear in messages. Other parameters, such as `password` or `options`, can contain secrets.
 PUBLIC_PARAMETERS = ("schema", "user", "host", "hostaddr", "port", "dbname", "service", "sslmode", "connect_timeout")
 INDEX_FILE = "index.sqlite"  # in an index folder
 FORMAT_VERSION = 2  # version of the index format
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
-IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_columns(IMAGE_FIELDS))
-CONTENT_COLUMNS = tuple(list_columns(CONTENT_FIELDS))
+IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_column_names(IMAGE_FIELDS))
+CONTENT_COLUMNS = tuple(list_column_names(CONTENT_FIELDS))
 
 Result = TypeVar("Result")
 # Function that runs an SQL statement with parameters of the form `:NAME` and returns all rows.
-Query = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
+SqlRunner = Callable[[str, Mapping[str, Any]], list[tuple[Any, ...]]]
 
 
 @dataclass
 class SqlConditions:
-    """SQL conditions of a filter: on rows of `images`, on the captions of these rows, and on rows of `contents`."""
+    """SQL conditions of a search filter, grouped by the table to which they apply."""
 
     images: list[str] = field(default_factory=list)
-    captions: str | None = None
+    captions: str | None = None  # condition on the captions in the table `images`
     contents: list[str] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
 
@@ -60,12 +60,11 @@ class Backend(ABC):
     """Base class of index backends, which store images and search them by embedding.
 
     All backends have the tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts`.
-    This class contains the SQL statements that work in all databases. Methods raise IndexUnavailableError if the
+    The base class contains the SQL statements that work in all databases. Methods raise IndexUnavailableError if the
     database cannot be read.
     """
 
-    # SQL condition for values in the JSON list :ids. The list is a single parameter, so the database can reuse a
-    # compiled statement for any number of ids.
+    # SQL condition for the values in the JSON list :ids, so that one compiled statement works for any number of ids.
     IN_IDS: str
 
     # ---- building
@@ -80,46 +79,46 @@ class Backend(ABC):
 
         The keys are `model` (the model's name), `embed_dim` (the number of dimensions of the vectors, which may be
         truncated), and either `fingerprint` (the model's fingerprint) or `image_fingerprint` and `text_fingerprint`
-        (those of its image encoder and text encoder).
+        (the fingerprints of its image encoder and text encoder).
         """
 
     @abstractmethod
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         """Store the metadata and prepare the backend for adding images."""
 
-    def indexed(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the states of all images from the given sources or inside their paths, keyed by image name."""
+    def read_image_states(self, sources: Sequence[str]) -> dict[str, ImageState]:
+        """Return the file version and captions of every image from the given sources, keyed by image name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
             statement = f"SELECT name, file_version, captions FROM images WHERE {condition}"
             for name, file_version, captions in self._query(statement, parameters):
-                state = ImageState(self._decode(file_version), tuple(json.loads(captions)))
-                states[self._decode(name)] = state
+                state = ImageState(self._unescape(file_version), tuple(json.loads(captions)))
+                states[self._unescape(name)] = state
         return states
 
     @abstractmethod
-    def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
+    def find_existing_hashes(self, hashes: Iterable[bytes]) -> set[bytes]:
         """Return the given content hashes that are already in the index."""
 
     @abstractmethod
-    def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add contents and images in one transaction. Images are given as pairs of image and content hash.
+    def add_images(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
+        """Add image contents and images in one transaction. `images` contains pairs of image and content hash.
 
-        An image replaces an existing image with the same name.
+        An added image replaces an existing image of the same name.
         """
 
     @abstractmethod
-    def remove(self, names: Sequence[str]) -> None:
+    def remove_images(self, names: Sequence[str]) -> None:
         """Remove images by name, then remove all contents that no longer belong to any image."""
 
-    def finish(self) -> None:  # noqa: B027  (optional)
-        """Complete an indexing run. Call this after all images have been added and removed."""
+    def finish_indexing(self) -> None:  # noqa: B027  (optional)
+        """Complete an indexing run after all images have been added and removed."""
 
-    def contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        """Return the content hash and image of each content without a text recognition result.
+    def find_contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
+        """Return pairs of content hash and image for all contents without a text recognition result.
 
-        `sources` selects images as in `indexed`.
+        `sources` selects images as in `read_image_states`.
         """
         missing: dict[bytes, IndexedImage] = {}
         for source in sources:
@@ -134,7 +133,7 @@ class Backend(ABC):
         return list(missing.items())
 
     @abstractmethod
-    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+    def save_recognized_texts(self, texts: Mapping[bytes, str]) -> None:
         """Store the texts recognised in images, keyed by content hash."""
 
     # ---- searching
@@ -154,23 +153,18 @@ class Backend(ABC):
         groups = []
         for (content_id,) in self._query(largest_groups, {"limit": limit}):
             names = self._query("SELECT name FROM images WHERE content = :id", {"id": content_id})
-            groups.append(sorted(self._decode(name) for (name,) in names))
+            groups.append(sorted(self._unescape(name) for (name,) in names))
         return groups
 
     def search(
-        self,
-        vector: np.ndarray | None,
-        count: int,
-        image_filter: Filter,
-        offset: int = 0,
-        words: Sequence[str] = (),
+        self, vector: np.ndarray | None, count: int, image_filter: Filter, offset: int = 0, words: Sequence[str] = ()
     ) -> list[Hit]:
         """Return the images that match a filter, most similar to the query vector first.
 
         Images whose texts contain all words of the query are ranked higher (see `search.words`). Scores are cosine
-        similarities, so with word matches they are not in descending order. Without a query vector, return the newest
-        images first, by the latest capture time among the files of an image that match the filter. Ties are ordered by
-        id.
+        similarities, so the scores of a page with word matches are not in descending order. Without a query vector,
+        return the newest images first, by the latest capture time among the files of an image that match the filter.
+        Ties are ordered by id.
 
         Args:
             vector: L2-normalised float32 query vector of shape (D,), or None.
@@ -179,7 +173,7 @@ class Backend(ABC):
         """
         query = WordQuery() if vector is None else WordQuery.parse(words)
 
-        def read(run: Query) -> list[Hit]:
+        def find_hits(run: SqlRunner) -> list[Hit]:
             matches = self._find_word_matches(run, query, image_filter) if query else np.empty(0, np.int64)
             scores: dict[int, float] = {}
             if vector is None and image_filter:
@@ -197,14 +191,14 @@ class Backend(ABC):
             matched_ids = sorted(set(ids) & set(matches.tolist()))
             matched = {}
             if matched_ids:
-                matched = find_matched_fields(query, self._read_word_fields(run, query, matched_ids))
+                matched = find_matched_fields(query, self._read_texts(run, query, matched_ids))
             return self._read_hits(run, ids, scores, matched, image_filter)
 
-        return self._read(read)
+        return self._run_read_only(find_hits)
 
     def _read_hits(
         self,
-        run: Query,
+        run: SqlRunner,
         ids: Sequence[int],
         scores: Mapping[int, float],
         matched: Mapping[int, tuple[str, ...]],
@@ -229,7 +223,7 @@ class Backend(ABC):
                     images[content_id],
                     image_count,
                     matched.get(content_id, ()),
-                    self._decode(text or ""),
+                    self._unescape(text or ""),
                     **dict(zip(names, values, strict=True)),
                 )
                 hits.append(hit)
@@ -239,24 +233,24 @@ class Backend(ABC):
     def count_matches(self, image_filter: Filter) -> int:
         """Return the number of distinct images that match a filter."""
 
-    def vector(self, hit_id: str) -> np.ndarray | None:
-        return self.vectors([hit_id]).get(hit_id)
+    def read_vector(self, hit_id: str) -> np.ndarray | None:
+        return self.read_vectors([hit_id]).get(hit_id)
 
-    def vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the embeddings of hits, each of shape (D,), float32, in the order of `hit_ids`. Skip unknown ids."""
+    def read_vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the float32 embeddings of hits, each of shape (D,), keyed by hit id. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        vectors = self._read(lambda run: self._fetch_vectors(run, ids))
+        vectors = self._run_read_only(lambda run: self._fetch_vectors(run, ids))
         return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}
 
     def sample_ids(self, count: int) -> list[str]:
-        """Return the hit ids of at most `count` random distinct images. The choice depends only on their contents."""
-        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # hashes are random
+        """Return the hit ids of at most `count` distinct images. The sample depends only on the image contents."""
+        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # SHA-256 hashes are evenly distributed
         return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
 
     def read_hits(self, hit_ids: Sequence[str]) -> list[Hit]:
         """Return hits without scores, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        return self._read(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
+        return self._run_read_only(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
 
     def list_ids(self, after: str, count: int) -> list[str]:
         """Return at most `count` hit ids greater than `after`, in ascending order. Start with `after="0"`."""
@@ -265,39 +259,39 @@ class Backend(ABC):
         return [str(content_id) for (content_id,) in rows]
 
     def save_calibration(self, data: bytes) -> None:
-        """Store a serialized `search.relevance.Calibration`, or empty bytes if the index cannot be calibrated."""
-        with self._write() as run:
+        """Store a serialised `search.relevance.Calibration`, or empty bytes if the index cannot be calibrated."""
+        with self._open_transaction() as run:
             run("DELETE FROM calibration", {})
             run("INSERT INTO calibration VALUES (:data)", {"data": data})
 
     def load_calibration(self) -> bytes | None:
-        """Return the data stored by `save_calibration`, or None if there is none."""
+        """Return the data stored by `save_calibration`, or None if nothing has been stored."""
         rows = self._query("SELECT data FROM calibration", {})
         return bytes(rows[0][0]) if rows else None
 
-    def thumbnail(self, hit_id: str) -> bytes | None:
+    def read_thumbnail(self, hit_id: str) -> bytes | None:
         """Return a hit's JPEG thumbnail, or None if the id is unknown."""
         rows = self._query("SELECT jpeg FROM thumbnails WHERE id = :id", {"id": parse_content_id(hit_id)})
         return bytes(rows[0][0]) if rows else None
 
-    def images(self, hit_id: str) -> tuple[IndexedImage, ...]:
-        """Return at most MAX_LOCATIONS images that have a hit's content, or an empty tuple if the id is unknown."""
+    def read_images(self, hit_id: str) -> tuple[IndexedImage, ...]:
+        """Return at most MAX_LOCATIONS images with the content of a hit, or an empty tuple if the id is unknown."""
         content_id = parse_content_id(hit_id)
-        images = self._read(lambda run: self._read_images(run, [content_id], SqlConditions()))
+        images = self._run_read_only(lambda run: self._read_images(run, [content_id], SqlConditions()))
         return images.get(content_id, ())
 
     # ---- database-specific statements
 
     @abstractmethod
-    def _read(self, function: Callable[[Query], Result]) -> Result:
-        """Call `function` with a `Query` that runs read-only statements, and return the result."""
+    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
+        """Call `function` with a `SqlRunner` for read-only statements, and return its result."""
 
     @abstractmethod
-    def _write(self) -> AbstractContextManager[Query]:
+    def _open_transaction(self) -> AbstractContextManager[SqlRunner]:
         """Open a transaction, which is rolled back if the `with` block raises an exception."""
 
     def _query(self, statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        return self._read(lambda run: run(statement, parameters))
+        return self._run_read_only(lambda run: run(statement, parameters))
 
     @abstractmethod
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
@@ -328,11 +322,11 @@ class Backend(ABC):
         return conditions
 
     @abstractmethod
-    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         """Return a page of content ids, sorted by the latest capture time of the matching images, newest first."""
 
-    def _find_newest_unfiltered(self, run: Query, count: int, offset: int) -> list[int]:
-        # With the database index `images_taken`, only this many rows are read. Some of them may be duplicates.
+    def _find_newest_unfiltered(self, run: SqlRunner, count: int, offset: int) -> list[int]:
+        # Several images can have the same content, so `limit` rows may contain fewer than `limit` distinct ids.
         limit = 2 * (offset + count)
         while True:
             rows = run("SELECT content FROM images ORDER BY taken DESC, content LIMIT :limit", {"limit": limit})
@@ -343,28 +337,28 @@ class Backend(ABC):
 
     @abstractmethod
     def _find_nearest(
-        self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
+        self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (int64) and cosine similarities of the `depth` contents that are most similar to a vector."""
 
     @abstractmethod
-    def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Return the ids of at most MAX_FUSED contents with all words, best first, or none if too many images match."""
+    def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
+        """Return the ids of at most MAX_FUSED contents with all words, best first, or none if too many match."""
 
     @abstractmethod
-    def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+    def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
         """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
 
     @abstractmethod
     def _read_images(
-        self, run: Query, ids: Sequence[int], conditions: SqlConditions
+        self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        """Return at most MAX_LOCATIONS images per content: matching images first, then by name.
+        """Return at most MAX_LOCATIONS images per content, matching images first. Each group is sorted by name.
 
-        If there are more images, the ones that were indexed first are returned, so the database can stop reading early.
+        If a content has more images, return those that were indexed first, so that the database can stop reading early.
         """
 
-    def _fetch_vectors(self, run: Query, ids: Sequence[int]) -> dict[int, np.ndarray]:
+    def _fetch_vectors(self, run: SqlRunner, ids: Sequence[int]) -> dict[int, np.ndarray]:
         """Return the float32 vectors of the given contents, keyed by id. Skip unknown ids."""
         statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
         rows = run(statement, {"ids": json.dumps(list(ids))}) if len(ids) else []
@@ -376,24 +370,24 @@ class Backend(ABC):
 
     # ---- rows
 
-    def _encode(self, text: str) -> str:
+    def _escape(self, text: str) -> str:
         """Replace characters that the database cannot store."""
         return text
 
-    def _decode(self, text: str) -> str:
+    def _unescape(self, text: str) -> str:
         return text
 
     def _image_to_row(self, image: IndexedImage) -> dict[str, Any]:
         row = {"name": image.name, "location": ref_to_json(image.ref), "source": image.source}
         row |= {"file_version": image.file_version, "captions": json.dumps(image.captions)}
-        row |= read_columns(image, IMAGE_FIELDS)
-        return {name: self._encode(value) if isinstance(value, str) else value for name, value in row.items()}
+        row |= get_columns(image, IMAGE_FIELDS)
+        return {name: self._escape(value) if isinstance(value, str) else value for name, value in row.items()}
 
     def _image_from_row(self, row: Sequence[Any]) -> IndexedImage:
         values: dict[str, Any] = {}
         for name, value in zip(IMAGE_COLUMNS, row, strict=True):
             if not name.startswith("folded_"):
-                values[name] = self._decode(value) if isinstance(value, str) else value
+                values[name] = self._unescape(value) if isinstance(value, str) else value
         ref, captions = ref_from_json(values.pop("location")), tuple(json.loads(values.pop("captions")))
         return IndexedImage(ref=ref, captions=captions, **values)
 
@@ -407,9 +401,10 @@ def format_missing_index_message(folder: str | Path) -> str:
 
 
 def open_backend(location: str, write: bool = False) -> Backend:
-    """Open the index in a local folder or at a URL of the form URL_FORM.
+    """Open the index in a local folder or in a PostgreSQL database.
 
     Args:
+        location: Path of the folder, or a URL of the form `postgresql://USER@HOST/DATABASE?schema=NAME`.
         write: If True, create the index if it does not exist.
 
     Raises:
@@ -451,5 +446,5 @@ def hide_password(location: str) -> str:
 
 
 def parse_content_id(hit_id: str) -> int:
-    """Convert a hit id to an integer content id. If it is invalid, return -1, which is never a content id."""
+    """Convert a hit id to an integer content id. If the hit id is invalid, return -1, which is never a content id."""
     return int(hit_id) if hit_id.isascii() and hit_id.isdigit() and len(hit_id) < 19 else -1

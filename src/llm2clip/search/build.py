@@ -1,4 +1,4 @@
-"""Index builder: scans sources, embeds new and changed images, and removes deleted ones.
+"""Index builder, which embeds new and changed images and removes deleted images from an index.
 
 Each batch is committed separately, so an interrupted run can be resumed.
 """
@@ -27,20 +27,19 @@ from llm2clip.search.backends import Backend
 from llm2clip.search.images import format_file_version
 from llm2clip.search.metadata import read_exif
 from llm2clip.search.ocr import RecognizeText, recognize_texts
-from llm2clip.search.query import truncate_to_index
+from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
-THUMBNAIL_SIDE = 256  # length of the longer side, in pixels
-# If the number of deleted images of a source exceeds both limits, the user must confirm with `prune`, because a disk
-# may be unmounted.
+THUMBNAIL_SIDE = 256  # length of the longer side of a thumbnail, in pixels
+# If more images of a source are missing than both limits allow, a disk may be unmounted, so `prune` is required.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-CHUNK = 8192  # number of images that are read and hashed before the new ones are embedded
+CHUNK = 8192  # number of images that are hashed before the new images among them are embedded
 
 
 @dataclass
 class IndexReport:
-    """Image counts of an indexing run. `read` is the number of images read for text, or None without `--ocr`."""
+    """Image counts of an indexing run. `read` is the number of images processed by OCR, or None without OCR."""
 
     added: int = 0
     changed: int = 0
@@ -61,34 +60,29 @@ class IndexReport:
 
 @dataclass(frozen=True)
 class IndexOptions:
-    columns: dict[str, str] = field(default_factory=dict)  # source column of each llm2clip field
+    columns: dict[str, str] = field(default_factory=dict)  # column of the source for each field of a record
     batch_size: int = 64  # number of images per forward pass and per commit
-    workers: int | None = None  # number of image decoding processes; for the default, see `iter_image_batches`
-    # Remove deleted images from the index even if a source is missing or empty, or many of its images no longer exist.
-    # By default, these cases raise an error.
+    workers: int | None = None  # number of image decoding processes; default as in `iter_image_batches`
+    # If False, raise an error if a source is missing or empty, or if many of its images no longer exist.
     prune: bool = False
     allow_outside: bool = False  # also index images outside their source's folder (see `scan_source`)
-    dim: int | None = None  # embedding dimension; default: that of the existing index, or of the model
+    dim: int | None = None  # embedding dimension; default: the dimension of the index, or of the model for a new index
     recognize: RecognizeText | None = None  # function that recognises the text in an image (see `search.ocr`)
 
 
 def build_index(
-    sources: Sequence[str],
-    model: DualEncoder,
-    backend: Backend,
-    log: SkipLog,
-    options: IndexOptions = IndexOptions(),
+    sources: Sequence[str], model: DualEncoder, backend: Backend, log: SkipLog, options: IndexOptions = IndexOptions()
 ) -> IndexReport:
-    """Synchronise an index with the current images of the given sources. Images from other sources are kept.
+    """Add, update and remove images, so that an index matches the given sources. Keep images from other sources.
 
     Args:
         sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
-        log: Skip log for unreadable images.
+        log: Log of images that cannot be read.
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model or embedding dimension, or many images of a source no
-            longer exist. In the latter case, new images have been added, but none have been removed.
+        ValueError: The index was built with a different model or embedding dimension. Also raised if many images of a
+            source no longer exist, after new images have been added and before any image is removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
@@ -96,7 +90,7 @@ def build_index(
         model = _prepare_backend(backend, model, options.dim)
         parsed = [_parse_source(source, options.columns) for source in sources]
         names = [to_valid_unicode(str(source)) for source in parsed]
-        indexed_by_source = {name: backend.indexed([name]) for name in names}
+        indexed_by_source = {name: backend.read_image_states([name]) for name in names}
         images = _scan_indexed_sources(parsed, indexed_by_source, log, options)
         indexed = {name: state for states in indexed_by_source.values() for name, state in states.items()}
         to_add = []
@@ -104,7 +98,7 @@ def build_index(
             if indexed.get(image.name) != ImageState(image.file_version, image.captions):
                 to_add.append(image)
         added, embedded = _add_images(to_add, model, backend, log, options)
-        log.check()  # raise an error before any image is removed if too many images were skipped
+        log.check()  # if too many images were skipped, raise an error before any image is removed
 
         folders = [f"{source.path.rstrip('/')}/" for source in parsed if os.path.isdir(source.path)]
         deleted = []
@@ -116,8 +110,8 @@ def build_index(
                 _check_deleted_fraction(source, states, set(deleted))
         not_added = {image.name for image in to_add} - added
         unreadable = [name for name in indexed if name in not_added]  # changed files that can no longer be decoded
-        backend.remove([*deleted, *unreadable])
-        backend.finish()
+        backend.remove_images([*deleted, *unreadable])
+        backend.finish_indexing()
         report = IndexReport(
             added=len(added - indexed.keys()),
             changed=len(added & indexed.keys()),
@@ -133,7 +127,6 @@ def build_index(
 def _scan_indexed_sources(
     sources: Sequence[Source], indexed: Mapping[str, Mapping[str, ImageState]], log: SkipLog, options: IndexOptions
 ) -> dict[str, IndexedImage]:
-    """Scan all sources. If a source with indexed images is missing, the error message suggests --prune."""
     try:
         return scan_sources(sources, log, options.prune, options.allow_outside)
     except FileNotFoundError as error:
@@ -145,7 +138,7 @@ def _scan_indexed_sources(
 
 
 def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> DualEncoder:
-    """Initialise a new index, or check an existing one. Return the model, truncated to the dimension of the index."""
+    """Initialise a new index, or check an existing index. Return the model, truncated to the index's dimension."""
     metadata = backend.metadata()
     if metadata:
         if dim not in (None, metadata["embed_dim"]):
@@ -153,10 +146,10 @@ def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> D
                 f"the index has vectors of {metadata['embed_dim']} dimensions, not {dim}. Remove --dim, or build a "
                 "new index in another folder."
             )
-        model = truncate_to_index(metadata, model)
+        model = truncate_model_to_index(metadata, model)
     else:
         model = model if dim is None else model.truncate(dim)
-        backend.initialize(_describe_model(model))
+        backend.initialize(_make_index_metadata(model))
     return model
 
 
@@ -169,7 +162,7 @@ def _check_deleted_fraction(source: str, indexed: Mapping[str, ImageState], dele
         )
 
 
-def _describe_model(model: DualEncoder) -> dict[str, Any]:
+def _make_index_metadata(model: DualEncoder) -> dict[str, Any]:
     name = os.path.abspath(model.name) if os.path.isdir(model.name) else model.name
     metadata = {"model": name, "embed_dim": model.embed_dim}
     parts = model.part_fingerprints
@@ -182,14 +175,14 @@ def _parse_source(text: str, columns: dict[str, str]) -> Source:
     source = Source.parse(text, columns)
     path = source.path
     if is_remote(path):
-        raise ValueError(f"{source}: only local images can be indexed, because the server sends them. Copy them first")
+        raise ValueError(f"{source}: only local images can be indexed. Copy the images to this machine first")
     if not path.startswith("hf:"):
         path = os.path.realpath(os.path.expanduser(path))
     return dataclasses.replace(source, path=path)
 
 
 def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
-    """Return True for an unchanged file in one of the folders, which a scan misses only after a read error."""
+    """Return True if a file in one of the folders is unchanged. A scan misses such a file only after a read error."""
     try:
         stat = os.stat(name)
     except (OSError, ValueError):
@@ -204,21 +197,21 @@ def _add_images(
     added: set[str] = set()
     embedded = 0
     for start in range(0, len(images), CHUNK):
-        known, unknown = _read_images(images[start : start + CHUNK], backend, log)
-        backend.add([], known)
+        known, unknown = _hash_images(images[start : start + CHUNK], backend, log)
+        backend.add_images([], known)
         added.update(image.name for image, _ in known)
         for batch in _embed_images(unknown, model, log, options):
             batch_images = [(image, content.hash) for content in batch for image in unknown[content.hash]]
-            backend.add(batch, batch_images)
+            backend.add_images(batch, batch_images)
             added.update(image.name for image, _ in batch_images)
             embedded += len(batch)
     return added, embedded
 
 
-def _read_images(
+def _hash_images(
     images: Sequence[IndexedImage], backend: Backend, log: SkipLog
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
-    """Hash the images. Return (image, hash) pairs of contents already in the index, and all other images by hash."""
+    """Return pairs of image and hash for contents in the index, and all other images, keyed by hash."""
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
         try:
@@ -228,7 +221,7 @@ def _read_images(
             continue
         described = dataclasses.replace(image, **read_exif(data, modified=image.taken))
         readable.append((described, hashlib.sha256(data).digest()))
-    existing = backend.existing({digest for _, digest in readable})
+    existing = backend.find_existing_hashes({digest for _, digest in readable})
     known: list[tuple[IndexedImage, bytes]] = []
     unknown: dict[bytes, list[IndexedImage]] = defaultdict(list)
     for image, digest in readable:
@@ -242,7 +235,6 @@ def _read_images(
 def _embed_images(
     images_by_hash: Mapping[bytes, list[IndexedImage]], model: DualEncoder, log: SkipLog, options: IndexOptions
 ) -> Iterator[list[IndexedContent]]:
-    """Decode and embed one image per content hash. Yield the contents in batches."""
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
@@ -276,16 +268,16 @@ def _prepare_image(transform: Callable[[Tensor], Any], image: Tensor) -> tuple[A
 def scan_sources(
     sources: Sequence[Source], log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> dict[str, IndexedImage]:
-    """Return the images of all sources, keyed by name. The captions of rows with the same image are merged."""
+    """Return the images of all sources, keyed by name. Merge the captions of rows with the same image."""
     images: dict[str, IndexedImage] = {}
     for source in sources:
         for image in scan_source(source, log, prune, allow_outside):
             previous = images.get(image.name)
             if previous is not None and isinstance(previous.ref, TarImage) and previous.ref != image.ref:
-                # If two tar members have the same name, append the offset to the second name.
+                # Two members of a tar file have the same name, so append the offset to the second name.
                 image = dataclasses.replace(image, name=to_valid_unicode(image.ref.key))
                 previous = images.get(image.name)
-            if previous is not None:  # for example, if a folder contains both images and a caption file
+            if previous is not None:  # a folder can contain an image and a caption file that lists the image
                 captions = dict.fromkeys([*previous.captions, *image.captions])
                 image = dataclasses.replace(previous, captions=tuple(captions))
             images[image.name] = image
@@ -295,11 +287,11 @@ def scan_sources(
 def scan_source(
     source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> Iterator[IndexedImage]:
-    """Yield the images of a source, which has an absolute path, without decoding them.
+    """Yield the images of a source with an absolute path. The images are not decoded.
 
-    By default, images outside the source's folder are skipped. Otherwise, a caption file or symbolic link in an
-    untrusted source could expose private images to all users of a server. With `prune`, a missing source is treated as
-    empty.
+    By default, images outside the source's folder are skipped, because a caption file or symbolic link in an untrusted
+    source could otherwise expose private images to all users of a server. If `prune` is True, a missing source is
+    treated as an empty source.
 
     Raises:
         FileNotFoundError: `prune` is False, and the source does not exist or has no images.
@@ -342,7 +334,7 @@ def scan_source(
 
 
 def _find_source_folder(source: str) -> str:
-    """Return the folder that must contain the images of a source: the deepest existing folder of the source's path.
+    """Return the deepest existing folder in the path of a source, which must contain the images of the source.
 
     For a file in a folder called `annotations`, such as COCO's caption files, return the parent of `annotations`.
     """

@@ -1,4 +1,4 @@
-"""Explanations of hits: the effect of each word on the score, and heat maps of where an image matches the query.
+"""Explanations of hits: the effect of each query word on the score, and heat maps of the similarity to the query.
 
 In scripts without spaces, a word is a Chinese character, a run of hiragana or katakana, or a run of Thai, Lao, Burmese
 or Khmer letters. The cells of a heat map are the patches of a vision transformer, or the positions in the last feature
@@ -21,7 +21,7 @@ from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.types import UnsupportedQuery
 
-MAX_WORDS = 40  # each word takes at least one text embedding
+MAX_WORDS = 40  # limited, because each word requires at least one text embedding
 UNSPACED_WORDS = re.compile(
     r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[\u3040-\u309f]+|[\u30a0-\u30ff]+|"
     rf"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]+|(?:(?!{UNSPACED.pattern})[^\W_])+"
@@ -30,10 +30,10 @@ UNSPACED_WORDS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class QueryWord:
-    """A word of a query. Its effect is the score of the full query minus the score without the word."""
+    """A query word. Its effect is the score of the complete query minus the score of the query without the word."""
 
     text: str
-    text_index: int  # index of the text that contains the word
+    text_index: int  # index of the query text that contains the word
     start: int  # position of the word's first character in the text, in Unicode code points
     end: int  # position after the word's last character
     effect: float = 0.0
@@ -41,7 +41,7 @@ class QueryWord:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Cosine similarity between an image and a query, and the first MAX_WORDS words of the query."""
+    """Cosine similarity between an image and a query, and the effects of the first MAX_WORDS words of the query."""
 
     score: float
     words: list[QueryWord]
@@ -52,12 +52,12 @@ def explain_hit(
 ) -> Explanation:
     """Return the score of an image, and the effect of each of the first MAX_WORDS words of a query.
 
-    A text without one of its words uses prompt templates only if the complete text does. Otherwise, the templates would
-    change the score more than the removed word.
+    A text without one of its words uses prompt templates only if the complete text uses them. Otherwise, the templates
+    would change the score more than the removed word.
 
     Args:
         vector: L2-normalised embedding of the image, of shape (D,).
-        hits: Embeddings of the earlier hits in the query, as in `SearchQuery.combine`.
+        hits: Embeddings of the earlier hits that are part of the query, as in `SearchQuery.combine`.
 
     Raises:
         UnsupportedQuery: The query has no texts.
@@ -65,13 +65,13 @@ def explain_hit(
     """
     if not query.texts:
         raise UnsupportedQuery(
-            "an explanation rates the words of a query's texts, so the query must contain at least one text"
+            "the query has no texts. An explanation shows the effect of each word, so add at least one text"
         )
     default_templates = encoder.model.query_templates
     templates = default_templates if query.templates is None else query.templates
     prompts, counts = query.build_prompts(default_templates)
     words = find_words(query.texts)
-    shortened_counts = []  # for each word: number of prompts for the text without it, or 0 if no words remain
+    shortened_counts = []  # number of prompts for the text without each word, or 0 if no words remain
     for word in words:
         text = remove_word(query.texts[word.text_index], word)
         shortened_prompts = []
@@ -94,7 +94,7 @@ def explain_hit(
         else:
             query_texts = [text for index, text in enumerate(query.texts) if index != word.text_index]
             remaining, others = dataclasses.replace(query, texts=query_texts), [*before, *after]
-        # If a query consists of a single word, nothing remains without it, and the score is 0.
+        # Without its only word, a query is empty, and the score is 0.
         without = float(remaining.combine(others, images, hits).combined @ vector) if remaining else 0.0
         effects.append(dataclasses.replace(word, effect=score - without))
     return Explanation(score, effects)
@@ -103,14 +103,14 @@ def explain_hit(
 def find_words(texts: Sequence[str]) -> list[QueryWord]:
     words: list[QueryWord] = []
     for index, text in enumerate(texts):
-        for start, end in _iterate_words(text):
+        for start, end in _find_word_spans(text):
             if len(words) == MAX_WORDS:
                 return words
             words.append(QueryWord(text[start:end], index, start, end))
     return words
 
 
-def _iterate_words(text: str) -> Iterator[tuple[int, int]]:
+def _find_word_spans(text: str) -> Iterator[tuple[int, int]]:
     for token in re.finditer(r"\S+", text):
         if UNSPACED.search(token[0]):
             for part in UNSPACED_WORDS.finditer(token[0]):
@@ -143,7 +143,7 @@ def remove_word(text: str, word: QueryWord) -> str:
 def require_dense_encoder(model: DualEncoder) -> DenseEncoder:
     """Return a model's dense encoder. Raise ValueError if the model does not have one."""
     if model.dense is None:
-        raise ValueError("heat maps are not available for this model: its image encoder cannot embed image regions")
+        raise ValueError("this model does not support heat maps, because its image encoder cannot embed image regions")
     return model.dense
 
 
@@ -151,7 +151,7 @@ def compute_heatmap(dense: DenseEncoder, pixels: Tensor, query: np.ndarray) -> n
     """Return the cosine similarity between a query and each cell of an image, as a float32 array of shape (h, w).
 
     Args:
-        pixels: uint8 image of shape (3, H, W), resized by `dense.resize`, usually to `dense.localization_size`.
+        pixels: uint8 image of shape (3, H, W), resized with `dense.resize`.
         query: L2-normalised float32 vector of shape (D,).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Export of an index to a Parquet file, from which other vector databases can be filled."""
+"""Export of an index to a Parquet file, for import into other vector databases."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,12 @@ TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
 def export_vectors(index: str, out: str | Path, with_private: bool = False) -> int:
     """Write one row per distinct image to a new Parquet file. Return the number of rows.
 
-    Captions and metadata come from the first location of each image. `with_private` also exports GPS positions. The
-    metadata of the index, such as its model, is stored in the Parquet schema. Raise FileExistsError if `out` exists.
+    Captions and metadata are those of the first location of each image. If `with_private` is True, GPS positions are
+    also exported. The metadata of the index, such as the model name, is stored in the Parquet schema. Raise
+    FileExistsError if `out` exists.
     """
     if Path(out).exists():
-        raise FileExistsError(f"{out} exists: choose another file")
+        raise FileExistsError(f"{out} already exists. Choose another file")
     backend, file = open_backend(index), Path(index, INDEX_FILE)  # an index in PostgreSQL does not have this file
     inode = file.exists() and file.stat().st_ino
     metadata, texts = backend.metadata(), pa.list_(pa.string())
@@ -38,7 +39,7 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
     count, last_id = 0, "0"
     with bar, atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         while ids := backend.list_ids(last_id, ROWS_PER_GROUP):
-            rows, vectors = [], backend.vectors(ids)
+            rows, vectors = [], backend.read_vectors(ids)
             for hit in backend.read_hits(ids):
                 image = hit.images[0]
                 row: dict[str, Any] = {"id": int(hit.id), "vector": vectors.get(hit.id), "text": hit.text}
@@ -50,5 +51,5 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
             bar.update(len(rows))
             count, last_id = count + len(rows), ids[-1]
         if inode != (file.exists() and file.stat().st_ino):
-            raise OSError(f"{index} was replaced during the export. Run the command again")
+            raise OSError(f"{index} was replaced during the export. Run the export again")
     return count

@@ -1,8 +1,8 @@
-"""Export of an index as a static web page that searches in the browser, without a server.
+"""Export of an index as a static web page that searches in the browser and needs no server.
 
     GALLERY/
       index.html, gallery.js, ...          page
-      gallery.json                         text encoder settings; name, caption and details of each image
+      gallery.json                         settings of the text encoder; name, caption and metadata of each image
       vectors.bin                          image vectors (see `quantize_vectors`): mean (D float32 values), N float32
                                            scales, then int8 values of shape (N, D)
       thumbnails/0.jpg, ...                thumbnails, newest image first
@@ -12,7 +12,7 @@
       LICENSES.txt                         licences of the files in lib/
 
 The page loads only files from its own folder. The gallery contains neither full-size images nor their local paths.
-Images that were indexed from a URL link to it.
+An image that was indexed from a URL has a link to this URL.
 """
 
 import json
@@ -37,19 +37,19 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import Backend, hide_password, open_backend
 from llm2clip.search.metadata import Filter, list_details
-from llm2clip.search.query import truncate_to_index
+from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.types import Hit
 
 PAGE_FOLDER = Path(__file__).parent / "gallery_page"
 STATIC_FOLDER = Path(__file__).parent / "static"
 MIT_LICENSE = Path(__file__).with_name("mit_license.txt")
-MAX_MB = 1000  # default size limit, which is also the limit of several free web hosts
-# Larger text encoders, such as most LLMs, take too long to download and too much memory in a browser.
+MAX_MB = 1000  # default size limit of a gallery, which is also the limit of several free web hosts
+# Larger text encoders, such as most LLMs, are too slow to download and need too much memory in a browser.
 MAX_TEXT_PARAMETERS = 125_000_000
 HITS_PER_READ = 1000
-SAMPLED_THUMBNAILS = 200  # sample size for estimating the total size of the thumbnails
+SAMPLED_THUMBNAILS = 200  # number of thumbnails from which the total size of all thumbnails is estimated
 MAX_CAPTION_CHARACTERS = 300
-NEW_FILES = ".new"  # folder in an existing gallery for the files that will replace its current ones
+NEW_FILES = ".new"  # temporary folder in an existing gallery for the files that will replace the current files
 
 
 def export_gallery(
@@ -58,20 +58,20 @@ def export_gallery(
     """Write a static web page that searches an index in the browser.
 
     A new gallery is written atomically. If `out` contains a gallery, its files are replaced once all new files have
-    been written. Other files, such as those of Git, are kept. The title of the page is the name of the folder.
+    been written. Other files in `out`, such as a Git repository, are kept. The page title is the name of the folder.
 
     Args:
-        model_name: llm2clip model that built the index, with a small text encoder.
+        model_name: llm2clip model that built the index. The text encoder must be small.
         index: Index folder or URL, as in `open_backend`.
         max_mb: Maximum size of the gallery in MB.
         with_private: Also include private metadata, such as GPS positions.
 
     Returns:
-        Messages for the user about the accuracy of the 8-bit text encoder and the size of the gallery.
+        Messages about the accuracy of the 8-bit text encoder and the size of the gallery.
 
     Raises:
-        ValueError: The index was built with a different model or is empty, the text encoder is too large for a browser
-            or cannot be exported, or the gallery would be larger than `max_mb`.
+        ValueError: The index is empty or was built with a different model, the text encoder cannot be exported or is
+            too large for a browser, or the gallery would be larger than `max_mb`.
         FileExistsError: `out` exists and does not contain a gallery.
         AssetError: The JavaScript libraries cannot be downloaded.
     """
@@ -82,14 +82,14 @@ def export_gallery(
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")
     metadata = backend.metadata()
-    truncate_to_index(metadata, wrap_llm2clip(model, model_name))
+    truncate_model_to_index(metadata, wrap_llm2clip(model, model_name))
     parameters = check_text_encoder_size(model, model_name)
     check_gallery_size(index, backend, parameters, max_mb)
     model = truncate_model(model, int(metadata["embed_dim"]))
     libraries = [(package, resolve_npm_package(package)) for package in (ONNXRUNTIME_WEB, TOKENIZERS)]
     target = Path(out) / NEW_FILES if is_update else Path(out)
     if is_update:
-        shutil.rmtree(target, ignore_errors=True)  # left behind by an interrupted update
+        shutil.rmtree(target, ignore_errors=True)  # an interrupted update may have left this folder
     with atomic_dir(target) as folder:
         for file in (*PAGE_FOLDER.iterdir(), STATIC_FOLDER / "common.js", STATIC_FOLDER / "page.css"):
             shutil.copyfile(file, folder / file.name)
@@ -100,18 +100,18 @@ def export_gallery(
         (folder / "LICENSES.txt").write_text(_format_licenses(), encoding="utf-8")
         messages = [export_quantized_text(model, folder)]
         images = _write_images(backend, folder, with_private)
-        settings = {**_build_text_settings(model), "images": images, "count": len(images)}
+        settings = {**_build_text_encoder_settings(model), "images": images, "count": len(images)}
         settings |= {"dim": model.config.embed_dim, "title": Path(out).resolve().name}
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         messages.append(f"{format_count(len(images), 'image')}, {format_bytes(size)}")
     if is_update:
-        _replace_files(target, Path(out), len(images))
+        _replace_gallery_files(target, Path(out), len(images))
     return messages
 
 
-def _replace_files(new: Path, gallery: Path, count: int) -> None:
-    """Move new files into the folder of an existing gallery, and remove old thumbnails numbered `count` or higher."""
+def _replace_gallery_files(new: Path, gallery: Path, count: int) -> None:
+    """Move new files into an existing gallery, and delete its thumbnails whose number is at least `count`."""
     for file in [path for path in new.rglob("*") if path.is_file()]:
         target = gallery / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)
@@ -126,16 +126,16 @@ def _replace_files(new: Path, gallery: Path, count: int) -> None:
 
 
 def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
-    """Return the number of parameters of the text encoder. Raise ValueError if it is too large for a browser."""
+    """Return the number of text encoder parameters. Raise ValueError if it exceeds MAX_TEXT_PARAMETERS."""
     if not model.has_encoder:
         raise ValueError(
-            f"{name} has no caption encoder, so it cannot encode queries. Add one: llm2clip convert {name} --text "
-            "ENCODER --out MODEL"
+            f"{name} has no caption encoder, so it cannot encode queries. Add a caption encoder: llm2clip convert "
+            f"{name} --text ENCODER --out MODEL"
         )
     # The parameters of a saved encoder are counted without loading it, which could take minutes.
     folder = model.text_folder
     if folder is not None:
-        count = sum(_count_saved_values(file) for file in folder.rglob("*.safetensors"))
+        count = sum(_count_saved_parameters(file) for file in folder.rglob("*.safetensors"))
     else:
         count = sum(parameter.numel() for parameter in model.encoder.parameters())
     count += sum(parameter.numel() for parameter in model.adapter.parameters())
@@ -148,19 +148,18 @@ def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
     return count
 
 
-def _count_saved_values(file: Path) -> int:
-    """Count the values in a safetensors file. Only its header is read."""
+def _count_saved_parameters(file: Path) -> int:
     with safe_open(file, framework="numpy") as tensors:
         return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
 
 
 def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_mb: float) -> None:
-    """Print the estimated size of a gallery and its parts. Raise ValueError if it is empty or too large."""
+    """Print the estimated size of a gallery. Raise ValueError if the gallery would be empty or too large."""
     _, count = backend.count()
     if not count:
         raise ValueError(f"{hide_password(index)} contains no images. Add images with `llm2clip index`")
     hits = backend.search(None, SAMPLED_THUMBNAILS, Filter())
-    thumbnail_bytes = np.mean([len(backend.thumbnail(hit.id) or b"") for hit in hits])
+    thumbnail_bytes = np.mean([len(backend.read_thumbnail(hit.id) or b"") for hit in hits])
     dim = int(backend.metadata()["embed_dim"])
     parts = {
         "thumbnails": count * float(thumbnail_bytes),
@@ -173,9 +172,9 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
     summary = f"about {format_bytes(total)} for {format_count(count, 'image')} ({sizes})"
     if total > max_mb * 1e6:
         raise ValueError(
-            f"the gallery would be too large: {summary}; the limit is {format_bytes(max_mb * 1e6)}. Index fewer "
-            "images, or raise the limit with --max_mb. Browsers load all vectors and the text encoder into memory; for "
-            "large collections, use `llm2clip serve`"
+            f"the gallery would be too large: {summary}. The limit is {format_bytes(max_mb * 1e6)}. Index fewer "
+            "images, or raise the limit with --max_mb. A browser loads all vectors and the text encoder into memory, "
+            "so use `llm2clip serve` for large collections"
         )
     print_once(f"Gallery: {summary}")
 
@@ -184,21 +183,21 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
 
 
 def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[list[Any]]:
-    """Return the file name, caption and details of each image, newest first."""
+    """Write thumbnails and vectors. Return the file name, caption and metadata of each image, newest first."""
     (folder / "thumbnails").mkdir()
     images: list[list[Any]] = []
     vectors = []
     with ProgressBar(total=backend.count()[1], desc="gallery", unit="image") as bar:
         for hit in iterate_hits(backend):
-            vector, thumbnail = backend.vector(hit.id), backend.thumbnail(hit.id)
-            if vector is None or thumbnail is None:  # removed by another process since the search
+            vector, thumbnail = backend.read_vector(hit.id), backend.read_thumbnail(hit.id)
+            if vector is None or thumbnail is None:  # another process has removed the image since the search
                 continue
             (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
             details = [[item.text, item.url] for item in list_details(hit, image, with_private)]
             path = getattr(image.ref, "path", "")
-            if path.startswith(("http://", "https://")) and path == image.name:  # a URL without a password or token
+            if path.startswith(("http://", "https://")) and path == image.name:  # the URL contains no password or token
                 details.append(["original", path])
             images.append([image.file_name, caption, details])
             vectors.append(vector.astype(np.float16))
@@ -219,16 +218,16 @@ def iterate_hits(backend: Backend) -> Iterator[Hit]:
 def quantize_vectors(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rotate L2-normalised vectors, subtract their mean and quantise them to int8 with one scale per vector.
 
-    The embeddings of aligned models are rotated to principal components. A few dimensions are much larger than the
-    others, which would be rounded coarsely. The discrete Hartley transform, an orthogonal matrix that the page can
-    compute, spreads the values evenly over all dimensions.
+    The embeddings of aligned models are rotated to principal components, so a few dimensions are much larger than the
+    others. With one scale per vector, int8 would represent the small dimensions inaccurately. The discrete Hartley
+    transform, an orthogonal matrix that the page can compute, spreads the values evenly over all dimensions.
 
     Args:
         vectors: float32 array of shape (N, D).
 
     Returns:
-        Three arrays: the mean of the rotated vectors (float32, shape (D,)), a scale for each vector (float32, shape
-        (N,)) and the values (int8, shape (N, D)). The rotated vectors are approximately mean + scale * value.
+        The mean of the rotated vectors (float32, shape (D,)), the scale of each vector (float32, shape (N,)) and the
+        int8 values (shape (N, D)). A rotated vector is approximately mean + scale * values.
     """
     rotated = vectors @ make_hartley_matrix(vectors.shape[1])
     mean = rotated.mean(axis=0)
@@ -247,8 +246,8 @@ def make_hartley_matrix(dim: int) -> np.ndarray:
     return ((np.cos(angles) + np.sin(angles)) / np.sqrt(dim)).astype(np.float32)
 
 
-def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:
-    """Return the settings that the page needs to encode queries exactly as Python does."""
+def _build_text_encoder_settings(model: LLM2CLIP) -> dict[str, Any]:
+    """Return the settings with which the page encodes queries exactly as Python does."""
     tokenizer = build_tokenizer(model.encoder)
     checked_texts = (*SAMPLE_TEXTS, *CHECKED_TEXTS)
     return {
@@ -259,12 +258,11 @@ def _build_text_settings(model: LLM2CLIP) -> dict[str, Any]:
         "templates": list(model.config.query_templates.templates),
         "max_words": model.config.query_templates.max_words,
         "max_characters": MAX_TEMPLATE_CHARACTERS,
-        "wide_ranges": _find_wide_ranges(),
+        "wide_ranges": _find_wide_character_ranges(),
     }
 
 
-def _find_wide_ranges() -> list[tuple[int, int]]:
-    """Return the ranges of wide East Asian characters, for which browsers have no function."""
+def _find_wide_character_ranges() -> list[tuple[int, int]]:
     wide = [code for code in range(0x110000) if unicodedata.east_asian_width(chr(code)) == "W"]
     ranges = []
     for _, group in groupby(enumerate(wide), key=lambda pair: pair[1] - pair[0]):

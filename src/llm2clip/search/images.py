@@ -1,4 +1,4 @@
-"""Image files of hits, which are served only if unchanged since indexing, and images in requests."""
+"""Access to the image files of hits, and decoding of images in requests."""
 
 import base64
 import binascii
@@ -18,19 +18,19 @@ from llm2clip.search.types import IndexedImage, NotFound
 # ---- files of hits
 
 
-class TooLarge(ValueError):
-    """Raised when an image file is too large or has too many pixels."""
+class ImageTooLarge(ValueError):
+    """Raised when an image has too many bytes or pixels."""
 
 
 def open_original_image(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
     """Open the image file of a hit. Return a stream and the media type.
 
-    If the hit has several files, open the first one that has not changed since indexing.
+    If the hit has several files, open the first file that has not changed since it was indexed.
 
     Raises:
-        NotFound: The id is unknown, or all files of the hit have been changed or removed.
+        NotFound: The hit id is unknown, or all image files of the hit have been changed or removed.
     """
-    for image in backend.images(hit_id):
+    for image in backend.read_images(hit_id):
         try:
             stream = _open_unchanged_image(image)
             header = open_header(stream)
@@ -47,18 +47,18 @@ def open_original_image(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 
 def read_original_image(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
-    """Read the image file that `open_original_image` opens. Raise TooLarge if it has more than `max_bytes` bytes."""
+    """Read the image file of a hit. Raise ImageTooLarge if the file has more than `max_bytes` bytes."""
     stream, _ = open_original_image(backend, hit_id)
     with stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise TooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
+        raise ImageTooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
     return data
 
 
 def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
     path = image.ref.container_path or ""
-    # The version is checked before the file is opened, because opening a named pipe would block.
+    # Check the version before opening the file, because opening a named pipe would block.
     if format_file_version(os.stat(path)) != image.file_version:
         raise FileNotFoundError(f"{path} has changed since it was indexed")
     stream = image.ref.open()
@@ -68,51 +68,51 @@ def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
 
 
 def format_file_version(stat: os.stat_result) -> str:
-    """Return a version string that changes when the file changes."""
+    """Return a file's size and modification time as a string, to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 # ---- images in requests
 
-# A small AVIF or HEIC file can contain any number of hidden frames, which would all be decoded.
+# Pillow would decode all hidden frames of an AVIF or HEIC file, and even a small file can contain many frames.
 FORMAT_NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
 class InvalidImage(ValueError):
-    """Raised when an image in a request cannot be decoded. `param` is the field and index, such as "images.0"."""
+    """Raised when an image in a request cannot be decoded. `param` locates the image, such as "images.0"."""
 
     def __init__(self, cause: Exception, param: str) -> None:
         super().__init__(str(cause))
-        self.param, self.code = param, 413 if isinstance(cause, TooLarge) else 422
+        self.param, self.code = param, 413 if isinstance(cause, ImageTooLarge) else 422
 
 
 class RequestImage(NamedTuple):
-    """Data URI of an image in a request, and its field and index, such as "images.0"."""
+    """Data URI of an image in a request. `param` locates the image in the request, such as "images.0"."""
 
     data_uri: str
     param: str
 
 
 def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
-    """Decode an image from a request, or the contents of an indexed file, to a uint8 tensor of shape (3, H, W).
+    """Decode an image from a request, or the bytes of an indexed file, to a uint8 tensor of shape (3, H, W).
 
     Raises:
         InvalidImage: The image from a request cannot be decoded, or has more than `max_pixels` pixels.
         ImageError: The indexed file cannot be decoded.
-        TooLarge: The image in the indexed file has more than `max_pixels` pixels.
+        ImageTooLarge: The image in the indexed file has more than `max_pixels` pixels.
     """
     if not isinstance(image, RequestImage):
         return load_request_image(image, max_pixels, is_indexed=True)
     try:
         return load_request_image(decode_data_uri(image.data_uri), max_pixels)
-    except (ImageError, TooLarge) as error:
+    except (ImageError, ImageTooLarge) as error:
         raise InvalidImage(error, image.param) from error
 
 
 def decode_data_uri(uri: str) -> bytes:
     header, comma, body = uri.partition(",")
     if not comma or not header.endswith(";base64"):
-        raise ImageError("an image must be a data URI of the form data:image/jpeg;base64,...")
+        raise ImageError("an image must be a data URI of the form data:image/jpeg;base64,DATA")
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -120,7 +120,7 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -> Tensor:
-    """Decode an image file to a uint8 tensor of shape (3, H, W). Raise the same errors as `read_image_size`."""
+    """Decode an image file to a uint8 tensor of shape (3, H, W). For the exceptions, see `read_image_size`."""
     read_image_size(data, max_pixels, is_indexed)
     return load_image(data)
 
@@ -128,11 +128,9 @@ def load_request_image(data: bytes, max_pixels: int, is_indexed: bool = False) -
 def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> tuple[int, int]:
     """Return the width and height of an image file, without decoding the pixels or applying the EXIF orientation.
 
-    HEIC and AVIF files are only accepted if they are indexed.
-
     Raises:
-        TooLarge: The image has more than `max_pixels` pixels.
-        ImageError: The image cannot be decoded.
+        ImageTooLarge: The image has more than `max_pixels` pixels.
+        ImageError: The image cannot be decoded, or `is_indexed` is False for a HEIC or AVIF file.
     """
     if is_heic(data) and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("HEIC"))
@@ -141,7 +139,7 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
             width, height = header.size
             is_avif = header.format == "AVIF"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TooLarge(str(error)) from error
+        raise ImageTooLarge(str(error)) from error
     except ImageFormatError as error:
         raise ImageError(str(error)) from error
     except Exception as error:  # Pillow can raise almost any exception for corrupt headers
@@ -149,5 +147,5 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
     if is_avif and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
-        raise TooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
+        raise ImageTooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
     return width, height

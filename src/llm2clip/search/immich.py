@@ -1,8 +1,8 @@
 """Routes of Immich's machine-learning service, so that Immich can search with an llm2clip model.
 
-Immich only accepts model names from its own list, which also determines the vector dimension in its database. A model
-therefore borrows one of these names, and its embeddings are padded with zeros, which does not change cosine
-similarities.
+Immich accepts only model names from its own list, and the name determines the vector dimension in Immich's database. An
+llm2clip model therefore borrows a name from the list. Its embeddings are padded with zeros, which does not change
+cosine similarities.
 """
 
 import json
@@ -21,8 +21,8 @@ from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
 
-# Names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts with their dimensions, in ascending order. Immich's
-# default, ViT-B-32__openai, is not listed: after setting only the URL, the stored embeddings would be OpenAI's.
+# Model names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, with their dimensions in ascending order.
+# Immich's default name is not listed. If a user set only the URL, Immich would keep the stored OpenAI embeddings.
 BORROWED_NAMES = {
     "ViT-B-16__openai": 512,
     "ViT-L-14__openai": 768,
@@ -105,7 +105,7 @@ class Upstream:
 
 
 def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
-    """Add the routes to an application. Raise ValueError if the model has more dimensions than Immich can store."""
+    """Add Immich's routes to an application. Raise ValueError if the model has too many dimensions."""
     choose_borrowed_name(service.encoder.model.embed_dim)
     # Images are kept in memory, where the middleware limits their size, instead of being written to temporary files.
     MultiPartParser.spool_max_size = service.limits.max_body_bytes
@@ -134,7 +134,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
                 raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
             return await service.embedders.run(_embed, service, tasks.clip, text, image)
         if upstream is None:
-            # After an empty response, Immich would delete the faces that it found earlier, and never try again.
+            # After an empty response, Immich would delete the detected faces and never repeat the detection.
             raise HTTPException(501, "pass --immich_upstream, or turn off facial recognition and OCR in Immich")
         if "llm2clip" in request.headers.get("via", ""):
             message = "an llm2clip server forwarded this request; --immich_upstream must be Immich's own service"

@@ -1,4 +1,4 @@
-"""Python interface to an image index, which the command `search`, the server and the benchmarks also use."""
+"""Python interface for searching an image index."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llm2clip.search.backends import Backend, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import (
     READ_FACTOR,
-    HitPage,
+    HitGroups,
     QueryEncoder,
     QueryVectors,
     SearchQuery,
     group_similar_hits,
-    truncate_to_index,
+    truncate_model_to_index,
 )
-from llm2clip.search.relevance import Calibration, load_calibration, search_relevant
-from llm2clip.search.types import Hit, NotFound, Slots
+from llm2clip.search.relevance import Calibration, load_calibration, search_and_rate
+from llm2clip.search.types import FairSemaphore, Hit, NotFound
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
     from llm2clip.search.explain import Explanation
 
-CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration, in seconds
-COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
+CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration
+COUNT_SECONDS = 1.0  # maximum age of the cached image count
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class SearchOptions:
     """Options of a search.
 
     Attributes:
-        words: Rank an image higher if its captions, recognised text, file name, camera and date together contain all
-            words of the query. Ignored if the query has negative parts.
-        group_similar: Return bursts and edited copies of an image as one hit, which lists the others in `similar`.
+        words: Rank an image higher if each word of the query occurs in its captions, recognised text, file name, camera
+            or date. Ignored if the query has negative parts.
+        group_similar: Return bursts and edited copies of an image as one hit, whose `similar` lists the other images.
             Ignored without a query.
-        show_weak: Return hits even if nothing in the index is close to the query.
+        show_weak: Return hits even if no image in the index is close to the query.
     """
 
     words: bool = True
@@ -62,10 +62,10 @@ class SearchPage:
     """A page of search results.
 
     Attributes:
-        hits: Hits, best first, or newest first without a query. `hit.images` has the names of the hit's files,
-            `hit.score` is its cosine similarity, and `hit.relevance` its estimated probability of being an answer.
-        nothing_close: True if no image that matches the filter is close to the query. In this case, the page has no
-            hits, unless `SearchOptions.show_weak` is set or there is a filter.
+        hits: Hits, best first, or newest first without a query. For each hit, `images` has the names of its files,
+            `score` is the cosine similarity, and `relevance` is the estimated probability of being an answer.
+        nothing_close: True if no image that matches the filter is close to the query. The page then has no hits, unless
+            `SearchOptions.show_weak` is True or the search has a filter.
         total: Number of distinct images in the index that match the filter.
         next_offset: `offset` of the next page, or None if there are no further hits. Offsets count ungrouped hits, so a
             page can end before or after `offset` + `top`.
@@ -78,15 +78,15 @@ class SearchPage:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """Resource limits of searches, which the server sets."""
+class SearchResources:
+    """Image decoder and resource limits of searches. A server sets stricter limits than the defaults."""
 
     # Function that decodes an image to a uint8 tensor of shape (3, H, W). Default: `data.images.load_image`.
     load: Callable[[Any], Tensor] | None = None
-    # Held while an image is decoded and while the index is scanned, to limit the number of concurrent threads.
+    # Context managers that limit how many threads decode an image or scan the index at the same time.
     decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    max_file_bytes: int = MAX_FILE_BYTES  # maximum size of the image file of a hit
+    max_file_bytes: int = MAX_FILE_BYTES  # maximum size of an indexed image file that is decoded, in bytes
 
 
 class Index:
@@ -110,12 +110,12 @@ class Index:
         model: str | DualEncoder | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
-        resources: Resources | None = None,
+        resources: SearchResources | None = None,
     ) -> None:
         """Create an index from a backend. See `open` for the other arguments."""
-        self.backend, self.resources = backend, resources or Resources()
+        self.backend, self.resources = backend, resources or SearchResources()
         self._model, self._device, self._precision = model, device, precision
-        self._count_slot, self._calibration_slot = Slots(1), Slots(1)
+        self._count_slot, self._calibration_slot = FairSemaphore(1), FairSemaphore(1)
         self._counts, self._counts_time = (0, 0), -math.inf
         self._calibration: Calibration | None = None
         self._calibration_time = -math.inf
@@ -128,12 +128,12 @@ class Index:
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> Index:
-        """Open an index. The model is loaded when it is first needed, which text queries may not (`models.text_graph`).
+        """Open an index. The model is loaded when it is first needed.
 
         Args:
             location: Index folder or postgresql:// URL.
-            model: Model that built the index: a name as in `open_dual_encoder`, or a loaded model. Default: the name
-                stored in the index.
+            model: Model that built the index, as a loaded model or a name as in `open_dual_encoder`. Default: the model
+                name that is stored in the index.
             device: Device of the model. Default: a GPU if available.
             precision: Precision of the text encoder, as in `open_dual_encoder`.
 
@@ -153,7 +153,7 @@ class Index:
 
     @cached_property
     def encoder(self) -> QueryEncoder:
-        """Query encoder, truncated to the dimension of the index.
+        """Query encoder whose embeddings are truncated to the dimension of the index.
 
         Raises:
             ValueError: The index was built with a different model.
@@ -164,17 +164,17 @@ class Index:
         model, name = self._model, self._model_name
         if name is not None:
             model = open_dual_encoder(name, device=self._device, precision=self._precision)
-        model = truncate_to_index(self.backend.metadata(), cast("DualEncoder", model))
+        model = truncate_model_to_index(self.backend.metadata(), cast("DualEncoder", model))
         return QueryEncoder(model, self.resources.load, self.resources.decoding)
 
     @cached_property
     def _text_encoder(self) -> QueryEncoder:
-        """Encoder of queries without images. Does not need PyTorch if a graph of the model's text encoder exists."""
+        """Encoder for queries without images. If the model has an ONNX text encoder, PyTorch is not needed."""
         metadata, name = self.backend.metadata(), self._model_name
         if name is not None and self._device is None and self._precision == "auto" and "image_fingerprint" in metadata:
             graph = open_text_graph(name)
-            if graph is not None:  # the graph has all attributes of a model that text queries use
-                return QueryEncoder(truncate_to_index(metadata, cast("DualEncoder", graph)))
+            if graph is not None:  # a text graph has all attributes that text queries need
+                return QueryEncoder(truncate_model_to_index(metadata, cast("DualEncoder", graph)))
         return self.encoder
 
     def search(
@@ -188,27 +188,27 @@ class Index:
         """Return a page of the images that are most similar to a query.
 
         Args:
-            query: A text, or a query with texts, images and earlier hits. Default: return the newest images that match
-                the filter, or the newest images of the index without a filter.
+            query: A text, or a query with texts, images and earlier hits. Default: return the newest images.
             top: Maximum number of hits, not counting similar images.
             offset: Number of hits to skip: `next_offset` of the previous page.
             filter: Conditions that every hit must meet.
-            options: Default: `SearchOptions()`.
+            options: Search options. Default: `SearchOptions()`.
 
         Raises:
-            ValueError: A text is empty, the model does not fit the index, or the model returned NaN or infinity.
+            ValueError: A text is empty, the index was built with a different model, or the model returned NaN or
+                infinity.
             ImageError: An image of the query cannot be decoded.
-            NotFound: The index does not contain one of the earlier hits in the query.
+            NotFound: The index does not contain an earlier hit of the query.
             IndexUnavailableError: The index cannot be read at the moment.
         """
-        query = _to_query(query)
+        query = _make_search_query(query)
         image_filter, options = filter or Filter(), options or SearchOptions()
         vectors = self.embed(query) if query else None
         calibration = self.calibration if query else None
         groups = options.group_similar and bool(query)
         count = top * (READ_FACTOR if groups else 1)
         with self.resources.scanning:
-            hits, nothing_close = search_relevant(
+            hits, nothing_close = search_and_rate(
                 self.backend,
                 calibration,
                 vectors,
@@ -218,12 +218,12 @@ class Index:
                 words=query.texts if options.words and not query.has_negative_parts else (),
                 show_weak=options.show_weak,
             )
-            page = HitPage(hits, len(hits))
+            page = HitGroups(hits, len(hits))
             if groups:
                 mean = None if calibration is None else calibration.sample_mean
                 page = group_similar_hits(hits, self.backend, top, mean)
             total = self.backend.count_matches(image_filter) if image_filter else self.count()[1]
-        # The backend skips images that another process has just removed, so even a page before the last may be shorter.
+        # The backend skips images that another process has just removed, so any page may be shorter than requested.
         end = offset + (count if page.size == len(hits) else page.size)
         return SearchPage(
             hits=page.hits,
@@ -241,7 +241,7 @@ class Index:
         """
         from llm2clip.search.explain import explain_hit
 
-        query = _to_query(query)
+        query = _make_search_query(query)
         vector, *hits = self._read_vectors([hit_id, *query.like, *query.negative_like])
         return explain_hit(self.encoder, query, vector, hits)
 
@@ -262,13 +262,13 @@ class Index:
         return compute_heatmap(dense, pixels, vector)
 
     def embed(self, query: str | SearchQuery) -> QueryVectors:
-        """Return the embeddings of a query. See `search` for the exceptions."""
-        query = _to_query(query)
+        """Return the embeddings of a query. For the exceptions, see `search`."""
+        query = _make_search_query(query)
         encoder = self.encoder if query.images or query.negative_images else self._text_encoder
         return encoder.embed(query, self._read_vectors([*query.like, *query.negative_like]))
 
     def count(self) -> tuple[int, int]:
-        """Return the number of images and the number of distinct images. The numbers may be up to a second old."""
+        """Return the number of images and the number of distinct images. The counts may be up to a second old."""
         with self._count_slot:
             if time.monotonic() - self._counts_time > COUNT_SECONDS:
                 self._counts, self._counts_time = self.backend.count(), time.monotonic()
@@ -276,7 +276,7 @@ class Index:
 
     @property
     def calibration(self) -> Calibration | None:
-        """Relevance calibration, which may be up to a minute old. None if the index is not calibrated for its model."""
+        """Relevance calibration, or None if the index is not calibrated. The value may be up to a minute old."""
         encoder = self._text_encoder
         with self._calibration_slot:
             if time.monotonic() - self._calibration_time > CALIBRATION_SECONDS:
@@ -285,14 +285,14 @@ class Index:
             return self._calibration
 
     def _read_vectors(self, hit_ids: Sequence[str]) -> list[np.ndarray]:
-        vectors = self.backend.vectors(hit_ids) if hit_ids else {}
+        vectors = self.backend.read_vectors(hit_ids) if hit_ids else {}
         for hit_id in hit_ids:
             if hit_id not in vectors:
                 raise NotFound(f"the index contains no image with id {hit_id}")
         return [vectors[hit_id] for hit_id in hit_ids]
 
 
-def _to_query(query: str | SearchQuery | None) -> SearchQuery:
+def _make_search_query(query: str | SearchQuery | None) -> SearchQuery:
     if query is None:
         return SearchQuery()
     return SearchQuery([query]) if isinstance(query, str) else query

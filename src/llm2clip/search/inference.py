@@ -1,14 +1,13 @@
-"""Server-side inference: worker threads, batches that combine the model inputs of many requests, limits and metrics.
+"""Server-side inference with worker threads, batches that combine requests, resource limits and metrics.
 
 Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
-a `Batcher`, so a single forward pass encodes the texts of many requests.
+a `Batcher`, so that a single forward pass encodes the texts of many requests.
 
-Full queues: at most `Limits.max_queue` searches, embedding requests, texts or images wait for, or occupy, a worker
-thread. Beyond this limit, `QueueFull` is raised (status 429).
+Each queue holds at most `Limits.max_queue` items. Further items raise `QueueFull` (status 429).
 
-Timeouts: `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A request that is still queued then
-never starts. In a running request, all waits for the model, a decoder, the index or a database connection end at the
-deadline (`types.Deadline`). Only a forward pass, a scan or the decoding of an image continues after the deadline.
+`RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A queued request then never starts. A running
+request stops waiting for the model, a decoder, the index or a database connection (`types.Deadline`). However, a
+forward pass, a scan or the decoding of an image continues until it is complete.
 """
 
 import asyncio
@@ -32,53 +31,49 @@ from llm2clip.cpu_tuning import onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
 from llm2clip.search.images import load_query_image, open_original_image
-from llm2clip.search.index import Index, Resources
+from llm2clip.search.index import Index, SearchResources
 from llm2clip.search.query import QueryEncoder
-from llm2clip.search.types import IndexUnavailableError, NotFound, Slots, current_deadline
+from llm2clip.search.types import FairSemaphore, IndexUnavailableError, NotFound, current_deadline
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 DECODERS = 2  # number of threads that can read or decode an image at the same time
-SCANS = 2  # number of concurrent scans of the index; more would only compete for memory bandwidth
-WORKERS_PER_BATCH_ITEM = 2  # while a batch is encoded, the next one is collected
-MAX_WAIT = 0.03  # maximum time to wait for more items before processing a batch, in seconds
+SCANS = 2  # number of concurrent scans of the index; more scans would only compete for memory bandwidth
+WORKERS_PER_BATCH_ITEM = 2  # while a batch is encoded, the items of the next batch are collected
+MAX_WAIT = 0.03  # maximum time that a batch waits for more items, in seconds
 
 
 class QueueFull(Exception):
-    """Raised when too many items are waiting. The caller should try again later."""
+    """Raised when too many items are waiting. A later attempt may succeed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Resource limits for requests to a server. Limits per client are the task of a proxy (see deploy/)."""
+    """Resource limits for requests to a server. To limit individual clients, use a proxy (see `deploy/`)."""
 
-    max_body_bytes: int = 32 << 20  # per request; larger requests are rejected with status 413
-    # Total size of all request and response bodies in memory. Requests of more than 64 KB that exceed it are rejected
-    # with status 429.
+    max_body_bytes: int = 32 << 20  # maximum size of a request body; larger requests are rejected with status 413
+    # Maximum total size of all request and response bodies in memory, in bytes.
+    # If the limit is exceeded, requests of more than 64 KB are rejected with status 429.
     max_bytes_in_flight: int = 512 << 20
-    max_pixels: int = 50_000_000  # per image; larger images are rejected with status 413
-    max_queue: int = 512  # requests, texts, images and heat maps in progress; others are rejected with status 429
-    timeout: float = 30.0  # seconds per request; slower requests fail with status 504
+    max_pixels: int = 50_000_000  # maximum number of pixels per image; larger images are rejected with status 413
+    max_queue: int = 512  # maximum number of items in each queue; further items are rejected with status 429
+    timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
-    max_connections: int = 512  # beyond this number, the server aborts the oldest idle connection
+    max_connections: int = 512  # if there are more connections, the server aborts the oldest idle connection
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 
 class WorkerPool:
-    """Thread pool that runs functions for the event loop."""
+    """Thread pool that runs functions for coroutines and limits how many calls can wait."""
 
     def __init__(self, threads: int, unit: str, max_waiting: int) -> None:
-        self.waiting = 0  # number of waiting and running jobs whose callers have not been cancelled
+        self.waiting = 0  # number of waiting and running calls whose callers have not been cancelled
         self._unit, self._max_waiting = unit, max_waiting
         # Each thread that runs PyTorch operations has its own OpenMP threads, so worker threads use only one.
         self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function in a worker thread with the caller's context variables.
-
-        Raises:
-            QueueFull: Too many calls are waiting or running.
-        """
+        """Call a function in a worker thread. Raise QueueFull if too many calls are waiting or running."""
         check_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1
@@ -92,7 +87,7 @@ class WorkerPool:
 
 
 def check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
-    """Raise ValueError if a queue can never hold `count` items, or QueueFull if it has no space for them now."""
+    """Raise ValueError if `count` items exceed the limit of a queue. Raise QueueFull if the queue is too full now."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
     if waiting + count > limit:
@@ -102,7 +97,7 @@ def check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
 # ---- batches
 
 
-class _Pending(NamedTuple, Generic[Item, Result]):
+class _PendingItem(NamedTuple, Generic[Item, Result]):
     item: Item
     result: Future[Result]
 
@@ -111,11 +106,10 @@ class Batcher(Generic[Item, Result]):
     """Combines items from several threads into batches and processes each batch with a single call to `work`.
 
     While a batch is being processed, items for the next batch are collected. If the next batch would be smaller than
-    the previous one, the batcher waits for up to a tenth of the previous batch's duration, so that callers can submit
-    their next items. Without this wait, the first new item would form its own batch and delay the others. With a single
-    client that submits one item at a time, the batcher never waits.
+    the previous batch, the batcher waits for more items, for up to a tenth of the duration of the previous batch.
+    Without the wait, the first new item would form its own batch and delay the following items.
 
-    If `work` raises any exception for a batch, it is called again for each item, so that only invalid items fail.
+    If `work` raises an exception for a batch, `work` is called again for each item, so that only invalid items fail.
     """
 
     def __init__(
@@ -132,9 +126,9 @@ class Batcher(Generic[Item, Result]):
         """
         self._work, self._executor, self._on_batch = work, executor, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._queue: deque[_Pending[Item, Result]] = deque()
+        self._queue: deque[_PendingItem[Item, Result]] = deque()
         self._changed = threading.Condition()  # guards the queue
-        self._is_scheduled = False  # True if the executor will process the queue
+        self._is_scheduled = False  # True if a call to `_process_next_batch` is pending or running
         self._is_closed = False
         self._last_size, self._last_seconds = 0, 0.0  # number of items in the last batch, and its duration
 
@@ -147,11 +141,11 @@ class Batcher(Generic[Item, Result]):
         Raises:
             ValueError: There are more than `max_queue` items.
             QueueFull: The queue does not have enough space for the items, or is closed.
-            DeadlineExceeded: The request's deadline passed first. Its waiting items are removed.
+            DeadlineExceeded: The deadline of the request has passed. Items that still wait are removed.
             CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
-        entries: list[_Pending[Item, Result]] = [_Pending(item, Future()) for item in items]
+        entries: list[_PendingItem[Item, Result]] = [_PendingItem(item, Future()) for item in items]
         with self._changed:
             if self._is_closed:
                 raise QueueFull("the server is stopping; try again later")
@@ -159,7 +153,7 @@ class Batcher(Generic[Item, Result]):
             self._queue.extend(entries)
             self._changed.notify()
             if entries and not self._is_scheduled:
-                self._schedule()
+                self._schedule_next_batch()
         deadline = current_deadline.get()
         _, unfinished = wait([entry.result for entry in entries], deadline.remaining, FIRST_EXCEPTION)
         try:
@@ -170,8 +164,8 @@ class Batcher(Generic[Item, Result]):
         finally:
             self._cancel_unfinished(entries)
 
-    def _cancel_unfinished(self, entries: Sequence[_Pending[Item, Result]]) -> None:
-        """Cancel entries without a result, after a timeout of the caller or a failure of another of its items."""
+    def _cancel_unfinished(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
+        """Cancel entries without a result after the caller has timed out or one of its items has failed."""
         cancelled = [entry.result.cancel() for entry in entries]
         if not any(cancelled):
             return
@@ -180,7 +174,7 @@ class Batcher(Generic[Item, Result]):
             self._queue.clear()
             self._queue.extend(waiting)
 
-    def _schedule(self) -> None:
+    def _schedule_next_batch(self) -> None:
         self._is_scheduled = True
         self._executor.submit(self._process_next_batch)
 
@@ -190,31 +184,31 @@ class Batcher(Generic[Item, Result]):
             if entries:
                 self._on_batch(len(entries))
                 start = time.perf_counter()
-                self._process(entries)
+                self._process_batch(entries)
                 self._last_size, self._last_seconds = len(entries), time.perf_counter() - start
         finally:
             with self._changed:
                 self._is_scheduled = False
                 if self._queue:
-                    self._schedule()  # after the other batchers of the executor
+                    self._schedule_next_batch()  # runs after the pending batches of other batchers
 
-    def _take_batch(self) -> list[_Pending[Item, Result]]:
-        """Wait for more items if the last batch was larger. Return the next batch without cancelled items."""
+    def _take_batch(self) -> list[_PendingItem[Item, Result]]:
+        """Wait for more items if the last batch was larger than the queue. Return the next batch."""
         with self._changed:
             self._changed.wait_for(lambda: len(self) >= self._last_size, min(MAX_WAIT, self._last_seconds / 10))
             count = min(len(self), self._max_batch_size)
             entries = [self._queue.popleft() for _ in range(count)]
         return [entry for entry in entries if entry.result.set_running_or_notify_cancel()]
 
-    def _process(self, entries: Sequence[_Pending[Item, Result]]) -> None:
+    def _process_batch(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):
                 raise RuntimeError(f"work returned {len(results)} results for {len(entries)} items")
-        except BaseException as error:  # a panic in the tokenizer's Rust code is not an Exception
+        except BaseException as error:  # a panic in the tokenizer's Rust code raises a BaseException
             if len(entries) > 1:
                 for entry in entries:
-                    self._process([entry])
+                    self._process_batch([entry])
                 return
             if not isinstance(error, Exception):
                 error = RuntimeError(f"the model failed: {type(error).__name__}: {error}")
@@ -224,7 +218,7 @@ class Batcher(Generic[Item, Result]):
             entry.result.set_result(result)
 
     def close(self) -> None:
-        """Reject new items, and cancel all waiting items, so that their callers stop waiting."""
+        """Reject new items and cancel all waiting items."""
         with self._changed:
             self._is_closed = True
             for entry in self._queue:
@@ -237,7 +231,7 @@ class Batcher(Generic[Item, Result]):
 
 
 class InferenceService:
-    """Model, index, worker threads and metrics of a server. `index` is None if the server only computes embeddings."""
+    """Model, index, worker threads and metrics of a server. Without an index, the server only computes embeddings."""
 
     def __init__(
         self,
@@ -248,18 +242,18 @@ class InferenceService:
     ) -> None:
         """
         Args:
-            model_thread: Single-threaded executor that loaded the model and will run it. On a CPU, each thread that
-                runs PyTorch operations has its own OpenMP thread pool. With more OpenMP threads than cores, the model
-                runs at half the speed, because the threads do not busy-wait between operations.
+            model_thread: Single-threaded executor that loaded the model and will run the model. A different thread
+                would create a second OpenMP thread pool. With more OpenMP threads than CPU cores, the model runs at
+                half the speed, because the threads do not busy-wait between operations.
 
         Raises:
             ValueError: The index was built with a different model.
         """
         self.limits = limits
         self.model_name = Path(model.name).resolve().name
-        # Two batches in parallel would be slower than two batches in sequence.
+        # Batches run in a single thread, because two parallel batches would be slower than two consecutive batches.
         self._model_thread = model_thread or ThreadPoolExecutor(1, "model")
-        # The model thread must set its OpenMP thread count before the worker threads set theirs to one.
+        # The model thread must set its OpenMP thread count before the worker threads set their thread count to one.
         self._model_thread.submit(torch.get_num_threads).result()
         # Embedding requests have their own threads, because searches can take seconds in a large index.
         threads = WORKERS_PER_BATCH_ITEM * limits.batch_size
@@ -269,22 +263,22 @@ class InferenceService:
         self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
         self._create_metrics()
         self._batchers: list[Batcher[Any, Any]] = []
-        self._decoding = Slots(DECODERS)
-        resources = Resources(
+        self._decoding = FairSemaphore(DECODERS)
+        resources = SearchResources(
             load=partial(load_query_image, max_pixels=limits.max_pixels),
             decoding=self._decoding,
-            scanning=Slots(SCANS),
+            scanning=FairSemaphore(SCANS),
             max_file_bytes=limits.max_body_bytes,
         )
-        model = self._batch_calls(model)
+        model = self._make_batching_model(model)
         self.encoder = QueryEncoder(model, resources.load, resources.decoding)
         self.index: Index | None = None
         if backend is not None:
             self.index = Index(backend, model, resources=resources)
             self.index.encoder  # noqa: B018  (checks that the model fits the index)
 
-    def _batch_calls(self, model: DualEncoder) -> DualEncoder:
-        """Return a model whose calls are batched and run by the model thread."""
+    def _make_batching_model(self, model: DualEncoder) -> DualEncoder:
+        """Return a copy of a model that runs in batches in the model thread."""
 
         @torch.inference_mode()
         def encode_texts(texts: list[str]) -> list[Tensor]:
@@ -306,8 +300,8 @@ class InferenceService:
                 dense, features=lambda pixels, variant: dense_batcher.submit([(pixels, variant)])[0]
             )
 
-        def submit(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
-            """Encode a large number of items in several steps, which leaves space in the queue for other requests."""
+        def submit_in_steps(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
+            # Items are submitted in several steps, so that the queue has space for other requests.
             step = min(self.limits.batch_size, self.limits.max_queue)
             vectors: list[Tensor] = []
             for start in range(0, len(items), step):
@@ -316,8 +310,8 @@ class InferenceService:
 
         return dataclasses.replace(
             model,
-            encode_texts_raw=lambda texts, progress: submit(text_batcher, texts),
-            encode_images_raw=lambda images: submit(image_batcher, images),
+            encode_texts_raw=lambda texts, progress: submit_in_steps(text_batcher, texts),
+            encode_images_raw=lambda images: submit_in_steps(image_batcher, images),
             dense=dense,
         )
 
@@ -355,7 +349,6 @@ class InferenceService:
         return await self._file_readers.run(open_file)
 
     def close(self) -> None:
-        """Cancel queued work and stop all idle threads. Busy threads finish their current work first."""
         for batcher in self._batchers:
             batcher.close()
         self._model_thread.shutdown(wait=False, cancel_futures=True)
@@ -364,11 +357,11 @@ class InferenceService:
 
     def require_index(self) -> Index:
         if self.index is None:
-            raise NotFound("this server has no index. To search, start it with: llm2clip serve INDEX")
+            raise NotFound("this server has no index. To search, start the server with: llm2clip serve INDEX")
         return self.index
 
     def count_images(self) -> int:
-        """Return the number of images in the index, or 0 without an index. The number may be up to a second old."""
+        """Return the number of images in the index, or 0 without an index. The count may be up to a second old."""
         return 0 if self.index is None else self.index.count()[0]
 
     def _count_images_for_metrics(self) -> float:

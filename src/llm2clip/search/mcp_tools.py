@@ -1,4 +1,4 @@
-"""Model Context Protocol (MCP) tools with which AI agents search the index of a server."""
+"""Model Context Protocol (MCP) tools that let AI agents search the index of a server."""
 
 import json
 from typing import Annotated, Any
@@ -13,14 +13,14 @@ from pydantic import Field
 from llm2clip.data.images import ImageError, make_thumbnail
 from llm2clip.io_utils import format_count
 from llm2clip.search import schemas
-from llm2clip.search.images import TooLarge, read_original_image
+from llm2clip.search.images import ImageTooLarge, read_original_image
 from llm2clip.search.index import Index
 from llm2clip.search.metadata import MAX_PATH_LENGTH, Filter
 from llm2clip.search.server import search_index
 from llm2clip.search.types import NotFound
 
-MAX_SIDE = 1024  # longer side of the image that `show_photo` returns, at most, in pixels
-MAX_PHOTOS = 50  # per result, because results take up space in the agent's context
+MAX_SIDE = 1024  # maximum length of the longer side of an image from `show_photo`, in pixels
+MAX_PHOTOS = 50  # maximum number of photos per result, to save space in the agent's context
 Photo = Annotated[str, Field(max_length=MAX_PATH_LENGTH - 2), schemas.VALID_UNICODE, schemas.NON_BLANK]
 
 
@@ -52,7 +52,7 @@ class SearchPhotos(schemas.StrictModel):
         for hit in page.hits:
             values: dict[str, Any] = {"id": hit.id, "name": hit.images[0].name, "relevance": hit.relevance}
             text = json.dumps(values | {"similar": [other.name for other in hit.similar]}, ensure_ascii=False)
-            if jpeg := index.backend.thumbnail(hit.id):  # None if the photo has just been removed
+            if jpeg := index.backend.read_thumbnail(hit.id):  # None if another process has just removed the photo
                 content += [TextContent(text=text), Image(data=jpeg, format="jpeg").to_image_content()]
         return content
 
@@ -60,17 +60,17 @@ class SearchPhotos(schemas.StrictModel):
 class ShowPhoto(schemas.StrictModel):
     """Show a photo at up to 1024 pixels, with its metadata, captions and recognised text.
 
-    If several photos have this file name, show the newest one. `others` lists the names of the others, at most 49.
+    If several photos have the file name, show the newest photo. `others` lists the names of at most 49 other photos.
     """
 
     photo: Photo = Field(description="id or name of a photo, or a file name")
 
     def run(self, index: Index) -> list[Any]:
         hits = index.backend.read_hits([self.photo])
-        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # ? also matches *
+        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # "?" also matches "*"
         for path in (pattern, f"*!{pattern}"):  # the second pattern matches members of tar files
             if not hits:
-                # The filter also matches similar names, and photos in a folder with that name.
+                # The filter also matches similar names and folder names, so the file names are compared again.
                 hits = index.search(top=MAX_PHOTOS, filter=Filter(path=path)).hits
                 hits = [hit for hit in hits if any(f"/{image.name}".endswith(ends) for image in hit.images)]
         if not hits:
@@ -83,9 +83,9 @@ class ShowPhoto(schemas.StrictModel):
             with index.resources.decoding:
                 data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
                 jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
-        except (ImageError, NotFound, TooLarge) as error:
+        except (ImageError, NotFound, ImageTooLarge) as error:
             content.append(TextContent(text=f"This is the thumbnail, because the photo cannot be shown: {error}"))
-            jpeg = index.backend.thumbnail(hit.id)
+            jpeg = index.backend.read_thumbnail(hit.id)
         if jpeg is None:
             raise NotFound(f"the photo {self.photo} has just been removed from the index")
         return [*content, Image(data=jpeg, format="jpeg").to_image_content()]
@@ -94,7 +94,7 @@ class ShowPhoto(schemas.StrictModel):
 def add_mcp_route(app: FastAPI) -> None:
     """Add the route /mcp with the tools `search_photos` and `show_photo` to an application from `create_app`.
 
-    There are no sessions or streams, so the limits of the other routes also apply. The SDK limits bodies to 4 MiB.
+    The route has no sessions or streams, so the server's limits apply. The MCP SDK limits request bodies to 4 MiB.
     """
     models: dict[str, Any] = {"search_photos": SearchPhotos, "show_photo": ShowPhoto}
 
@@ -111,7 +111,7 @@ def add_mcp_route(app: FastAPI) -> None:
                 raise NotFound(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
             service, tool = app.state.service, models[call.name].model_validate(call.arguments or {})
             return CallToolResult(content=await service.searchers.run(tool.run, service.require_index()))
-        except Exception as error:  # the SDK would send its message to the client
+        except Exception as error:  # the MCP SDK would send the exception's message to the client
             return CallToolResult(content=[TextContent(text=schemas.make_client_message(error, app))], is_error=True)
 
     server = Server("llm2clip", version=app.version, on_list_tools=list_tools, on_call_tool=call_tool)

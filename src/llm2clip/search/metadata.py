@@ -1,8 +1,8 @@
-"""Metadata of indexed images, and filters. Each field is declared once, in `ImageMetadata` or `ContentMetadata`.
+"""Metadata of indexed images, and search filters. `ImageMetadata` and `ContentMetadata` declare each field once.
 
 The database columns, the HTTP API, the options and JSON output of `llm2clip search`, the search page, its CSV list and
-galleries are derived from these declarations. To add a field, declare it here, read it in `read_exif`, and increase
-`backends.FORMAT_VERSION`.
+galleries are derived from the declarations. To add a field, declare the field, read its value in `read_exif`, and
+increase `backends.FORMAT_VERSION`.
 """
 
 import io
@@ -15,22 +15,22 @@ from datetime import datetime
 from types import NoneType
 from typing import Any, Literal, get_args
 
-# FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates. These characters are replaced with
-# symbols, such as U+2400 (␀) for NUL, which also separate words.
+# Control characters and lone surrogates are replaced with symbols, such as U+2400 (␀) for NUL, which separate words.
+# FTS5's trigram tokenizer stops at NUL, and SQLite cannot store lone surrogates.
 REPLACEMENTS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"}
 REPLACEMENTS |= dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-MAX_FILTER_LENGTH = 500  # of a caption or camera filter, in characters
-MAX_PATH_LENGTH = 4096  # in characters
+MAX_FILTER_LENGTH = 500  # maximum length of a caption or camera filter, in characters
+MAX_PATH_LENGTH = 4096  # maximum length of a path filter, in characters
 
 
-def normalize(text: str) -> str:
-    """Normalise a text for word search and filters: case folding, NFC, and no control characters."""
+def normalize_text(text: str) -> str:
+    """Case-fold a text, convert it to NFC and replace control characters, for word search and filters."""
     return unicodedata.normalize("NFC", text.casefold()).translate(REPLACEMENTS)
 
 
 def make_contains_pattern(text: str) -> str:
     r"""Return a pattern for `LIKE ... ESCAPE '\'` that matches normalised texts containing `text`."""
-    return f"%{escape_pattern(normalize(text))}%"
+    return f"%{escape_pattern(normalize_text(text))}%"
 
 
 def escape_pattern(text: str) -> str:
@@ -41,40 +41,40 @@ def escape_pattern(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Condition:
-    name: str  # in `Filter`, in the HTTP API and on the command line
-    kind: Literal["text", "number", "first time", "last time"]  # times are Unix timestamps
-    label: str  # in front of the value on the search page
-    description: str  # in the HTTP API and in `--help`, where it continues "Only images"
+class FilterCondition:
+    name: str  # name in `Filter`, in the HTTP API and on the command line
+    kind: Literal["text", "number", "first time", "last time"]  # type of the value; times are Unix timestamps
+    label: str  # text in front of the value on the search page
+    description: str  # continuation of "Only images" in the HTTP API and in `--help`
     sql: str = ""  # SQL condition with the value as `:NAME`; empty if each backend has its own condition
-    max_length: int = MAX_FILTER_LENGTH  # of a text, in characters
-    placeholder: str = ""  # example or unit, shown in the empty input on the search page
+    max_length: int = MAX_FILTER_LENGTH  # maximum length of a text value, in characters
+    placeholder: str = ""  # example or unit in the empty input on the search page
     to_parameter: Callable[[Any], Any] = field(default=lambda value: value)  # converts the value for SQL
 
 
 @dataclass(frozen=True)
 class MetadataField:
-    """A metadata field and its database column NAME. For text filters, `folded_NAME` stores the normalised text."""
+    """A metadata field and its database column. A text field has a second column `folded_NAME` with folded case."""
 
     name: str
-    type: type  # of the values: float, int or str
+    type: type  # float, int or str
     is_nullable: bool  # True if the value can be None
-    description: str  # in the HTTP API
-    display: str = ""  # template for the details of an image; omitted if the value of a field `{NAME}` is empty
-    link: str = ""  # URL to which the text links
+    description: str  # description in the HTTP API
+    display: str = ""  # template for the details of an image, which is not shown if a field `{NAME}` is empty
+    link: str = ""  # template of the URL to which the displayed text links
     is_time: bool = False  # True for Unix timestamps, which are shown as local dates and times
     is_private: bool = False  # True if galleries omit the field by default
-    conditions: tuple[Condition, ...] = ()
+    conditions: tuple[FilterCondition, ...] = ()
 
 
 def declare_field(default: Any, **values: Any) -> Any:
-    """Return a dataclass field with the given default value and the attributes of a `MetadataField`."""
+    """Declare a dataclass field with a default value and the attributes of a `MetadataField`."""
     return field(default=default, metadata=values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageMetadata:
-    """Metadata of an image at a specific location. Texts must be valid Unicode."""
+    """Metadata of an image at one of its locations. Texts must be valid Unicode."""
 
     taken: float = declare_field(
         0.0,
@@ -82,8 +82,8 @@ class ImageMetadata:
         display="{taken}",
         is_time=True,
         conditions=(
-            Condition("after", "first time", "taken after", "taken at or after this time", "taken >= :after"),
-            Condition("before", "last time", "taken before", "taken at or before this time", "taken <= :before"),
+            FilterCondition("after", "first time", "taken after", "taken at or after this time", "taken >= :after"),
+            FilterCondition("before", "last time", "taken before", "taken at or before this time", "taken <= :before"),
         ),
     )
     camera: str = declare_field(
@@ -91,7 +91,7 @@ class ImageMetadata:
         description="make and model of the camera; empty if unknown",
         display="{camera}",
         conditions=(
-            Condition(
+            FilterCondition(
                 "camera",
                 "text",
                 "camera contains",
@@ -122,7 +122,7 @@ class ContentMetadata:
         description="width in pixels, after EXIF rotation",
         display="{width} × {height}",
         conditions=(
-            Condition(
+            FilterCondition(
                 "min_side",
                 "number",
                 "shorter side at least",
@@ -147,12 +147,12 @@ def list_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[
 IMAGE_FIELDS, CONTENT_FIELDS = list_fields(ImageMetadata), list_fields(ContentMetadata)
 
 
-def list_columns(metadata_fields: tuple[MetadataField, ...]) -> list[str]:
+def list_column_names(metadata_fields: tuple[MetadataField, ...]) -> list[str]:
     columns = [item.name for item in metadata_fields]
     return columns + [f"folded_{item.name}" for item in metadata_fields if item.type is str]
 
 
-def define_columns(metadata_fields: tuple[MetadataField, ...], types: Mapping[type, str]) -> str:
+def format_column_definitions(metadata_fields: tuple[MetadataField, ...], types: Mapping[type, str]) -> str:
     definitions = []
     for item in metadata_fields:
         definition = types[item.type] if item.is_nullable else f"{types[item.type]} NOT NULL"
@@ -162,10 +162,10 @@ def define_columns(metadata_fields: tuple[MetadataField, ...], types: Mapping[ty
     return ", ".join(definitions)
 
 
-def read_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
+def get_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
     columns = {item.name: getattr(values, item.name) for item in metadata_fields}
-    columns |= {f"folded_{item.name}": normalize(columns[item.name]) for item in metadata_fields if item.type is str}
-    return columns
+    texts = [item.name for item in metadata_fields if item.type is str]
+    return columns | {f"folded_{name}": normalize_text(columns[name]) for name in texts}
 
 
 # ---- display
@@ -173,7 +173,7 @@ def read_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple
 
 @dataclass(frozen=True)
 class Detail:
-    """A line of metadata that is shown to the user. `link` is the URL to which it links, or an empty string."""
+    """A line of metadata for the user. If `url` is not empty, the text links to this URL."""
 
     text: str
     url: str
@@ -195,7 +195,7 @@ def list_details(content: ContentMetadata, image: ImageMetadata, with_private: b
 def metadata_to_json(
     values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]
 ) -> dict[str, Any]:
-    """Return the values of metadata fields. Times are local times in ISO 8601 format, or None if out of range."""
+    """Return metadata values for JSON. Times are local times in ISO 8601 format, or None if out of range."""
     converted = {item.name: getattr(values, item.name) for item in metadata_fields}
     for item in metadata_fields:
         if item.is_time:
@@ -205,7 +205,7 @@ def metadata_to_json(
 
 
 def to_datetime(timestamp: float) -> datetime | None:
-    """Return a local time, or None if it is out of range, because files can have any modification time."""
+    """Convert a Unix timestamp to a local time, or to None if the timestamp is out of range."""
     try:
         return datetime.fromtimestamp(timestamp)
     except (OverflowError, OSError, ValueError):
@@ -214,7 +214,7 @@ def to_datetime(timestamp: float) -> datetime | None:
 
 # ---- filters
 
-PATH = Condition(
+PATH = FilterCondition(
     "path",
     "text",
     "in folder",
@@ -223,7 +223,7 @@ PATH = Condition(
     max_length=MAX_PATH_LENGTH,
     placeholder="2024/trip or *.png",
 )
-CAPTION = Condition("caption", "text", "caption contains", "with a caption that contains this text, ignoring case")
+CAPTION = FilterCondition("caption", "text", "caption contains", "with a caption containing this text, ignoring case")
 CONTENT_CONDITIONS = [condition for item in CONTENT_FIELDS for condition in item.conditions]
 IMAGE_CONDITIONS = [condition for item in IMAGE_FIELDS for condition in item.conditions]
 CONDITIONS = {condition.name: condition for condition in (CAPTION, PATH, *IMAGE_CONDITIONS, *CONTENT_CONDITIONS)}
@@ -233,10 +233,10 @@ CONDITIONS = {condition.name: condition for condition in (CAPTION, PATH, *IMAGE_
 class Filter:
     """Conditions that every search result must meet, such as `Filter(path="2024/trip", min_side=500)`.
 
-    An image content meets the conditions if one of its images meets all of them.
+    If several files have the same content, at least one file must meet all conditions.
 
     Attributes:
-        values: Values of the conditions, keyed by the names in CONDITIONS. Values of None are omitted.
+        values: Values of the conditions, keyed by the names in CONDITIONS. Conditions with the value None are omitted.
 
     Raises:
         TypeError: A name is not in CONDITIONS.
@@ -263,14 +263,14 @@ class Filter:
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 DATE_TAKEN, DATE, MAKE, MODEL = 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
 LATITUDE_REFERENCE, LATITUDE, LONGITUDE_REFERENCE, LONGITUDE = 1, 2, 3, 4  # tags of GPS_IFD
-MAX_CAMERA_LENGTH = 200  # in characters
-TIME_OFFSET = 1e-6  # added to EXIF times that are equal to the file's modification time, in seconds
+MAX_CAMERA_LENGTH = 200  # in characters; longer camera names are truncated
+TIME_OFFSET = 1e-6  # seconds that are added to an EXIF time that equals the modification time of the file
 
 
 def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
     """Read the fields of `ImageMetadata` from the EXIF data of an encoded image.
 
-    EXIF dates have no time zone, so they are interpreted as local times. Without a date, `taken` is `modified`, the
+    EXIF dates have no time zone and are interpreted as local times. Without an EXIF date, `taken` is `modified`, the
     modification time of the file.
     """
     from llm2clip.data.image_header import open_header  # deferred, because importing Pillow is slow
@@ -279,7 +279,7 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
     try:
         header = open_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
-            return metadata  # Pillow would decode the entire image to look for EXIF data after the pixels
+            return metadata  # Pillow would decode the entire image to find EXIF data after the pixels
         exif = header.getexif()
         metadata["camera"] = _read_camera(exif)
     except Exception:  # Pillow can raise almost any exception for corrupt headers
@@ -290,8 +290,8 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
         metadata["taken"] = taken + TIME_OFFSET if taken == modified else taken  # see `IndexedImage.has_exif_time`
     with suppress(Exception):
         gps = exif.get_ifd(GPS_IFD)
-        latitude = _read_angle(gps[LATITUDE], gps[LATITUDE_REFERENCE], "S")
-        longitude = _read_angle(gps[LONGITUDE], gps[LONGITUDE_REFERENCE], "W")
+        latitude = _convert_to_degrees(gps[LATITUDE], gps[LATITUDE_REFERENCE], "S")
+        longitude = _convert_to_degrees(gps[LONGITUDE], gps[LONGITUDE_REFERENCE], "W")
         if abs(latitude) <= 90 and abs(longitude) <= 180:  # False for NaN
             metadata |= {"latitude": latitude, "longitude": longitude}
     return metadata
@@ -305,8 +305,8 @@ def _read_camera(exif: Any) -> str:
     return to_valid_unicode(camera[:MAX_CAMERA_LENGTH])
 
 
-def _read_angle(parts: Any, reference: Any, negative_reference: str) -> float:
-    """Convert degrees, minutes and seconds to degrees, rounded to about 10 cm."""
+def _convert_to_degrees(parts: Any, reference: Any, negative_reference: str) -> float:
+    """Convert degrees, minutes and seconds to degrees, rounded to six decimal places (about 10 cm)."""
     degrees, minutes, seconds = (float(part) for part in parts)
     angle = round(degrees + minutes / 60 + seconds / 3600, 6)
     return -angle if str(reference).strip(" \0").upper() == negative_reference else angle

@@ -26,7 +26,7 @@ SESSION_SECONDS = 24 * 3600
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 # A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests consist of long strings.
 MAX_JSON_VALUES = 200_000
-CHUNK_SIZE = 64 << 10  # of response bodies, in bytes
+CHUNK_SIZE = 64 << 10  # size of the chunks in which response bodies are sent, in bytes
 ALWAYS_ACCEPTED = 64 << 10  # in bytes; requests up to this size are accepted even if the budget is exhausted
 # Page for browsers that have not sent the token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
@@ -127,7 +127,7 @@ class RequestMiddleware:
         max_bytes = self.service.limits.max_body_bytes
         length = request.headers.get("content-length", "")
         if length and "transfer-encoding" in request.headers:
-            # If a proxy used one header and this server the other, they would disagree on where the request ends.
+            # If a proxy used one header and the server used the other, request smuggling would be possible.
             message = "the request contains both Transfer-Encoding and Content-Length"
             return make_error_response(400, message, {"Connection": "close"})
         if not self._is_authorized(request):

@@ -1,7 +1,6 @@
-"""Text recognition in images (OCR) with the PP-OCR models and weights of the package rapidocr.
+"""Text recognition in images (OCR) with the PP-OCR models from the package rapidocr.
 
-The time per image is limited: large images are scaled down, and the number of text lines, their aspect ratio and the
-total time are limited.
+Large images are scaled down, and the number of text lines, their aspect ratio and the time per image are limited.
 """
 
 import time
@@ -19,22 +18,22 @@ from llm2clip.io_utils import check_extra, describe_error, install_command
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
 
-MAX_SIDE = 960  # longer side to which larger images are scaled down, in pixels
+MAX_SIDE = 960  # length of the longer side to which larger images are scaled down, in pixels
 MAX_LINES = 100  # maximum number of text lines per image
-MAX_ASPECT = 60  # width / height, to which the reading time is proportional; longer lines are not read
-MAX_SECONDS = 30.0  # per image, checked before each line
-MAX_TEXT_LENGTH = 10_000  # in characters, per image
-MIN_CONFIDENCE = 0.5  # of a line, from 0 to 1
+MAX_ASPECT = 60  # maximum width / height of a line that is read; the reading time is proportional to the width
+MAX_SECONDS = 30.0  # time limit per image, which is checked before each line is read
+MAX_TEXT_LENGTH = 10_000  # maximum length of the text of an image, in characters
+MIN_CONFIDENCE = 0.5  # minimum confidence of a text line, from 0 to 1
 BATCH_SIZE = 16  # number of images per commit
 
-RecognizeText = Callable[[np.ndarray], str]  # RGB image of shape (H, W, 3), uint8 -> lines of text
+RecognizeText = Callable[[np.ndarray], str]  # maps a uint8 RGB image of shape (H, W, 3) to lines of text
 
 
 def open_recognizer() -> RecognizeText:
     """Return a function that recognises the text in an image with the PP-OCR models.
 
     Raises:
-        ImportError: The package rapidocr or onnxruntime is not installed, or rapidocr does not contain the weights.
+        ImportError: rapidocr or onnxruntime is not installed, or rapidocr does not contain the weights.
     """
     check_extra("ocr", "--ocr")
     from rapidocr import RapidOCR
@@ -42,13 +41,13 @@ def open_recognizer() -> RecognizeText:
 
     params: dict[str, Any] = {
         "Global.log_level": "critical",  # rapidocr warns about each image without text
-        "Global.use_preprocess_img": False,  # would enlarge narrow images
+        "Global.use_preprocess_img": False,  # preprocessing would enlarge narrow images
         "Det.limit_type": "max",
         "Det.limit_side_len": MAX_SIDE,
         "Det.max_candidates": MAX_LINES,
     }
     params.update({f"{part}.model_path": path for part, path in _find_weights().items()})
-    engine: Any = RapidOCR(params=params)  # its return type depends on the arguments
+    engine: Any = RapidOCR(params=params)  # the type of the results depends on the arguments
 
     def recognize(image: np.ndarray) -> str:
         deadline = time.monotonic() + MAX_SECONDS
@@ -70,7 +69,7 @@ def open_recognizer() -> RecognizeText:
 
 
 def _find_weights() -> dict[str, str]:
-    """Return the paths of rapidocr's weight files, because without explicit paths it would download missing files."""
+    """Return the paths of rapidocr's weight files. Without explicit paths, rapidocr would download missing files."""
     spec = find_spec("rapidocr")
     assert spec is not None and spec.origin is not None
     folder, weights = Path(spec.origin).parent / "models", {}
@@ -82,23 +81,23 @@ def _find_weights() -> dict[str, str]:
     return weights
 
 
-def prepare_image(image: Tensor) -> np.ndarray:
-    """Shrink an image of shape (3, H, W) to at most MAX_SIDE pixels per side. Return it with shape (h, w, 3)."""
+def prepare_image_for_ocr(image: Tensor) -> np.ndarray:
+    """Shrink an image of shape (3, H, W) to at most MAX_SIDE pixels per side, and convert it to shape (h, w, 3)."""
     return shrink_image(image, MAX_SIDE).permute(1, 2, 0).contiguous().numpy()
 
 
 def recognize_texts(
     sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
-    """Recognise the text in all new image contents of the given sources. Return the number of texts that were stored.
+    """Recognise the text in all images of the sources that have no OCR result. Return the number of new results.
 
-    Images for which recognition fails stay in the index and are listed in the log. The next call tries them again.
+    Images whose text recognition fails are recorded in the log. The next call reads these images again.
     """
-    contents = backend.contents_without_text(sources)
+    contents = backend.find_contents_without_text(sources)
     stored = 0
     with ProgressBar(total=len(contents), desc="ocr", unit="image", disable=not contents) as bar:
-        for texts, errors, count in _iter_texts([image.ref for _, image in contents], recognize, workers):
-            backend.set_texts({contents[index][0]: text for index, text in texts.items()})
+        for texts, errors, count in _iterate_recognized_texts([image.ref for _, image in contents], recognize, workers):
+            backend.save_recognized_texts({contents[index][0]: text for index, text in texts.items()})
             for index, reason in errors.items():
                 log.record_dropped(contents[index][1].name, 0, "text not recognised", reason)
             stored += len(texts)
@@ -106,15 +105,15 @@ def recognize_texts(
     return stored
 
 
-def _iter_texts(
+def _iterate_recognized_texts(
     refs: Sequence[Any], recognize: RecognizeText, workers: int | None
 ) -> Iterator[tuple[dict[int, str], dict[int, str], int]]:
-    """Yield per batch: texts and error messages, both keyed by image index, and the number of images."""
-    for indices, images, errors in iter_image_batches(refs, prepare_image, BATCH_SIZE, workers):
+    """Yield the texts and error messages of each batch, keyed by image index, and the number of images."""
+    for indices, images, errors in iter_image_batches(refs, prepare_image_for_ocr, BATCH_SIZE, workers):
         texts: dict[int, str] = {}
         for index, image in zip(indices, images, strict=True):
             try:
                 texts[index] = recognize(np.asarray(image))[:MAX_TEXT_LENGTH]
-            except Exception as error:  # a single image must not stop a run
+            except Exception as error:  # a failure of one image must not stop the run
                 errors[index] = describe_error(error)
         yield texts, errors, len(texts) + len(errors)

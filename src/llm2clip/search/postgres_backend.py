@@ -1,9 +1,9 @@
 """PostgreSQL index backend, for indexes that several machines search or that are backed up with a database.
 
-Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. From
-APPROXIMATE_ABOVE distinct images on, `finish` builds an HNSW graph in the database.
+Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. For indexes with at
+least APPROXIMATE_ABOVE distinct images, `finish_indexing` builds an HNSW graph in the database.
 
-Word search finds the same matches as the SQLite backend. Texts are split into words in Python, because PostgreSQL's
+Word search finds the same matches as in the SQLite backend. Texts are split into words in Python, because PostgreSQL's
 parser splits file names and numbers differently and does not remove diacritics.
 """
 
@@ -30,21 +30,27 @@ from llm2clip.search.backends import (
     IMAGE_COLUMNS,
     NEW_INDEX_ADVICE,
     Backend,
-    Query,
     Result,
     SqlConditions,
+    SqlRunner,
     hide_password,
 )
 from llm2clip.search.metadata import (
     CONTENT_FIELDS,
     IMAGE_FIELDS,
     Filter,
-    define_columns,
     escape_pattern,
+    format_column_definitions,
+    get_columns,
     make_contains_pattern,
-    read_columns,
 )
-from llm2clip.search.postgres_database import Connection, PostgresDatabase, convert_parameters, make_query, parse_url
+from llm2clip.search.postgres_database import (
+    Connection,
+    PostgresDatabase,
+    convert_parameters,
+    make_sql_runner,
+    parse_index_url,
+)
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage
 from llm2clip.search.words import (
     MATCHED_LOCATIONS,
@@ -57,40 +63,39 @@ from llm2clip.search.words import (
     SUBSTRING_COLUMNS,
     WordQuery,
     compute_match_limit,
-    make_fields,
-    split_fields,
+    make_text_fields,
+    split_text_fields,
     split_words,
 )
 
-APPROXIMATE_ABOVE = 100_000  # SQLite's exact search is several times as fast (benchmarks/postgres.py)
+APPROXIMATE_ABOVE = 100_000  # smaller indexes are searched exactly (see benchmarks/postgres.py)
 MAX_INLINE_DIM = 3900  # larger vectors do not fit in an 8 KB database page
 MAX_HNSW_DIM = 4000  # limit of pgvector
 HNSW_INDEX = "contents_hnsw"
-MAX_EXACT_MATCHES = 50_000  # up to this number of images that match a filter, they are searched exactly
-EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # candidates per HNSW search: the default, and pgvector's limit
-# Longer words are truncated, because PostgreSQL limits words in a tsvector to 2,046 bytes. Query words are shorter, so
-# they never match a truncated word.
+MAX_EXACT_MATCHES = 50_000  # if at most this number of images match a filter, the images are searched exactly
+EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # default and maximum number of candidates per HNSW search
+# Longer words are truncated, because PostgreSQL limits words in a tsvector to 2,046 bytes.
+# Query words are shorter than truncated words and never match them.
 MAX_WORD_LENGTH = MAX_QUERY_LENGTH + 1
-# Words beyond this size in bytes are ignored, because PostgreSQL limits a tsvector to 1 MB, including the positions.
+# PostgreSQL limits a tsvector, including the word positions, to 1 MB. Words that exceed the limit are ignored.
 MAX_WORDS_SIZE, POSITION_SIZE = 1_000_000, 8
 COLUMN_TYPES = {float: "double precision", int: "integer", str: 'text COLLATE "C"'}
 
-# `key` is the SHA-256 hash of the name, because PostgreSQL limits indexed texts to about 2,700 bytes. `container` is
-# the tar file or table that contains the image. The columns `date`, `folded_captions`, `unspaced_texts` (texts in
-# scripts without spaces) and `words` (with positions) contain normalised texts for word search and caption filters.
-# Nullable columns are NULL if there is nothing to store.
+# `key` is the SHA-256 hash of the name, because PostgreSQL limits indexed texts to about 2,700 bytes.
+# `container` is the path of the tar file or table that contains the image.
+# `date`, `folded_captions`, `unspaced_texts` (in scripts without spaces) and `words` contain normalised texts.
 TABLES = f"""
 CREATE TABLE metadata (key text PRIMARY KEY, value text NOT NULL);
 CREATE TABLE calibration (data bytea NOT NULL);
 CREATE TABLE contents (
   id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, hash bytea NOT NULL UNIQUE, vector halfvec(%s) NOT NULL,
-  {define_columns(CONTENT_FIELDS, COLUMN_TYPES)});
+  {format_column_definitions(CONTENT_FIELDS, COLUMN_TYPES)});
 CREATE TABLE thumbnails (id bigint PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg bytea NOT NULL);
 ALTER TABLE thumbnails ALTER COLUMN jpeg SET STORAGE EXTERNAL;
 CREATE TABLE images (
   id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, key bytea NOT NULL UNIQUE, name text COLLATE "C" NOT NULL,
   content bigint NOT NULL REFERENCES contents(id), location text NOT NULL, source text COLLATE "C" NOT NULL,
-  file_version text NOT NULL, captions text NOT NULL, {define_columns(IMAGE_FIELDS, COLUMN_TYPES)},
+  file_version text NOT NULL, captions text NOT NULL, {format_column_definitions(IMAGE_FIELDS, COLUMN_TYPES)},
   container text COLLATE "C", date text NOT NULL, folded_captions text COLLATE "C", unspaced_texts text COLLATE "C",
   words tsvector NOT NULL);
 CREATE INDEX images_content ON images (content, id);
@@ -124,8 +129,8 @@ SELECT images.id, images.content, coalesce(recognized_texts.text, '') AS text, d
 FROM images LEFT JOIN recognized_texts ON recognized_texts.content = images.content
 """
 INSIDE_PATH = "(name LIKE :path OR name LIKE :path || '/%' OR container LIKE :path)"
-# PostgreSQL cannot store NUL characters and lone surrogates, so they are mapped to the last private-use characters of
-# plane 16. If a text already contains these private-use characters, they are escaped with U+10F7FE.
+# PostgreSQL cannot store NUL and lone surrogates, so they are mapped to private-use characters from U+10F7FF on.
+# If a text already contains one of these private-use characters, U+10F7FE is inserted in front of the character.
 STORABLE_CHARACTERS: dict[int, str] = {
     **{code: f"\U0010f7fe{chr(code)}" for code in range(0x10F7FE, 0x110000)},
     0: "\U0010f7ff",
@@ -136,12 +141,12 @@ STORED_CHARACTER = re.compile("\U0010f7fe?[\U0010f7fe-\U0010ffff]")
 
 
 def open_index(location: str, write: bool) -> PostgresBackend:
-    """Open the index at `postgresql://USER@HOST/DATABASE?schema=NAME`. See `open_backend`."""
+    """Open the index at a URL of the form `postgresql://USER@HOST/DATABASE?schema=NAME`. See `open_backend`."""
     backend = PostgresBackend(location)
     if not write and not backend.metadata():
         raise FileNotFoundError(
-            f"{hide_password(location)} has no llm2clip index in the schema {backend.schema!r}. Create an index with "
-            "`llm2clip index`"
+            f"{hide_password(location)}: the schema {backend.schema!r} does not contain an llm2clip index. Create an "
+            "index with `llm2clip index`"
         )
     return backend
 
@@ -152,15 +157,14 @@ class PostgresBackend(Backend):
     IN_IDS = "IN (SELECT value::bigint FROM json_array_elements_text(:ids::json))"
 
     def __init__(self, url: str) -> None:
-        """Open the index at a libpq connection URL with the additional parameter `schema`. See `open_backend`.
+        """Open the index at a libpq connection URL with the additional parameter `schema`.
 
-        The password can also be set in PGPASSWORD, a password file or a service file.
+        The password can also be set in the environment variable PGPASSWORD, a password file or a service file.
 
         Raises:
             ValueError: The URL is invalid, or the connection to another machine would not be encrypted.
-            IndexUnavailableError: The server does not respond or rejects the connection.
         """
-        conninfo, self.schema = parse_url(url)
+        conninfo, self.schema = parse_index_url(url)
         self.location, self.approximate_above = hide_password(url), APPROXIMATE_ABOVE
         self._db = PostgresDatabase(conninfo, self.schema, self.location)
         self._has_changes = False
@@ -172,18 +176,19 @@ class PostgresBackend(Backend):
         return self._db.lock()
 
     def metadata(self) -> dict[str, Any]:
-        def read(run: Query) -> list[tuple[Any, ...]]:
-            return run("SELECT key, value FROM metadata", {}) if _exists(run, f"{self.schema}.metadata") else []
+        def read_rows(run: SqlRunner) -> list[tuple[Any, ...]]:
+            has_table = _relation_exists(run, f"{self.schema}.metadata")
+            return run("SELECT key, value FROM metadata", {}) if has_table else []
 
-        metadata = {key: json.loads(value) for key, value in self._read(read)}
+        metadata = {key: json.loads(value) for key, value in self._run_read_only(read_rows)}
         if metadata:
             version = metadata.pop("format_version", None)
             check_format_version(self.location, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
         return metadata
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
-        with self._db.write() as connection:
-            if not _exists(make_query(connection), f"{self.schema}.metadata"):
+        with self._db.open_transaction() as connection:
+            if not _relation_exists(make_sql_runner(connection), f"{self.schema}.metadata"):
                 self._db.create_schema(connection)
                 _create_tables(connection, int(metadata["embed_dim"]))
             rows = [(key, json.dumps(value)) for key, value in {**metadata, "format_version": FORMAT_VERSION}.items()]
@@ -191,17 +196,17 @@ class PostgresBackend(Backend):
                 "INSERT INTO metadata VALUES (%s, %s) ON CONFLICT (key) DO UPDATE SET value = excluded.value", rows
             )
 
-    def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
+    def find_existing_hashes(self, hashes: Iterable[bytes]) -> set[bytes]:
         rows = self._query("SELECT hash FROM contents WHERE hash = ANY(:hashes)", {"hashes": list(hashes)})
         return {digest for (digest,) in rows}
 
-    def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
+    def add_images(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
         content_rows = []
         for content in contents:
             row = {"hash": content.hash, "vector": HalfVector(content.vector), "thumbnail": content.thumbnail}
-            content_rows.append({**row, **read_columns(content, CONTENT_FIELDS)})
+            content_rows.append({**row, **get_columns(content, CONTENT_FIELDS)})
         self._has_changes = self._may_have_orphans = True
-        with self._db.write() as connection, connection.cursor() as cursor:
+        with self._db.open_transaction() as connection, connection.cursor() as cursor:
             if content_rows:
                 cursor.executemany(convert_parameters(INSERT_CONTENT), content_rows)
             if images:
@@ -214,19 +219,19 @@ class PostgresBackend(Backend):
                 ([digest for _, digest in images],),
             ).fetchall()
         )
-        fields = [make_fields(image, self._decode(texts.get(digest, ""))) for image, digest in images]
+        fields = [make_text_fields(image, self._unescape(texts.get(digest, ""))) for image, digest in images]
         rows = []
         for (image, digest), columns in zip(images, _make_word_columns(fields), strict=True):
-            container = None if isinstance(image.ref, FileImage) else self._encode(image.container)
+            container = None if isinstance(image.ref, FileImage) else self._escape(image.container)
             row = {"key": self._hash_name(image.name), "hash": digest, "container": container}
             rows.append({**row, **self._image_to_row(image), **columns})
         return rows
 
-    def remove(self, names: Sequence[str]) -> None:
+    def remove_images(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
             return
         keys = [self._hash_name(name) for name in names]
-        with self._db.write() as connection:
+        with self._db.open_transaction() as connection:
             removed = connection.execute("DELETE FROM images WHERE key = ANY(%s)", (keys,)).rowcount
             orphans = connection.execute(
                 "DELETE FROM contents WHERE NOT EXISTS (SELECT FROM images WHERE content = contents.id)"
@@ -234,24 +239,24 @@ class PostgresBackend(Backend):
         self._has_changes |= removed + orphans > 0
         self._may_have_orphans = False
 
-    def set_texts(self, texts: Mapping[bytes, str]) -> None:
+    def save_recognized_texts(self, texts: Mapping[bytes, str]) -> None:
         if not texts:
             return
         self._has_changes = True
-        text_rows = [{"text": self._encode(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
-        with self._db.write() as connection, connection.cursor() as cursor:
+        text_rows = [{"text": self._escape(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
+        with self._db.open_transaction() as connection, connection.cursor() as cursor:
             cursor.executemany(convert_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
-            rows = make_query(connection)(statement, {"hashes": list(texts)})
-            columns = _make_word_columns([self._fields_from_row(row) for row in rows])
+            rows = make_sql_runner(connection)(statement, {"hashes": list(texts)})
+            columns = _make_word_columns([self._row_to_fields(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
             cursor.executemany(convert_parameters(UPDATE_WORDS), parameters)
 
-    def finish(self) -> None:
-        """Build the HNSW graph, which PostgreSQL keeps up to date, and update the query planner's statistics."""
+    def finish_indexing(self) -> None:
+        """Build the HNSW graph if the index is large, and update the statistics of the query planner."""
         _, contents = self.count()
         dim = int(self.metadata()["embed_dim"])
-        with self._db.write() as connection:
+        with self._db.open_transaction() as connection:
             if contents >= self.approximate_above and dim <= MAX_HNSW_DIM:
                 connection.execute(
                     f"CREATE INDEX IF NOT EXISTS {HNSW_INDEX} ON contents USING hnsw (vector halfvec_ip_ops)"
@@ -264,21 +269,21 @@ class PostgresBackend(Backend):
 
     # ---- statements
 
-    def _read(self, function: Callable[[Query], Result]) -> Result:
-        return self._db.read(lambda connection: function(make_query(connection)))
+    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
+        return self._db.run_read_only(lambda connection: function(make_sql_runner(connection)))
 
     @contextmanager
-    def _write(self) -> Iterator[Query]:
-        with self._db.write() as connection:
-            yield make_query(connection)
+    def _open_transaction(self) -> Iterator[SqlRunner]:
+        with self._db.open_transaction() as connection:
+            yield make_sql_runner(connection)
 
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
-        stored_source = self._encode(source)
+        stored_source = self._escape(source)
         parameters = {"source": stored_source, "path": escape_pattern(stored_source)}
         return f"(source = :source OR {INSIDE_PATH})", parameters
 
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        pattern = escape_pattern(self._encode(path).rstrip("/")).replace("*", "%").replace("?", "_")
+        pattern = escape_pattern(self._escape(path).rstrip("/")).replace("*", "%").replace("?", "_")
         is_absolute = path.startswith("/") or not pattern
         return INSIDE_PATH, {"path": pattern if is_absolute else f"%/{pattern}"}
 
@@ -293,7 +298,7 @@ class PostgresBackend(Backend):
         return int(count)
 
     def _make_content_condition(self, image_filter: Filter) -> tuple[str, dict[str, Any]]:
-        """Return an SQL condition for contents with at least one image that matches a filter, and its parameters."""
+        """Return an SQL condition for contents with a matching image, and the parameters of the condition."""
         conditions = self._make_conditions(image_filter)
         where = list(conditions.contents)
         image_conditions = _list_image_conditions(conditions)
@@ -302,7 +307,7 @@ class PostgresBackend(Backend):
             where.append(f"EXISTS (SELECT FROM images WHERE {matching})")
         return " AND ".join(where) or "true", conditions.parameters
 
-    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         conditions = self._make_conditions(image_filter)
         where = [*_list_image_conditions(conditions), *conditions.contents]
         statement = (
@@ -314,12 +319,12 @@ class PostgresBackend(Backend):
         return [content_id for (content_id,) in rows]
 
     def _find_nearest(
-        self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
+        self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
         condition, parameters = self._make_content_condition(image_filter)
         parameters |= {"query": HalfVector(vector), "depth": depth}
 
-        def select(distance: str, order: str) -> list[tuple[Any, ...]]:
+        def select_nearest(distance: str, order: str) -> list[tuple[Any, ...]]:
             statement = (
                 "SELECT id, distance FROM ("
                 f"  SELECT id, {distance} AS distance FROM contents WHERE {condition}"
@@ -328,32 +333,32 @@ class PostgresBackend(Backend):
             return run(statement, parameters)
 
         rows: list[tuple[Any, ...]] = []
-        if _exists(run, f"{self.schema}.{HNSW_INDEX}") and _has_many_matches(run, condition, parameters):
+        if _relation_exists(run, f"{self.schema}.{HNSW_INDEX}") and _has_many_matches(run, condition, parameters):
             ef_search = min(max(EF_SEARCH, depth), MAX_EF_SEARCH)
             run(
                 "SELECT set_config('hnsw.ef_search', :ef, true), "
                 "set_config('hnsw.iterative_scan', 'strict_order', true)",
                 {"ef": str(ef_search)},
             )
-            rows = select("vector <#> :query", "vector <#> :query")
-        if len(rows) < depth:  # for example, if pgvector stops after many candidates of which few match the filter
-            rows = select("(vector <#> :query) + 0", "distance, id")  # the addition excludes the HNSW graph
+            rows = select_nearest("vector <#> :query", "vector <#> :query")
+        if len(rows) < depth:  # pgvector may stop before it has found enough matches
+            rows = select_nearest("(vector <#> :query) + 0", "distance, id")  # adding 0 avoids the HNSW graph
         ids, distances = np.array(rows, np.float64).reshape(-1, 2).T
         return ids.astype(np.int64), -distances
 
-    def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Rank matches by `ts_rank` with a penalty for long texts, because PostgreSQL does not compute BM25."""
+    def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
         condition, parameters = self._make_content_condition(image_filter)
-        match, match_parameters = _make_match(query)
+        match, match_parameters = _make_match_condition(query)
         parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
         exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
         if run(exceeds, parameters):
-            # The limit is constant in larger indexes, so not all images are counted.
+            # All indexes with more images have the same limit, so counting stops at this number of images.
             counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
             ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
             parameters["limit"] = compute_match_limit(total)
             if run(exceeds, parameters):
                 return np.empty(0, np.int64)
+        # PostgreSQL does not compute BM25 scores. With the option 1, `ts_rank` penalises long texts.
         rank = "ts_rank(words, :words::tsquery, 1)" if query.words else "0"
         rows = run(
             f"WITH matches AS MATERIALIZED (SELECT content, {rank} AS rank FROM images WHERE {match}) "
@@ -363,27 +368,27 @@ class PostgresBackend(Backend):
         )
         return np.array([content for (content,) in rows], np.int64)
 
-    def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        match, parameters = _make_match(query)
+    def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+        match, parameters = _make_match_condition(query)
         rows = run(
             f"SELECT matching.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({TEXT_ROWS} "
             f"WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT :locations) AS matching",
             {**parameters, "ids": list(ids), "locations": MATCHED_LOCATIONS},
         )
-        # Use the stored dates, which are in the time zone of the machine that added the images.
-        return [(row[1], {**self._fields_from_row(row), "date": row[3]}) for row in rows]
+        # The stored dates are in the time zone of the machine that added the images.
+        return [(row[1], {**self._row_to_fields(row), "date": row[3]}) for row in rows]
 
     def _read_images(
-        self, run: Query, ids: Sequence[int], conditions: SqlConditions
+        self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        def select(matches: str, image_conditions: Sequence[str]) -> str:
+        def make_select(matches: str, image_conditions: Sequence[str]) -> str:
             where = " AND ".join(["content = page.id", *image_conditions])
             columns = f"{matches} AS matches, {', '.join(IMAGE_COLUMNS)}"
             return f"(SELECT {columns} FROM images WHERE {where} ORDER BY images.id LIMIT :locations)"
 
-        selected = select("false", [])
+        selected = make_select("false", [])
         if conditions.images:
-            selected = f"{select('true', conditions.images)} UNION ALL {selected}"
+            selected = f"{make_select('true', conditions.images)} UNION ALL {selected}"
         rows = run(
             f"SELECT page.id, image.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({selected}) AS image",
             {**conditions.parameters, "ids": list(ids), "locations": MAX_LOCATIONS},
@@ -399,21 +404,21 @@ class PostgresBackend(Backend):
 
     # ---- rows
 
-    def _encode(self, text: str) -> str:
+    def _escape(self, text: str) -> str:
         return text.translate(STORABLE_CHARACTERS)
 
-    def _decode(self, text: str) -> str:
+    def _unescape(self, text: str) -> str:
         return STORED_CHARACTER.sub(lambda match: ORIGINAL_CHARACTERS.get(match[0], match[0]), text)
 
     def _hash_name(self, name: str) -> bytes:
-        return hashlib.sha256(self._encode(name).encode()).digest()
+        return hashlib.sha256(self._escape(name).encode()).digest()
 
-    def _fields_from_row(self, row: Sequence[Any]) -> dict[str, str]:
+    def _row_to_fields(self, row: Sequence[Any]) -> dict[str, str]:
         _, _, text, _, *image_row = row
-        return make_fields(self._image_from_row(image_row), self._decode(text))
+        return make_text_fields(self._image_from_row(image_row), self._unescape(text))
 
 
-def _exists(run: Query, name: str) -> bool:
+def _relation_exists(run: SqlRunner, name: str) -> bool:
     schema, relation = name.split(".")
     statement = (
         "SELECT 1 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
@@ -425,7 +430,7 @@ def _exists(run: Query, name: str) -> bool:
 def _create_tables(connection: Connection, dim: int) -> None:
     connection.execute(TABLES % dim)
     if dim <= MAX_INLINE_DIM:
-        # By default, vectors with more than about 1,000 dimensions are stored in a separate table that is slow to scan.
+        # By default, PostgreSQL stores vectors of more than 1,000 dimensions in a separate table that is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
     schema = connection.execute(
         "SELECT nspname FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "
@@ -443,8 +448,8 @@ def _list_image_conditions(conditions: SqlConditions) -> list[str]:
     return conditions.images if conditions.captions is None else [*conditions.images, conditions.captions]
 
 
-def _has_many_matches(run: Query, condition: str, parameters: Mapping[str, Any]) -> bool:
-    """Return True if enough images match a condition for an HNSW search."""
+def _has_many_matches(run: SqlRunner, condition: str, parameters: Mapping[str, Any]) -> bool:
+    """Return True if more than MAX_EXACT_MATCHES images match a condition."""
     if condition == "true":
         return True
     matches = f"SELECT FROM contents WHERE {condition} LIMIT :limit"
@@ -458,7 +463,7 @@ def _has_many_matches(run: Query, condition: str, parameters: Mapping[str, Any])
 
 def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, str | None]]:
     rows = []
-    for fields, words in zip(images, split_fields(images), strict=True):
+    for fields, words in zip(images, split_text_fields(images), strict=True):
         unspaced = [fields[name] for name in SUBSTRING_COLUMNS if UNSPACED.search(fields[name])]
         row = {"date": fields["date"], "folded_captions": fields["captions"] or None}
         rows.append({**row, "unspaced_texts": SEPARATOR.join(unspaced) or None, "words": _format_tsvector(words)})
@@ -468,7 +473,7 @@ def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, st
 def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
     """Format the words of several fields as a tsvector. Words must consist of letters and digits.
 
-    There is a gap between the positions of two fields, so a phrase cannot match across fields.
+    The positions of two fields are not consecutive, so a phrase cannot match words of two fields.
     """
     positions: dict[str, list[str]] = {}
     position = size = 0
@@ -483,8 +488,8 @@ def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
     return " ".join(f"'{word}':{','.join(numbers)}" for word, numbers in positions.items())
 
 
-def _make_match(query: WordQuery) -> tuple[str, dict[str, str]]:
-    """Return an SQL condition for rows of `images` that contain all words of a query, and its parameters."""
+def _make_match_condition(query: WordQuery) -> tuple[str, dict[str, str]]:
+    """Return an SQL condition for images that contain all words of a query, and the parameters of the condition."""
     conditions, parameters = [], {}
     if query.words:
         phrases = [" <-> ".join(f"'{word}'" for word in words) for words in split_words(query.words) if words]

@@ -17,19 +17,19 @@ from psycopg import errors, pq, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from llm2clip.runs.output_folder import FolderInUseError
-from llm2clip.search.backends import Query, hide_password
-from llm2clip.search.types import IndexUnavailableError, Slots
+from llm2clip.search.backends import SqlRunner, hide_password
+from llm2clip.search.types import FairSemaphore, IndexUnavailableError
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Result = TypeVar("Result")
 DEFAULT_SCHEMA = "llm2clip"
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-# If a password contained an unencoded @, libpq would take part of it for the host and include it in error messages.
+# If a password contained an unencoded @, libpq would use part of the password as the host and show it in messages.
 ADDRESS = re.compile(r"\w+://([^/@]*@)?[^@]*")
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
-MIN_PGVECTOR = (0, 8)  # earlier versions cannot continue an HNSW search until enough rows match a filter
-MAX_CONNECTIONS = 8  # per process, for searches
-# Detect within a minute that the server or the network is down. Parameters in the URL take precedence.
+MIN_PGVECTOR = (0, 8)  # in earlier versions, an HNSW search with a filter can return too few rows
+MAX_CONNECTIONS = 8  # maximum number of connections for searches per process
+# With these defaults, a failure of the server or the network is detected within a minute.
 CONNECTION_DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
@@ -39,11 +39,11 @@ CONNECTION_DEFAULTS = {
     "application_name": "llm2clip",
 }
 LOST_CONNECTION = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow)
-# Raised if the index is being replaced, the server runs out of memory or disk space, or its files are corrupt.
+# PostgreSQL raises these errors if an index is being replaced, memory or disk space is exhausted, or files are corrupt.
 UNREADABLE = (errors.UndefinedTable, errors.InsufficientPrivilege, psycopg.OperationalError, psycopg.InternalError)
 
 
-def parse_url(url: str) -> tuple[str, str]:
+def parse_index_url(url: str) -> tuple[str, str]:
     """Split an index URL into a libpq connection string and the schema name.
 
     Connections to other machines must be encrypted, because they transmit captions, thumbnails and passwords.
@@ -69,9 +69,9 @@ def parse_url(url: str) -> tuple[str, str]:
         raise ValueError(
             f"{location}: the URL must have the form postgresql://USER@HOST/DATABASE?schema=NAME. Special characters "
             "in the password must be percent-encoded"
-        ) from None  # the message of libpq may contain the password
+        ) from None  # libpq's message may contain the password
     options["client_encoding"] = "utf8"
-    settings = _resolve_options(make_conninfo(**options))
+    settings = _resolve_connection_options(make_conninfo(**options))
     hosts = f"{settings.get('host', '')},{settings.get('hostaddr', '')}".split(",")
     if not all(host in LOOPBACK_HOSTS or host[:1] in ("", "/", "@") for host in hosts):
         if settings.get("sslmode") in ("disable", "allow"):
@@ -80,13 +80,13 @@ def parse_url(url: str) -> tuple[str, str]:
                 f"network unencrypted. Use sslmode=require, or an SSH tunnel (ssh -L 5432:localhost:5432 "
                 f"{hosts[0]})"
             )
-        if settings.get("sslmode") == "prefer":  # libpq's default, which falls back to an unencrypted connection
+        if settings.get("sslmode") == "prefer":  # libpq's default, which allows unencrypted connections
             options["sslmode"] = "require"
     return make_conninfo(**options), schema
 
 
-def _resolve_options(conninfo: str) -> dict[str, str]:
-    """Return all connection options, including options from the environment and service files. Do not connect."""
+def _resolve_connection_options(conninfo: str) -> dict[str, str]:
+    """Return all connection options, including options from the environment and service files, without connecting."""
     connection = pq.PGconn.connect_start(conninfo.encode())
     options = {option.keyword.decode(): option.val.decode() for option in connection.info if option.val is not None}
     connection.finish()
@@ -96,42 +96,42 @@ def _resolve_options(conninfo: str) -> dict[str, str]:
 class PostgresDatabase:
     """Connections to the schema of an index. Thread-safe.
 
-    Searches share up to MAX_CONNECTIONS read-only connections. All writes use a separate connection that also holds the
+    Searches share up to MAX_CONNECTIONS read-only connections. All writes use a separate connection, which holds the
     lock, so nothing can be written after the lock is lost.
     """
 
     def __init__(self, conninfo: str, schema: str, location: str) -> None:
-        """`location` is the URL without the password, for error messages."""
+        """Set the connection string and the schema. `location` is the URL without the password, for error messages."""
         self.conninfo, self.schema, self.location = conninfo, schema, location
         self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
-        self._slots = Slots(MAX_CONNECTIONS)
+        self._slots = FairSemaphore(MAX_CONNECTIONS)
         self._writer: Connection | None = None
         self._write_lock, self._is_locked = threading.RLock(), False
 
     # ---- reading
 
-    def read(self, function: Callable[[Connection], Result]) -> Result:
+    def run_read_only(self, function: Callable[[Connection], Result]) -> Result:
         """Call a function with a connection in a read-only transaction, which reads a snapshot of the database.
 
-        If the connection is lost, for example because the server was restarted, call the function again.
+        If the connection is lost, for example because the server has restarted, call the function again.
         """
         with self._slots:
             try:
                 return self._read_once(function)
             except _ConnectionLost:
-                self._close_idle_connections()  # probably lost too
+                self._close_idle_connections()  # the other connections are probably lost, too
             try:
                 return self._read_once(function)
             except _ConnectionLost as error:
                 raise self._make_unavailable_error(error) from error
 
     def _read_once(self, function: Callable[[Connection], Result]) -> Result:
-        connection = self._take_connection()
+        connection = self._get_connection()
         try:
             with connection.transaction():
                 return function(connection)
         except psycopg.Error as error:
-            if _is_lost(connection, error):
+            if _is_connection_lost(connection, error):
                 connection.close()
                 raise _ConnectionLost(str(error)) from error
             error_type = IndexUnavailableError if isinstance(error, UNREADABLE) else OSError
@@ -140,7 +140,7 @@ class PostgresDatabase:
             if not connection.closed:
                 self._idle.put(connection)
 
-    def _take_connection(self) -> Connection:
+    def _get_connection(self) -> Connection:
         try:
             return self._idle.get_nowait()
         except queue.Empty:
@@ -160,7 +160,7 @@ class PostgresDatabase:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the index's advisory lock, which PostgreSQL releases when the connection ends."""
+        """Hold the advisory lock of the index. If the connection is lost, PostgreSQL releases the lock."""
         digest = hashlib.sha256(f"llm2clip index {self.schema}".encode()).digest()
         key = int.from_bytes(digest[:8], "big", signed=True)
         with self._convert_errors():
@@ -176,7 +176,7 @@ class PostgresDatabase:
             writer.close()
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
+    def open_transaction(self) -> Iterator[Connection]:
         with self._write_lock, self._convert_errors():
             writer = self._get_writer()
             with writer.transaction():
@@ -187,7 +187,7 @@ class PostgresDatabase:
             self._get_writer().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
 
     def create_schema(self, connection: Connection) -> None:
-        """Create the schema if it does not exist. By default, only its owner can read it."""
+        """Create the schema if it does not exist. By default, only the owner can read a new schema."""
         row = connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone()
         if row is None:
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
@@ -196,21 +196,21 @@ class PostgresDatabase:
         if self._writer is None or self._writer.closed:
             if self._is_locked:
                 raise IndexUnavailableError(
-                    f"{self.location}: the connection that holds the lock was lost. Run the command again: it resumes "
+                    f"{self.location}: the connection that holds the lock was lost. Run the command again to resume "
                     "after the last complete batch"
                 )
             self._writer = self._connect(create_extensions=True)
-            self._writer.prepare_threshold = 5  # planning an INSERT takes a quarter of the time to add an image
-            self._close_idle_connections()  # may have been opened before the extensions were created
+            self._writer.prepare_threshold = 5  # planning an INSERT takes a quarter of the time for adding an image
+            self._close_idle_connections()  # idle connections may lack the types of the new extensions
         return self._writer
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert PostgreSQL errors of the writing connection to OSErrors that name the index."""
+        """Convert PostgreSQL errors of the writing connection to OSErrors whose message contains the location."""
         try:
             yield
         except psycopg.Error as error:
-            if self._writer is not None and _is_lost(self._writer, error):
+            if self._writer is not None and _is_connection_lost(self._writer, error):
                 self._writer.close()
                 raise self._make_unavailable_error(error) from error
             raise OSError(f"{self.location}: {str(error).strip()}") from error
@@ -218,14 +218,13 @@ class PostgresDatabase:
     # ---- connecting
 
     def _connect(self, create_extensions: bool = False) -> Connection:
-        """Open a connection and set it up. With `create_extensions`, create missing extensions first."""
         connection = None
         try:
-            # Without prepared statements, each plan takes parameters such as path patterns into account.
+            # A prepared statement could reuse a plan that does not suit the parameters, such as the path pattern.
             connection = psycopg.connect(self.conninfo, autocommit=True, prepare_threshold=None)
             if create_extensions:
                 self._create_extensions(connection)
-            self._set_up(connection)
+            self._set_up_connection(connection)
         except Exception as error:
             if connection is not None:
                 connection.close()
@@ -236,8 +235,8 @@ class PostgresDatabase:
             raise
         return connection
 
-    def _set_up(self, connection: Connection) -> None:
-        """Set the schemas in which tables and extensions are looked up, and register the vector types."""
+    def _set_up_connection(self, connection: Connection) -> None:
+        """Check the encoding and the pgvector version, set the search path and register the vector types."""
         encoding = connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             raise ValueError(f"{self.location}: the database must have the encoding UTF8 (got {encoding})")
@@ -255,7 +254,7 @@ class PostgresDatabase:
                     "on the server, then run `ALTER EXTENSION vector UPDATE` in the database"
                 )
         search_path = sql.SQL(", ").join(map(sql.Identifier, schemas)).as_string(connection)
-        # For queries of less than a second, JIT compilation takes longer than it saves.
+        # For queries that take less than a second, JIT compilation takes longer than the time it saves.
         connection.execute(
             "SELECT set_config('search_path', %s, false), set_config('jit', 'off', false)", (search_path,)
         )
@@ -263,13 +262,15 @@ class PostgresDatabase:
             register_vector(connection)
 
     def _create_extensions(self, connection: Connection) -> None:
-        """Create pgvector and, if possible, pg_trgm, which makes caption filters faster."""
+        """Create the extension pgvector and, if possible, pg_trgm, which makes caption filters faster."""
         rows = connection.execute(
             "SELECT name FROM pg_available_extensions WHERE name IN ('vector', 'pg_trgm')"
         ).fetchall()
         names = {name for (name,) in rows}
         if "vector" not in names:
-            raise OSError(f"{self.location}: pgvector is not installed on the server. Install pgvector 0.8 or later")
+            raise OSError(
+                f"{self.location}: the server does not have pgvector. Install pgvector 0.8 or later on the server"
+            )
         try:
             connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
         except errors.InsufficientPrivilege as error:
@@ -278,21 +279,21 @@ class PostgresDatabase:
                 "database as an administrator"
             ) from error
         if "pg_trgm" in names:
-            with suppress(errors.InsufficientPrivilege):  # without pg_trgm, caption filters read all captions
+            with suppress(errors.InsufficientPrivilege):  # pg_trgm is optional
                 connection.execute("CREATE EXTENSION IF NOT EXISTS pg_trgm")
 
     def _make_unavailable_error(self, error: Exception) -> IndexUnavailableError:
         return IndexUnavailableError(f"{self.location}: no connection to PostgreSQL: {str(error).strip()}")
 
 
-def make_query(connection: Connection) -> Query:
-    """Return a function that runs statements with parameters of the form `:NAME`."""
+def make_sql_runner(connection: Connection) -> SqlRunner:
+    """Return a function that runs SQL statements with parameters of the form `:NAME`."""
 
-    def run(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    def run_statement(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         cursor = connection.execute(convert_parameters(statement), parameters)
         return [] if cursor.description is None else cursor.fetchall()
 
-    return run
+    return run_statement
 
 
 def convert_parameters(statement: str) -> str:
@@ -304,5 +305,5 @@ class _ConnectionLost(Exception):
     """Raised when a connection is lost while it is in use."""
 
 
-def _is_lost(connection: Connection, error: psycopg.Error) -> bool:
+def _is_connection_lost(connection: Connection, error: psycopg.Error) -> bool:
     return connection.closed or isinstance(error, LOST_CONNECTION)

@@ -1,13 +1,13 @@
 """Search queries and their embeddings, the model check of an index, and groups of similar hits.
 
-Groups: bursts and edited copies of a photograph are shown as one hit. Two images are similar if the cosine similarity
-of their embeddings is at least COPY_SIMILARITY, or if it is at least BURST_SIMILARITY and they were taken within
-BURST_SECONDS of each other. The mean embedding of the index, which is part of its calibration, is subtracted first,
-because in some models all embeddings are similar.
+Bursts and edited copies of a photograph are grouped into one hit. Two images are similar if the cosine similarity of
+their embeddings is at least COPY_SIMILARITY. Images taken within BURST_SECONDS of each other are similar if the cosine
+similarity is at least BURST_SIMILARITY. The mean embedding of the index, which is part of the calibration, is
+subtracted first, because all embeddings of some models are similar.
 
 A page is a range of consecutive ungrouped hits, and only hits within this range are grouped. The next page starts where
 the last page ends (`next_offset`), so a hit may be similar to a hit on an earlier page. A search reads READ_FACTOR
-times as many hits as requested. If many of them are similar to each other, the page has fewer hits than requested.
+times as many hits as requested. If many hits are similar, the page can still have fewer hits than requested.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
     from llm2clip.models.dual_encoder import DualEncoder
 
-NEGATIVE_WEIGHT = 0.5  # with 1, results would have little to do with the positive parts of the query
+NEGATIVE_WEIGHT = 0.5  # a weight of 1 would make results almost independent of the positive parts of the query
 
 
 class QueryVectors(NamedTuple):
-    """Embeddings of a query, all L2-normalised and of shape (D,), float32."""
+    """L2-normalised float32 embeddings of a query, each of shape (D,)."""
 
-    combined: np.ndarray  # the query vector, by which the images are ranked
-    texts: np.ndarray | None  # mean of the positive texts, or None
-    images: np.ndarray | None  # mean of the positive images and earlier hits, or None
+    combined: np.ndarray  # query vector that determines the ranking of the images
+    texts: np.ndarray | None  # mean embedding of the positive texts
+    images: np.ndarray | None  # mean embedding of the positive images and earlier hits
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class SearchQuery:
     """A search query. Results should resemble its positive parts and not its negative parts."""
 
     texts: Sequence[str] = ()
-    images: Sequence[Any] = ()  # paths, encoded images as bytes, or tensors of shape (3, H, W), uint8
+    images: Sequence[Any] = ()  # paths, encoded images as bytes, or uint8 tensors of shape (3, H, W)
     negative_texts: Sequence[str] = ()
     negative_images: Sequence[Any] = ()
     like: Sequence[str] = ()  # ids of earlier hits
     negative_like: Sequence[str] = ()
-    # Prompt templates for short texts. Their embeddings are averaged (see `build_query_prompts`). Default: the model's.
+    # Prompt templates for short texts (see `build_query_prompts`). Default: the templates of the model.
     templates: QueryTemplates | None = None
 
     def __bool__(self) -> bool:
@@ -71,7 +71,7 @@ class SearchQuery:
     def combine(
         self, texts: Sequence[np.ndarray], images: Sequence[np.ndarray], hits: Sequence[np.ndarray] = ()
     ) -> QueryVectors:
-        """Return the query vector and its positive parts. See `combine_embeddings` for the formula.
+        """Return the query vector and its positive parts. For the formula, see `combine_embeddings`.
 
         Args:
             texts: Embeddings of the texts, then of the negative texts, each of shape (D,).
@@ -121,7 +121,7 @@ class QueryEncoder:
         load: Callable[[Any], Tensor] | None = None,
         decoding: AbstractContextManager[Any] | None = None,
     ) -> None:
-        """`load` decodes a query image to a uint8 tensor of shape (3, H, W) while the context `decoding` is active."""
+        """Create an encoder. `load` decodes an image to a uint8 tensor of shape (3, H, W) in the context `decoding`."""
         self.model, self.load = model, load or _load_image
         self.decoding = nullcontext() if decoding is None else decoding
 
@@ -142,10 +142,10 @@ class QueryEncoder:
         return _check_finite(np.asarray(self.model.encode_texts(texts)), "a text")
 
     def embed(self, query: SearchQuery, hits: Sequence[np.ndarray] = ()) -> QueryVectors:
-        """Embed a query. For `hits`, see `SearchQuery.combine`.
+        """Return the embeddings of a query. For `hits`, see `SearchQuery.combine`.
 
         Raises:
-            ValueError: The query has no parts, a text is empty, or the model returned NaN or infinity.
+            ValueError: The query or a text is empty, or the model returned NaN or infinity.
             ImageError: An image cannot be decoded.
         """
         prompts, counts = query.build_prompts(self.model.query_templates)
@@ -169,19 +169,19 @@ def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
 # ---- models of an index
 
 
-def truncate_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
-    """Truncate a model to the dimension of an index. Raise ValueError if the index has a different model."""
+def truncate_model_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
+    """Truncate a model to the dimension of an index. Raise ValueError if a different model built the index."""
     if metadata["embed_dim"] < model.embed_dim:
         model = model.truncate(metadata["embed_dim"])
-    check_model(metadata, model)
+    check_index_model(metadata, model)
     return model
 
 
-def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
-    """Raise ValueError if an index was built with a different model, whose embeddings are not comparable.
+def check_index_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
+    """Raise ValueError if an index was built with a different model.
 
-    A model with the same image encoder but another text encoder, such as a student trained by `llm2clip distill`, can
-    use the index. If the encoders of a model are not separate, its indexes have a fingerprint of the entire model.
+    The text encoder may differ, so a student trained by `llm2clip distill` can search the index of its teacher. If a
+    model has no separate image encoder and text encoder, the fingerprints of the entire model are compared.
     """
     parts = model.part_fingerprints if "image_fingerprint" in metadata else None
     if parts is not None:
@@ -205,29 +205,29 @@ def check_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
 # ---- similar hits
 
 COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
-UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # without a calibration
-BURST_SECONDS = 10.0  # EXIF times are in whole seconds
+UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # for indexes without a calibration
+BURST_SECONDS = 10.0
 READ_FACTOR = 2
-MAX_COMPARED = 2000  # later hits of a page are not grouped, because memory use grows quadratically
+MAX_COMPARED = 2000  # further hits of a page are not grouped, because memory use grows quadratically
 
 
-class HitPage(NamedTuple):
-    """Grouped hits of a page, and the number of ungrouped hits that they represent."""
+class HitGroups(NamedTuple):
+    """Grouped hits of a page. `size` is the number of ungrouped hits that the page represents."""
 
     hits: list[Hit]
     size: int
 
 
-def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: np.ndarray | None = None) -> HitPage:
+def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: np.ndarray | None = None) -> HitGroups:
     """Group each hit with the best-ranked hit to which it is similar.
 
-    Hits in a group are not compared with later hits, so all hits of a group are similar to its first hit.
+    All hits of a group are similar to the first hit of the group, but not necessarily to each other.
 
     Args:
         count: Maximum number of groups. The page ends before the first hit that would start another group.
-        mean: Mean embedding of the index, of shape (D,), or None if it is unknown.
+        mean: Mean embedding of the index, of shape (D,), or None if the index is not calibrated.
     """
-    is_similar = compare_hits(hits[:MAX_COMPARED], backend, mean)
+    is_similar = find_similar_pairs(hits[:MAX_COMPARED], backend, mean)
     groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
     size = 0
     for position, hit in enumerate(hits):
@@ -245,12 +245,12 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: 
     for position, others in groups.items():
         similar = tuple(SimilarHit(other.id, other.images[0].name, other.images[0].file_name) for other in others)
         page.append(dataclasses.replace(hits[position], similar=similar))
-    return HitPage(page, size)
+    return HitGroups(page, size)
 
 
-def compare_hits(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
-    """Return a boolean mask of similar pairs of hits, of shape (N, N). Removed hits are similar to no hit."""
-    vectors = backend.vectors([hit.id for hit in hits])
+def find_similar_pairs(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
+    """Return a boolean mask of similar pairs of hits, of shape (N, N). Hits that have been removed are not similar."""
+    vectors = backend.read_vectors([hit.id for hit in hits])
     if not vectors:
         return np.zeros((len(hits), len(hits)), bool)
     centre = np.zeros_like(next(iter(vectors.values()))) if mean is None else mean

@@ -1,8 +1,8 @@
 """Relevance of search results: the estimated probability that an image is an answer to the query.
 
 Cosine similarities alone do not show whether an index contains an answer, because their level depends on the model, the
-query and the image. The cosine similarity s of a hit is therefore compared with the hubness of its image: the largest
-cosine similarity between the image and about 300 short texts (`background_queries.txt`).
+query and the image. The cosine similarity s of a hit is therefore compared with the hubness of the image, which is the
+largest cosine similarity between the image and about 300 short texts (`background_queries.txt`).
 
     t = s - 0.25 * hubness
     x = (t - m) / d + 8 * overlap       m, d: mean and standard deviation of t for queries without an answer
@@ -12,8 +12,8 @@ The overlap is the weighted fraction of the query's words, truncated to five let
 captions of the image. The weight of a word is its truncated length minus 2, at least 0. In scripts without spaces
 between words, each character is a word of weight 1. A filter does not change the relevance of a hit.
 
-`calibrate` measures m and d with searches in the entire index, so they grow with the number of images, as the largest
-similarity of a query does. Text queries and image queries have separate parameters:
+`calibrate` measures m and d with searches in the entire index, because the largest similarity of a query grows with the
+number of images. Text queries and image queries have separate parameters:
 
     texts     m and d are measured with the background queries. a = 1.2 and b = -0.6, chosen on photographs.
     captions  for hits with captions, m and d as for texts. a and b are fitted with captions as queries (Platt scaling).
@@ -46,7 +46,7 @@ import numpy as np
 from llm2clip.io_utils import UNSPACED
 from llm2clip.models.prompts import average_prompts
 from llm2clip.search.backends import Backend
-from llm2clip.search.metadata import Filter, normalize
+from llm2clip.search.metadata import Filter, normalize_text
 from llm2clip.search.query import QueryVectors, SearchQuery, combine_embeddings
 from llm2clip.search.types import Hit, IndexedImage
 
@@ -55,29 +55,29 @@ if TYPE_CHECKING:
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")
-VERSION = 3  # of the calibration format; `llm2clip index` replaces data of other versions
-SAMPLE_SIZE = 2048  # number of images for estimating the mean embedding
+VERSION = 3  # version of the calibration format; `llm2clip index` replaces calibrations of other versions
+SAMPLE_SIZE = 2048  # number of images from which the mean embedding is estimated
 HUBNESS_WEIGHT = 0.25
 OVERLAP_WEIGHT = 8.0
-MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # number of captions per hit, and their length in characters
-STEM_LENGTH = 5  # number of letters to which words are truncated, so that most inflected forms match
+MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # maximum numbers of captions per hit and of characters per caption
+STEM_LENGTH = 5  # words are truncated to this number of letters, so that most inflected forms match
 VOICING_MARKS = "\u3099\u309a"
 CLOSEST = 10  # number of top hits that determine whether a query has an answer
-MIN_RELEVANCE = 0.2  # low, because hiding an answer is worse than showing irrelevant images
+MIN_RELEVANCE = 0.2  # the threshold is low, because hiding an answer is worse than showing irrelevant images
 TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
 CAPTION_SLOPE, CAPTION_INTERCEPT = 0.6, -1.3
 IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
-MIN_IMAGES = 50  # smaller indexes are not calibrated, because all their images fit on a page
-MIN_QUERIES = 30  # minimum number of queries for estimating a distribution
-MAX_QUERIES = 256  # maximum number of captions, and of images, that calibration uses as queries
-NEIGHBOURS = 32  # number of hits to read if the query's own image and its near duplicates will be excluded
-NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates, after subtracting the mean embedding
-MAX_CHANGED_FRACTION = 0.1  # recalibrate if a larger fraction of the index has changed
+MIN_IMAGES = 50  # smaller indexes are not calibrated, because a page shows all images
+MIN_QUERIES = 30  # minimum number of queries from which a distribution is estimated
+MAX_QUERIES = 256  # maximum number of caption queries and of image queries for calibration
+NEIGHBOURS = 32  # number of hits per calibration query if near duplicates of the query image are excluded
+NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates after the mean embedding has been subtracted
+MAX_CHANGED_FRACTION = 0.1  # if a larger fraction of an index has changed, the index is calibrated again
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Parameters that convert t to a relevance, for one kind of query or hit. Symbols as in the module docstring."""
+class RelevanceScale:
+    """Parameters that convert t to a relevance. For the symbols m, d, a and b, see the module docstring."""
 
     mean: float  # m
     deviation: float  # d
@@ -85,11 +85,11 @@ class Scale:
     intercept: float  # b
 
     def standardize(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
-        """Convert values of t, and overlaps between the query and the captions, to values of x."""
+        """Return the values of x for values of t and overlaps between the query and the captions."""
         standardized: np.ndarray = (values - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps
         return standardized
 
-    def to_relevance(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
+    def compute_relevance(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
         return apply_logistic(self.slope * self.standardize(values, overlaps) + self.intercept)
 
 
@@ -99,27 +99,33 @@ class Calibration:
 
     sample_mean: np.ndarray  # mean embedding of randomly chosen images, of shape (D,), float32
     background: np.ndarray  # embeddings of the background queries, of shape (B, D), float32
-    sample_ids: list[str]  # hit ids of these images, to count later how many are still in the index
+    sample_ids: list[str]  # hit ids of the sampled images, to detect changes of the index
     image_count: int
-    captioned_count: int  # number of images with several captions among the first MAX_QUERIES of `sample_ids`
-    fingerprint: str  # of the model
-    texts: Scale  # for text queries
-    images: Scale  # for image queries
-    captions: Scale  # for text queries and hits with captions
+    captioned_count: int  # number of images with several captions among the first MAX_QUERIES sampled images
+    fingerprint: str  # fingerprint of the model
+    texts: RelevanceScale  # scale for text queries
+    images: RelevanceScale  # scale for image queries
+    captions: RelevanceScale  # scale for text queries and hits with captions
 
-    def rate(self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None) -> np.ndarray:
-        """Return the relevance of hits with the given embeddings of shape (K, D), as a float array of shape (K,).
+    def compute_relevance(
+        self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return the relevance of K hits as a float array of shape (K,).
 
-        The relevance is the maximum of the relevance to the query's texts and to its images. Negative parts are
-        ignored. `overlaps` contains the overlap of the texts with the captions of each hit, NaN without captions.
+        The relevance is the maximum of the relevance to the texts and the relevance to the images of the query.
+        Negative parts of the query are ignored.
+
+        Args:
+            vectors: Embeddings of the hits, of shape (K, D).
+            overlaps: Overlap of the query with the captions of each hit, of shape (K,). NaN for hits without captions.
         """
         ratings = []
         for part, scale in ((query.texts, self.texts), (query.images, self.images)):
             if part is not None:
                 evidence = compute_evidence(part, vectors, self.background)
-                rating = scale.to_relevance(evidence)
+                rating = scale.compute_relevance(evidence)
                 if part is query.texts and overlaps is not None:
-                    rating = np.where(np.isnan(overlaps), rating, self.captions.to_relevance(evidence, overlaps))
+                    rating = np.where(np.isnan(overlaps), rating, self.captions.compute_relevance(evidence, overlaps))
                 ratings.append(rating)
         return np.max(ratings, axis=0)
 
@@ -138,13 +144,13 @@ class Calibration:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Calibration | None:
-        """Restore a calibration from `to_bytes`. Return None if it is corrupt or has another format version."""
+        """Restore a calibration from `to_bytes`. Return None if the data is corrupt or of another version."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 values = json.loads(str(arrays["values"]))
                 if values.pop("version", None) != VERSION:
                     return None
-                values.update({name: Scale(**values[name]) for name in SCALES})
+                values.update({name: RelevanceScale(**values[name]) for name in SCALES})
                 sample_mean, background = (arrays[name].astype(np.float32) for name in ("sample_mean", "background"))
             return cls(sample_mean, background, **values)
         except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile, zlib.error):
@@ -165,29 +171,32 @@ def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndar
     return evidence
 
 
-def split_stems(texts: Sequence[str]) -> set[str]:
-    """Return the distinct words of texts without diacritics, truncated to STEM_LENGTH, and unspaced characters."""
-    decomposed = unicodedata.normalize("NFD", normalize("\n".join(texts)))
-    # Without voicing marks, different Japanese words would be equal, such as the words for bus and pass.
+def extract_stems(texts: Sequence[str]) -> set[str]:
+    """Return the distinct words of texts without diacritics, truncated to STEM_LENGTH.
+
+    In scripts without spaces between words, each character is a word.
+    """
+    decomposed = unicodedata.normalize("NFD", normalize_text("\n".join(texts)))
+    # Voicing marks are not removed, because they distinguish Japanese words such as the words for bus and pass.
     letters = "".join(c for c in decomposed if c in VOICING_MARKS or unicodedata.category(c)[0] != "M")
     spaced = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFC", letters))
     return {word[:STEM_LENGTH] for word in re.findall(r"[^\W_]+", spaced)}
 
 
 def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:
-    """Return the weighted fraction of the query's stems that occur in captions, or NaN without captions or stems."""
+    """Return the weighted fraction of query stems that occur in captions, or NaN without captions or stems."""
 
     def sum_weights(stems: set[str]) -> int:
         return sum(1 if UNSPACED.match(stem) else max(0, len(stem) - 2) for stem in stems)
 
     total = sum_weights(stems)
-    return sum_weights(stems & split_stems(captions)) / total if captions and total else float("nan")
+    return sum_weights(stems & extract_stems(captions)) / total if captions and total else float("nan")
 
 
 def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of the vectors that are near duplicates of an image or text, which includes itself.
+    """Return a boolean mask of the vectors that are near duplicates of `item`, the embedding of an image or text.
 
-    The mean embedding is subtracted, because in some models all embeddings are similar.
+    The mean embedding is subtracted first, because all embeddings of some models are similar.
     """
     centred, reference = vectors - mean, item - mean
     norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(reference)
@@ -201,8 +210,8 @@ def apply_logistic(values: np.ndarray) -> np.ndarray:
 def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
     """Fit slope a >= 0 and intercept b of 1 / (1 + exp(-a * x - b)) to the values of two classes (Platt scaling).
 
-    Minimise the cross-entropy, with a total weight of 100 per class, plus 0.5 * (a - 1.2)^2. The penalty keeps a finite
-    if the classes do not overlap.
+    The loss is the cross-entropy, with a total weight of 100 per class, plus 0.5 * (a - 1.2)^2. The penalty keeps the
+    slope finite if the classes do not overlap.
     """
     values = np.concatenate([positive, negative])
     inputs = np.column_stack([values, np.ones(len(values))])
@@ -220,14 +229,14 @@ def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, flo
         if np.abs(step).max() < 1e-8:
             break
     slope, intercept = coefficients.tolist()
-    # If positives have lower values than negatives, the values are uninformative, and both classes equally likely.
+    # If positives have lower values than negatives, the values carry no information, and the probability is 0.5.
     return (slope, intercept) if slope > 0 else (0.0, 0.0)
 
 
 # ---- calibration
 
 
-class Reference(NamedTuple):
+class ReferenceEmbeddings(NamedTuple):
     """Mean embedding of sampled images, of shape (D,), and embeddings of the background queries, of shape (B, D)."""
 
     sample_mean: np.ndarray
@@ -235,10 +244,10 @@ class Reference(NamedTuple):
 
 
 def update_calibration(backend: Backend, model: DualEncoder, changed: bool = True) -> None:
-    """Calibrate an index if it is not calibrated for this model, or if more than a tenth of it has changed since then.
+    """Calibrate an index if it is not calibrated for the model, or if more than a tenth of the images have changed.
 
     Args:
-        model: Model of the index, truncated to the dimension of the index.
+        model: Model truncated to the dimension of the index.
         changed: False if no image has been added, changed or removed since the last call.
     """
     calibration = load_calibration(backend, model)
@@ -251,42 +260,41 @@ def update_calibration(backend: Backend, model: DualEncoder, changed: bool = Tru
 
 
 def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None:
-    """Return the calibration of an index, or None if there is no readable calibration for this model."""
+    """Return the calibration of an index, or None if the index is not calibrated for the model."""
     calibration = Calibration.from_bytes(backend.load_calibration() or b"")
     return calibration if calibration is not None and calibration.fingerprint == model.fingerprint else None
 
 
 def _is_outdated(calibration: Calibration, backend: Backend) -> bool:
-    """Return True if the number of images has changed much, or many sampled images or captions are gone."""
     _, image_count = backend.count()
     limit = MAX_CHANGED_FRACTION * calibration.image_count
     ids = calibration.sample_ids[:MAX_QUERIES]
-    missing = len(ids) - len(backend.vectors(ids))
-    captioned = abs(_count_captioned(backend, ids) - calibration.captioned_count)
+    missing = len(ids) - len(backend.read_vectors(ids))
+    captioned = abs(_count_captioned_images(backend, ids) - calibration.captioned_count)
     return abs(image_count - calibration.image_count) > limit or missing + captioned > MAX_CHANGED_FRACTION * len(ids)
 
 
-def _count_captioned(backend: Backend, ids: Sequence[str]) -> int:
-    return sum(len({text for image in backend.images(hit_id) for text in image.captions}) > 1 for hit_id in ids)
+def _count_captioned_images(backend: Backend, ids: Sequence[str]) -> int:
+    return sum(len({text for image in backend.read_images(hit_id) for text in image.captions}) > 1 for hit_id in ids)
 
 
 def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
-    """Calibrate an index as described in the module docstring. Return None if its images are too few or too similar."""
+    """Calibrate an index. Return None if the index has too few images or the images are too similar."""
     from llm2clip.runs.ranks import print_once
 
     _, image_count = backend.count()
     if image_count < MIN_IMAGES:
         print_once(
-            f"Relevance is not calibrated, because the index has fewer than {MIN_IMAGES} images: searches show the "
-            "closest images, even if none of them is close to the query."
+            f"Relevance is not calibrated, because the index has fewer than {MIN_IMAGES} images. Searches show the "
+            "closest images, even if no image is close to the query."
         )
         return None
-    vectors = backend.vectors(backend.sample_ids(SAMPLE_SIZE))
+    vectors = backend.read_vectors(backend.sample_ids(SAMPLE_SIZE))
     sample_mean, ids = np.stack(list(vectors.values())).mean(axis=0), list(vectors)
-    print_once("Calibrating relevance, so that searches can report when nothing is close...")
-    reference = Reference(sample_mean, embed_texts(model, BACKGROUND_QUERIES))
+    print_once("Calibrating relevance, so that searches can report when no image is close to a query...")
+    reference = ReferenceEmbeddings(sample_mean, embed_texts(model, BACKGROUND_QUERIES))
     if not np.isfinite(reference.background).all():
-        print_once("Relevance is not available: the model returns NaN or infinity for texts.")
+        print_once("Relevance is not calibrated, because the model returns NaN or infinity for texts.")
         return None
     background = [_find_neighbours(backend, query, reference) for query in reference.background]
     query_ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:MAX_QUERIES]]
@@ -295,45 +303,45 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
         neighbours = _find_neighbours(backend, vectors[hit_id], reference, vectors[hit_id])
         if neighbours.is_other.any():
             image_values.append(max_over_top_hits(neighbours.values[neighbours.is_other]))
-    texts = _make_scale([max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
-    images = _make_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
+    texts = _estimate_scale([max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
+    images = _estimate_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
     if texts is None or images is None:
-        print_once("Relevance is not available: too many images of this index are similar.")
+        print_once("Relevance is not calibrated, because too many images of the index are similar.")
         return None
     captions = dataclasses.replace(texts, slope=CAPTION_SLOPE, intercept=CAPTION_INTERCEPT)
-    captions = _fit_to_captions(captions, background, backend, model, query_ids, reference)
-    captioned_count = _count_captioned(backend, ids[:MAX_QUERIES])
+    captions = _fit_caption_scale(captions, background, backend, model, query_ids, reference)
+    captioned_count = _count_captioned_images(backend, ids[:MAX_QUERIES])
     return Calibration(*reference, ids, image_count, captioned_count, model.fingerprint, texts, images, captions)
 
 
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
-    """Embed texts as separate queries, with the model's prompt templates. Return a float32 array of shape (N, D)."""
+    """Embed each text as a query, with prompt templates. Return a float32 array of shape (N, D)."""
     prompts, counts = SearchQuery(texts).build_prompts(model.query_templates)
     means = average_prompts(model.encode_texts(prompts).numpy(), counts)
     return np.stack([combine_embeddings([mean]) for mean in means])
 
 
-def _make_scale(values: Sequence[float], slope: float, intercept: float) -> Scale | None:
-    """Return a scale with the mean and standard deviation of the values, or None if they are too few or equal."""
+def _estimate_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
+    """Return a scale with the mean and standard deviation of the values, or None if the values are too few or equal."""
     if len(values) < MIN_QUERIES or not np.std(values) > 1e-4 or not np.isfinite(values).all():
         return None
-    return Scale(float(np.mean(values)), float(np.std(values)), slope, intercept)
+    return RelevanceScale(float(np.mean(values)), float(np.std(values)), slope, intercept)
 
 
 class Neighbours(NamedTuple):
-    """Captions and t of the top hits of a query. `is_other` is False for near duplicates of the excluded image."""
+    """Top hits of a calibration query."""
 
-    captions: list[list[str]]
-    values: np.ndarray
-    is_other: np.ndarray
+    captions: list[list[str]]  # captions of each hit
+    values: np.ndarray  # t of each hit
+    is_other: np.ndarray  # False for near duplicates of the excluded image
 
 
 def _find_neighbours(
-    backend: Backend, query: np.ndarray, reference: Reference, image: np.ndarray | None = None
+    backend: Backend, query: np.ndarray, reference: ReferenceEmbeddings, image: np.ndarray | None = None
 ) -> Neighbours:
-    """Find the top hits of a query. `image` is the embedding of an image to exclude."""
+    """Find the top hits of a query, and mark near duplicates of the image whose embedding is `image`."""
     hits = backend.search(query, CLOSEST if image is None else NEIGHBOURS, Filter())
-    vectors = backend.vectors([hit.id for hit in hits])
+    vectors = backend.read_vectors([hit.id for hit in hits])
     stacked = np.stack(list(vectors.values()))
     is_other = np.ones(len(stacked), bool)
     if image is not None:
@@ -343,10 +351,10 @@ def _find_neighbours(
 
 
 def get_captions(images: Sequence[IndexedImage]) -> list[str]:
-    """Return the first MAX_CAPTIONS distinct captions of an image at several locations, truncated.
+    """Return the first MAX_CAPTIONS distinct captions of the locations of an image, each truncated.
 
-    The locations are sorted by name, because a filter changes their order in a hit. The number of captions is limited,
-    because an image from a hundred websites would be slow to rate.
+    The locations are sorted by name, because a filter changes the order of the locations in a hit. The number of
+    captions is limited, because web datasets contain images with hundreds of captions, which would be slow to rate.
     """
     ordered = sorted(images, key=lambda image: image.name)
     captions = dict.fromkeys(caption for image in ordered for caption in image.captions)
@@ -354,34 +362,33 @@ def get_captions(images: Sequence[IndexedImage]) -> list[str]:
 
 
 def max_over_top_hits(values: np.ndarray) -> float:
-    """Return the value of a query: the maximum over its top hits."""
     return float(values[:CLOSEST].max())
 
 
-def _fit_to_captions(
-    scale: Scale,
+def _fit_caption_scale(
+    scale: RelevanceScale,
     background: Sequence[Neighbours],
     backend: Backend,
     model: DualEncoder,
     hit_ids: Sequence[str],
-    reference: Reference,
-) -> Scale:
-    """Fit a scale with captions of the given images as queries, if at least MIN_QUERIES images have another caption."""
+    reference: ReferenceEmbeddings,
+) -> RelevanceScale:
+    """Fit a scale with image captions as queries if at least MIN_QUERIES images have several captions."""
     queries = {}
     for hit_id in hit_ids:
-        texts = [text for image in backend.images(hit_id) for text in image.captions if text.strip()]
+        texts = [text for image in backend.read_images(hit_id) for text in image.captions if text.strip()]
         if len(set(texts)) > 1:
             queries[hit_id] = texts[0]
     if len(queries) < MIN_QUERIES:
         return scale
-    images = backend.vectors(list(queries))
+    images = backend.read_vectors(list(queries))
     embeddings = dict(zip(queries, embed_texts(model, list(queries.values())), strict=True))
     positive, negative = [], []
     for query, neighbours in zip(BACKGROUND_QUERIES, background, strict=True):
-        negative.append(max_over_top_hits(_standardize(scale, query, neighbours)))
+        negative.append(max_over_top_hits(_standardize_neighbours(scale, query, neighbours)))
     for hit_id, image in images.items():
         neighbours = _find_neighbours(backend, embeddings[hit_id], reference, image)
-        values = _standardize(scale, queries[hit_id], neighbours)
+        values = _standardize_neighbours(scale, queries[hit_id], neighbours)
         if neighbours.is_other.any():
             positive.append(max_over_top_hits(values))
             negative.append(max_over_top_hits(values[neighbours.is_other]))
@@ -391,9 +398,9 @@ def _fit_to_captions(
     return dataclasses.replace(scale, slope=slope, intercept=intercept)
 
 
-def _standardize(scale: Scale, query: str, neighbours: Neighbours) -> np.ndarray:
-    """Return the value x, as defined in the module docstring, of each hit. Ignore captions equal to the query."""
-    stems = split_stems([query])
+def _standardize_neighbours(scale: RelevanceScale, query: str, neighbours: Neighbours) -> np.ndarray:
+    """Return the value x of each hit. Captions that equal the query are ignored."""
+    stems = extract_stems([query])
     overlaps = [compute_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
     return scale.standardize(neighbours.values, np.nan_to_num(overlaps))
 
@@ -402,13 +409,13 @@ def _standardize(scale: Scale, query: str, neighbours: Neighbours) -> np.ndarray
 
 
 class SearchResult(NamedTuple):
-    """Hits of a search, and whether none of the images that match the filter is close to the query."""
+    """Hits of a search. `nothing_close` is True if no image that matches the filter is close to the query."""
 
     hits: list[Hit]
     nothing_close: bool
 
 
-def search_relevant(
+def search_and_rate(
     backend: Backend,
     calibration: Calibration | None,
     query: QueryVectors | None,
@@ -420,9 +427,9 @@ def search_relevant(
 ) -> SearchResult:
     """Search an index and rate the hits. For the arguments, see `Backend.search`.
 
-    If nothing is close, return no hits, unless `show_weak` is set or there is a filter. Images that contain all words
-    of the query count as close. Without a calibration, and for queries without positive parts, hits have no relevance
-    and are always returned.
+    If no image is close to the query, return no hits, unless `show_weak` is True or the search has a filter. Images
+    that contain all words of the query count as close. If the index is not calibrated or the query has no positive
+    parts, hits have no relevance and are always returned.
     """
     vector = None if query is None else query.combined
     if calibration is None or query is None or (query.texts is None and query.images is None):
@@ -437,7 +444,7 @@ def search_relevant(
     relevances = [hit.relevance for hit in leading if hit.relevance is not None]
     is_matched = any(hit.matched for hit in leading)
     nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE and not is_matched
-    # Usually, few images match a filter, and the right image is often weak compared with the entire index.
+    # Few images match a filter, and the right image is often less relevant than other images of the index.
     is_hidden = nothing_close and not show_weak and not image_filter
     return SearchResult([] if is_hidden else hits[:count], nothing_close)
 
@@ -445,16 +452,16 @@ def search_relevant(
 def rate_hits(
     backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit], words: Sequence[str] = ()
 ) -> list[Hit]:
-    """Add the relevance to hits. Hits that another process has just removed are returned unchanged."""
-    vectors = backend.vectors([hit.id for hit in hits])
+    """Return hits with their relevance. Hits that another process has just removed are returned unchanged."""
+    vectors = backend.read_vectors([hit.id for hit in hits])
     if not vectors:
         return list(hits)
-    stems, overlaps = split_stems(words), []
+    stems, overlaps = extract_stems(words), []
     for hit in hits:
         if hit.id in vectors:
-            # If a hit has more locations than it lists, a filter also changes which locations are listed.
-            images = hit.images if len(hit.images) == hit.image_count else backend.images(hit.id)
+            # If a hit has more than MAX_LOCATIONS locations, a filter changes which locations the hit contains.
+            images = hit.images if len(hit.images) == hit.image_count else backend.read_images(hit.id)
             overlaps.append(compute_overlap(stems, get_captions(images)))
-    relevances = calibration.rate(query, np.stack(list(vectors.values())), np.array(overlaps))
+    relevances = calibration.compute_relevance(query, np.stack(list(vectors.values())), np.array(overlaps))
     ratings = dict(zip(vectors, relevances.tolist(), strict=True))
     return [dataclasses.replace(hit, relevance=ratings.get(hit.id)) for hit in hits]

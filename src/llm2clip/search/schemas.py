@@ -25,9 +25,17 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from llm2clip.io_utils import is_valid_unicode, to_valid_unicode
-from llm2clip.search.images import InvalidImage, RequestImage, TooLarge
+from llm2clip.search.images import ImageTooLarge, InvalidImage, RequestImage
 from llm2clip.search.inference import QueueFull
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Condition, Detail, Filter, MetadataField
+from llm2clip.search.metadata import (
+    CONDITIONS,
+    CONTENT_FIELDS,
+    IMAGE_FIELDS,
+    Detail,
+    Filter,
+    FilterCondition,
+    MetadataField,
+)
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.types import (
     MAX_LOCATIONS,
@@ -41,22 +49,22 @@ from llm2clip.search.types import (
 logger = logging.getLogger(__name__)
 
 DATA_URI_PREFIX = "data:image/"
-MAX_TEXT_LENGTH = 20_000  # in characters
-MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and results per request
-MAX_EMBEDDED_IMAGES = 32  # per embedding request; clients such as mteb send batches of 32 images
-MAX_OFFSET = 10_000  # limited, because skipped results must also be found and scored
-# A query has at most MAX_IMAGES texts and MAX_IMAGES negative texts. Short texts are encoded once without a template
-# and once with each template. With at most MAX_TEMPLATES templates, a request encodes at most MAX_TEXTS texts.
+MAX_TEXT_LENGTH = 20_000  # maximum length of a text, in characters
+MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and hits per request
+MAX_EMBEDDED_IMAGES = 32  # maximum number of images per embedding request; mteb sends batches of 32 images
+MAX_OFFSET = 10_000  # maximum number of skipped hits, which must also be found and scored
+# A query has at most 2 * MAX_IMAGES texts. A short text is encoded once without a template and once per template.
+# With at most MAX_TEMPLATES templates, a search request therefore encodes at most MAX_TEXTS texts.
 MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
 
 
-def _require(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
-    def validate(text: str) -> str:
+def _make_validator(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
+    def check_text(text: str) -> str:
         if not is_valid(text):
             raise ValueError(message)
         return text
 
-    return AfterValidator(validate)
+    return AfterValidator(check_text)
 
 
 def _limit_text_length(text: str) -> str:
@@ -65,10 +73,10 @@ def _limit_text_length(text: str) -> str:
     return text
 
 
-NON_BLANK = _require(lambda text: bool(text.strip()), "the text is empty")
-VALID_UNICODE = _require(is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate")
-IMAGE_FORM = f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,...; URLs are not downloaded"
-IS_DATA_URI = _require(lambda text: text.startswith(DATA_URI_PREFIX), IMAGE_FORM)
+NON_BLANK = _make_validator(lambda text: bool(text.strip()), "the text is empty")
+VALID_UNICODE = _make_validator(is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate")
+IMAGE_FORM = f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,DATA. URLs are not downloaded"
+IS_DATA_URI = _make_validator(lambda text: text.startswith(DATA_URI_PREFIX), IMAGE_FORM)
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
 Text = Annotated[AnyText, NON_BLANK]
 parse_text = TypeAdapter(Text).validate_python
@@ -78,7 +86,7 @@ HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
 Item = TypeVar("Item")
-# Without fail_fast, pydantic would create an error object for every invalid item of a long list.
+# Without `fail_fast`, pydantic would create an error object for every invalid item of a long list.
 Items = Annotated[list[Item], Field(fail_fast=True)]
 QueryItems = Annotated[Items[Item], Field(max_length=MAX_IMAGES)]
 
@@ -91,7 +99,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, data: Any) -> Any:
-        """Reject the first unknown field. Pydantic itself would create an error object for every unknown field."""
+        # Only the first unknown field is reported. Pydantic would create an error object for every unknown field.
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
@@ -108,7 +116,7 @@ FILTER_TYPES: dict[str, Any] = {
 }
 
 
-def _make_filter_field(condition: Condition) -> tuple[Any, Any]:
+def _make_filter_field(condition: FilterCondition) -> tuple[Any, Any]:
     unit = ", as a Unix timestamp" if condition.kind.endswith("time") else ""
     max_length = condition.max_length if condition.kind == "text" else None
     description = f"only images {condition.description}{unit}"
@@ -130,9 +138,9 @@ class FilterRequest(FilterFields):  # type: ignore[valid-type, misc]
 
 
 class QueryRequest(StrictModel):
-    """A query: texts, images and earlier hits that results should resemble (positive) or not resemble (negative)."""
+    """A query. Results should resemble its positive parts and should not resemble its negative parts."""
 
-    texts: QueryItems[Text] = Field([], description="what results should show, described in any supported language")
+    texts: QueryItems[Text] = Field([], description="what results should show, in any language that the model supports")
     images: QueryItems[DataUri] = Field([], description="images as data URIs")
     like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should resemble")
     negative_texts: QueryItems[Text] = Field([], description="what results should not show")
@@ -149,7 +157,7 @@ class QueryRequest(StrictModel):
 
 
 class SearchRequest(QueryRequest):
-    """A query and a filter, both optional. Without a query, images that match the filter are sorted newest first."""
+    """An optional query and an optional filter. Without a query, return matching images, newest first."""
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar images")
     offset: int = Field(
@@ -158,16 +166,16 @@ class SearchRequest(QueryRequest):
         le=MAX_OFFSET,
         description="number of hits to skip, counting similar images: `next_offset` of the previous page",
     )
-    show_weak: bool = Field(default=False, description="also return hits if nothing in the index is close to the query")
+    show_weak: bool = Field(default=False, description="also return hits if no image is close to the query")
     filter: FilterRequest = Field(default=FilterRequest(), description="conditions that every hit must meet")
     words: bool = Field(
         default=True,
-        description="rank an image higher if its captions, recognised text, file name, camera and date together "
-        "contain all words of `texts`",
+        description="rank an image higher if each word of `texts` occurs in its captions, recognised text, file name, "
+        "camera or date",
     )
     group_similar: bool = Field(
         default=True,
-        description="return bursts and edited copies of an image as one hit, which lists the others in `similar`; "
+        description="return bursts and edited copies of an image as one hit, whose `similar` lists the other images; "
         "ignored without a query",
     )
 
@@ -181,7 +189,7 @@ def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) 
 
 
 class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type: ignore[misc]
-    """A location of an image, with the captions and the metadata at that location."""
+    """A location of an image, with the captions and the metadata of the location."""
 
     name: str = Field(description="path of the image file")
     file_name: str = Field(description="file name without folders")
@@ -200,12 +208,12 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
     matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
-        description="fields that contain words of the query, if the image contains all words of the query"
+        description="fields that contain words of the query; empty unless the image contains all words of the query"
     )
     text: str = Field(description="text recognised in the image")
-    details: list[Detail] = Field(description="metadata of the image and its first location, in words")
+    details: list[Detail] = Field(description="metadata of the image and its first location, as texts for the user")
     similar: list[SimilarHit] = Field(
-        description="other hits that are bursts or edited copies of this image, best first"
+        description="bursts and edited copies of the image that are grouped with the hit, best first"
     )
 
 
@@ -215,26 +223,26 @@ class SearchResponse(BaseModel):
     hits: list[HitResponse] = Field(description="one page of results")
     nothing_close: bool = Field(
         description="true if no image that matches the filter is close to the query; the response then has no hits, "
-        "unless the request sets show_weak or has a filter"
+        "unless `show_weak` is true or the request has a filter"
     )
     total: int = Field(description="number of distinct images in the index that match the filter")
     next_offset: int | None = Field(
-        description="`offset` of the next page; null if there are no further hits, or their offset would be too large. "
+        description="`offset` of the next page; null if there are no further hits or the offset would be too large. "
         "Offsets count ungrouped hits, so a page can end before or after `offset` + `top`"
     )
 
 
 class HitRequest(QueryRequest):
-    """A non-empty query, and a hit whose score or image is to be explained."""
+    """A non-empty query, and a hit to explain."""
 
     id: HitId = Field(description="id of a hit")
 
 
 class HeatmapResponse(BaseModel):
-    """Similarity between a query and each cell of an image."""
+    """Heat map of the similarity between a query and an image."""
 
     rows: list[list[float]] = Field(
-        description="cosine similarity between the query and each cell, row by row; the cells divide the image evenly"
+        description="rows of a grid that divides the image evenly; each value is the cosine similarity of a grid cell"
     )
 
 
@@ -253,7 +261,7 @@ class ImagePart(BaseModel):
 
 
 class Message(BaseModel):
-    """Texts and images that are embedded together: the embedding is the normalised sum of their embeddings."""
+    """Texts and images whose embeddings are summed and normalised to a single embedding."""
 
     role: Literal["user"]
     content: Annotated[
@@ -268,33 +276,34 @@ parse_conversation = TypeAdapter(Conversation).validate_python
 
 
 def _parse_messages(value: Any, parse: Callable[[Any], Any]) -> Any:
+    # A single conversation is not wrapped in a list, so that error messages contain the correct path.
     is_single = isinstance(value, list) and value and isinstance(value[0], dict)
-    return parse_conversation(value) if is_single else parse(value)  # not wrapped in a list, so error paths are right
+    return parse_conversation(value) if is_single else parse(value)
 
 
 class EmbedRequest(BaseModel):
-    """A request in the format of OpenAI's embeddings API, with vLLM's field `messages` and Infinity's `modality`."""
+    """A request in the format of OpenAI's embeddings API, with `messages` as in vLLM and `modality` as in Infinity."""
 
     input: TextOrDataUri | Annotated[Items[TextOrDataUri], Field(min_length=1, max_length=MAX_TEXTS)] | None = Field(
         None, description="a text, an image as a data URI, or a list of texts and images"
     )
     messages: (
         Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
-    ) = Field(None, description="used instead of `input`: one conversation per embedding, each with a single message")
+    ) = Field(None, description="conversations to embed instead of `input`, each with a single message")
     modality: Literal["text", "image"] | None = Field(
-        None, description="modality of all of `input`; default: data URIs are images, everything else is text"
+        None, description="modality of all items of `input`; default: data URIs are images, all other items are texts"
     )
     model: AnyText | None = Field(None, description="ignored, because the server has only one model")
     encoding_format: Literal["float", "base64"] = Field("float", description="`float` or `base64`")
     dimensions: int | None = Field(
-        default=None, description="number of leading dimensions to return, renormalised; default: all dimensions"
+        default=None, description="number of dimensions to which embeddings are truncated; default: all dimensions"
     )
     user: AnyText | None = Field(None, description="ignored")
 
     def to_inputs(self) -> list[list[str | RequestImage]]:
-        """Return the texts and images of each input. Raise ValueError if an input is not of the given modality."""
+        """Return the texts and images of each input. Raise ValueError if an input is not of the requested modality."""
         if (self.input is None) == (self.messages is None):
-            raise ValueError("a request must contain either input or messages")
+            raise ValueError("a request must contain either `input` or `messages`")
         inputs: list[list[str | RequestImage]] = []
         for number, item in enumerate([self.input] if isinstance(self.input, str) else self.input or []):
             is_image = item.startswith(DATA_URI_PREFIX)
@@ -325,11 +334,11 @@ class EmbedResponse(BaseModel):
     object: Literal["list"] = "list"
     data: list[EmbeddingItem]
     model: str
-    usage: dict[str, int] = Field(description="always 0, because tokens are not counted")
+    usage: dict[str, int] = Field(description="token counts, which are always 0, because tokens are not counted")
 
 
 class HealthResponse(BaseModel):
-    """Health check response. If the server requires a token, requests without a token receive only the status."""
+    """Health check response. If a server requires a token, requests without the token receive only the status."""
 
     status: Literal["ok"] = "ok"
     model: str | None = None
@@ -350,10 +359,10 @@ ERROR_TYPES = {
     503: "index unavailable",
     504: "timeout",
 }
-# All other exceptions are reported as internal errors.
+# Exceptions that are not listed are reported as internal errors.
 STATUS_CODES: dict[type[Exception], int] = {
     QueueFull: 429,
-    TooLarge: 413,
+    ImageTooLarge: 413,
     UnsupportedQuery: 400,
     NotFound: 404,
     IndexUnavailableError: 503,
@@ -361,8 +370,8 @@ STATUS_CODES: dict[type[Exception], int] = {
     ValueError: 422,
     RequestValidationError: 422,
 }
-MAX_MESSAGE_LENGTH = 1000  # in characters; validation messages may quote parts of the request
-LOG_SECONDS = 60  # a repeated message about the index is logged at most once in this time
+MAX_MESSAGE_LENGTH = 1000  # in characters; messages about invalid requests are truncated to this length
+LOG_SECONDS = 60  # a repeated warning about the index is logged at most once per minute
 RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
 
 
@@ -402,10 +411,10 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     for exception in STATUS_CODES:
-        app.add_exception_handler(exception, _handle_error)
+        app.add_exception_handler(exception, _handle_known_error)
 
 
-async def _handle_error(request: Request, error: Exception) -> Response:
+async def _handle_known_error(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidImage):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
@@ -426,7 +435,7 @@ def make_client_message(error: Exception, app: FastAPI) -> str:
         return "internal error; see the server's log"
     if not isinstance(error, IndexUnavailableError):
         return str(error)
-    # Clients do not receive the message, because it contains addresses. A search page causes many equal messages.
+    # Clients do not receive the message, because the message contains addresses.
     warning = str(error), time.monotonic() // LOG_SECONDS
     if getattr(app.state, "last_warning", None) != warning:
         logger.warning("%s", error)

@@ -1,4 +1,4 @@
-"""HTTP server for image search and embeddings, with a search page. The API is described at /openapi.json."""
+"""HTTP server for image search and embeddings, with a search page."""
 
 import base64
 import hashlib
@@ -33,7 +33,7 @@ from llm2clip.search.explain import Explanation
 from llm2clip.search.images import RequestImage
 from llm2clip.search.index import Index, SearchOptions
 from llm2clip.search.inference import InferenceService, Limits
-from llm2clip.search.metadata import CONDITIONS, Condition
+from llm2clip.search.metadata import CONDITIONS, FilterCondition
 from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.schemas import (
     ERROR_RESPONSES,
@@ -56,22 +56,25 @@ from llm2clip.search.types import NotFound
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("common.js", "page.css", "page.js", "selection.js", "start.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-SHUTDOWN_TIMEOUT = 5  # in seconds; leaves time to cancel requests, because `docker stop` kills the process after 10 s
+SHUTDOWN_TIMEOUT = 5  # in seconds; less than the 10 s after which `docker stop` kills the process
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 503, 504)}
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may use a server."""
+    """Access control of a server.
 
-    # Token that every request must contain, except for `public_paths`. API clients send it in the header
-    # `Authorization: Bearer TOKEN`. In a browser, `/?token=TOKEN` starts a 24-hour session. Without the token,
-    # `/health` returns only the status.
+    Attributes:
+        token: Token that requests must contain. API clients send the header `Authorization: Bearer TOKEN`. In a
+            browser, `/?token=TOKEN` starts a session. Default: no authentication.
+        hosts: Allowed values of the Host header, or None to allow all values. The check prevents DNS rebinding attacks,
+            in which a website makes its own host name resolve to the address of the server.
+        public_paths: Paths that do not require the token. Without the token, `/health` returns only the status.
+    """
+
     token: str | None = field(default=None, repr=False)
-    # Host names that are allowed in the Host header, or None for all. This prevents DNS rebinding attacks, in which a
-    # website makes its own host name resolve to this machine's address.
     hosts: Sequence[str] | None = LOOPBACK
-    public_paths: Sequence[str] = ("/health",)  # paths that do not require the token
+    public_paths: Sequence[str] = ("/health",)
 
 
 def create_app(
@@ -85,12 +88,12 @@ def create_app(
     """Create the web application.
 
     Args:
-        model: Model that encodes texts and images. If there is an index, it must have been built with this model.
-        backend: Index to search. If None, the server only computes embeddings.
+        model: Model that encodes texts and images, and that built the index.
+        backend: Index to search. Default: the server only computes embeddings.
         limits: Resource limits for requests. Default: `Limits()`.
-        access: Who may use the server. Default: everyone on this machine.
+        access: Access control. Default: all users of the machine have access, without a token.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
-        add_routes: Function that adds routes, instead of the routes of this module.
+        add_routes: Function that adds routes to the application. Default: add all routes of this module.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
@@ -101,7 +104,7 @@ def create_app(
     count = len(model.query_templates.templates)
     if count > MAX_TEMPLATES:
         raise ValueError(
-            f"the model has too many prompt templates: {count}; the limit is {MAX_TEMPLATES}. Remove templates from "
+            f"the model has {count} prompt templates, but the limit is {MAX_TEMPLATES}. Remove templates from "
             f"`query_templates` in {Path(model.name) / 'config.json'}"
         )
     service = InferenceService(model, backend, limits or Limits(), model_thread)
@@ -117,7 +120,7 @@ def create_app(
         version=__version__,
         description="Search images with full sentences, and embed texts and images.",
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's documentation pages would load scripts from external sites
+        docs_url=None,  # FastAPI's documentation pages load scripts from external sites
         redoc_url=None,
         openapi_url="/openapi.json" if add_routes is None else None,
         responses={code: ERROR_RESPONSES[code] for code in ((401, 413) if auth else (413,))},
@@ -140,34 +143,31 @@ def create_app(
 
 
 def serve(
-    app: FastAPI,
-    host: str,
-    port: int,
-    on_start: Callable[[int], None] = lambda port: None,
-    behind_proxy: bool = False,
+    app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None, behind_proxy: bool = False
 ) -> None:
-    """Serve an application until the process receives SIGINT or SIGTERM. Wait up to 5 seconds for requests in progress.
+    """Serve an application until the process receives SIGINT or SIGTERM, then wait up to 5 seconds for requests.
 
     `on_start` is called with the port once the server accepts connections. Port 0 selects any free port.
     """
 
-    class Server(uvicorn.Server):
+    class NotifyingServer(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
                 on_start(self.servers[0].sockets[0].getsockname()[1])
 
     limit_malloc_arenas()
-    with suppress(KeyboardInterrupt):  # uvicorn re-raises it after handling SIGINT
-        Server(make_server_config(app, host, port, behind_proxy)).run()
+    with suppress(KeyboardInterrupt):  # uvicorn re-raises KeyboardInterrupt after handling SIGINT
+        NotifyingServer(make_server_config(app, host, port, behind_proxy)).run()
 
 
 def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -> uvicorn.Config:
     """Return the HTTP server config.
 
     Args:
-        behind_proxy: If True, the headers `X-Forwarded-For` and `X-Forwarded-Proto` set the client's address and scheme
-            for requests from 127.0.0.1 (or the addresses in the environment variable FORWARDED_ALLOW_IPS).
+        behind_proxy: If True, read the client address and scheme from the headers `X-Forwarded-For` and
+            `X-Forwarded-Proto` of requests from a proxy. The addresses of proxies are set in the environment variable
+            FORWARDED_ALLOW_IPS. Default: 127.0.0.1.
     """
     return uvicorn.Config(
         app,
@@ -185,9 +185,9 @@ def make_server_config(app: FastAPI, host: str, port: int, behind_proxy: bool) -
 def _add_status_routes(app: FastAPI, service: InferenceService, auth: Authenticator | None) -> None:
     @app.get("/health", response_model_exclude_none=True, responses={503: ERROR_RESPONSES[503]})
     async def health(request: Request) -> HealthResponse:
-        """Return the server status. Authorized requests also receive the model name, dimension and image count.
+        """Return the server status. Authorised requests also receive the model name, dimension and image count.
 
-        While the index is unavailable, authorized requests receive status 503.
+        While the index is unavailable, authorised requests receive status 503.
         """
         if auth is not None and not auth.is_authorized(request):
             return HealthResponse()
@@ -208,7 +208,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         Images whose texts contain all words of the query are ranked higher, unless `words` is false.
         Without a query, return the images that match the filter, newest first.
         """
-        # A response can be large, so it is also serialized in the worker thread.
+        # A large response would block the event loop, so the worker thread also serialises the response.
         body = await service.searchers.run(lambda: search_index(service.require_index(), request).model_dump_json())
         return Response(body, media_type="application/json")
 
@@ -219,7 +219,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HitRequest) -> HeatmapResponse:
-        """Return a heat map that locates the given texts, images and earlier hits in the image of a hit."""
+        """Return a heat map of where the image of a hit is similar to the given texts, images and earlier hits."""
         heatmap = await service.searchers.run(service.require_index().compute_heatmap, request.to_query(), request.id)
         return HeatmapResponse(rows=heatmap.tolist())
 
@@ -238,7 +238,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/v1/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        """Return the model name in OpenAI's format. The other fields are constants that the format requires."""
+        """Return the model name in OpenAI's format."""
         model = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "llm2clip"}
         return {"object": "list", "data": [model]}
 
@@ -247,7 +247,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
     async def embed(request: EmbedRequest) -> EmbedResponse:
         """Return the embeddings of texts and images in OpenAI's format. Images must be data URIs.
 
-        The paths /embed and /v1/embeddings are equivalent. `dimensions` truncates and renormalises the embeddings.
+        The paths /embed and /v1/embeddings are equivalent. With `dimensions`, embeddings are truncated and normalised.
         """
         return await service.embedders.run(embed_inputs, request)
 
@@ -261,7 +261,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
         texts = {position: part for position, part in enumerate(parts) if isinstance(part, str)}
         for kind, count, limit in (("images", len(images), MAX_EMBEDDED_IMAGES), ("texts", len(texts), MAX_TEXTS)):
             if count > limit:
-                raise ValueError(f"too many {kind} in one request: {count}; the limit is {limit}")
+                raise ValueError(f"the request contains {count} {kind}, but the limit is {limit}")
         vectors = np.empty((len(parts), encoder.model.embed_dim), np.float32)
         vectors[list(images)] = encoder.embed_images(list(images.values()))
         vectors[list(texts)] = encoder.embed_texts(list(texts.values()))
@@ -280,10 +280,10 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
     @app.get("/thumbnail/{hit_id}", response_class=Response, responses=API_ERRORS)
     async def thumbnail(hit_id: str, request: Request) -> Response:
         """Return a hit's thumbnail, a JPEG with at most 256 pixels per side."""
-        jpeg = await run_in_threadpool(service.require_index().backend.thumbnail, hit_id)
+        jpeg = await run_in_threadpool(service.require_index().backend.read_thumbnail, hit_id)
         if jpeg is None:
             raise NotFound(f"the index contains no image with id {hit_id}")
-        # The ETag is a hash of the thumbnail, because an id may refer to different images in two indexes.
+        # The ETag is a hash of the thumbnail, because the same id can refer to different images in two indexes.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
         if request.headers.get("if-none-match") == tag:
@@ -295,11 +295,11 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         """Return a hit's original image file."""
         stream, media_type = await service.open_original_image(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
-        if isinstance(stream, io.BytesIO):  # the image is stored in a table cell
+        if isinstance(stream, io.BytesIO):  # the image comes from a cell of a table
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return FileStream(read_and_close(stream, size), media_type, headers)
+        return FileStreamResponse(read_and_close(stream, size), media_type, headers)
 
     async def read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
         with stream:
@@ -308,8 +308,8 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
                 yield await run_in_threadpool(stream.read, min(CHUNK_SIZE, size - start))
 
 
-class FileStream(StreamingResponse):
-    """Response that closes its generator, and with it the open file, as soon as the client disconnects."""
+class FileStreamResponse(StreamingResponse):
+    """Response that closes its generator, and thereby the open file, as soon as the client disconnects."""
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str]) -> None:
         super().__init__(chunks, media_type=media_type, headers=headers)
@@ -326,7 +326,7 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
 
     @app.get("/", include_in_schema=False)
     async def serve_page(request: Request) -> Response:
-        """Return the search page. If the URL contains the token, start a session and redirect to `/`."""
+        """Return the search page. If the URL contains the token, start a session and redirect to `/` instead."""
         if auth is not None and auth.is_token(request.query_params.get("token", "")):
             response = RedirectResponse("/", 303)
             auth.start_session(request, response)
@@ -341,7 +341,7 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
         return FileResponse(STATIC_FOLDER / name, headers={"Cache-Control": "no-cache"})
 
 
-def _make_filter_input(condition: Condition) -> str:
+def _make_filter_input(condition: FilterCondition) -> str:
     attributes = {"id": condition.name, "data-filter": condition.kind, "data-label": condition.label}
     if condition.kind == "number":
         attributes |= {"type": "number", "min": "1", "max": "1000000", "step": "1"}

@@ -1,8 +1,8 @@
 """SQLite index backend, which searches the vectors in memory.
 
-Each search scans all vectors, quantized to int8, and re-scores the best candidates with the float16 vectors. Memory
-bandwidth limits the speed of scans, and int8 vectors are half the size of float16 vectors (see benchmarks/search.py).
-Readers keep the quantized vectors in memory and load only new vectors after a write.
+Each search scans all vectors, quantised to int8, and re-scores the best candidates with the float16 vectors. Memory
+bandwidth limits the speed of a scan, and int8 vectors are half the size of float16 vectors (see benchmarks/search.py).
+Readers keep the quantised vectors in memory and load only new vectors after a write.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ from llm2clip.search.backends import (
     INDEX_FILE,
     NEW_INDEX_ADVICE,
     Backend,
-    Query,
     Result,
     SqlConditions,
+    SqlRunner,
     format_missing_index_message,
 )
-from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, define_columns, read_columns
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, format_column_definitions, get_columns
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage, IndexUnavailableError
 from llm2clip.search.words import (
     WORDS_SCHEMA,
     WordQuery,
     add_texts,
-    find_matches,
+    find_word_matches,
     make_caption_condition,
     read_searchable_fields,
     remove_texts,
     set_recognized_text,
-    sort_distinct,
+    sort_distinct_ids,
 )
 
-# Minimum number of candidates to re-score. With 128 candidates of a million vectors, the top 10 were exact.
+# Minimum number of candidates that are re-scored. For a million vectors, 128 candidates gave an exact top 10.
 MIN_CANDIDATES = 128
 CANDIDATES_PER_HIT = 4
-MIN_SCANNED = 1024  # minimum number of candidates that a scan returns, whether or not they are re-scored
-EXACT_BELOW = 2048  # up to this number of ids, scoring all float16 vectors is faster than scanning int8 codes first
-CHUNK = 65_536
+MIN_SCANNED = 1024  # minimum number of candidates that a scan returns; not all of them are re-scored
+EXACT_BELOW = 2048  # for at most this number of vectors, exact float16 scoring is faster than an int8 scan
+CHUNK = 65_536  # number of vectors per block
 COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
-# `location` is a serialised `ImageRef`, and `max_abs` is the largest absolute value in a vector. Content ids are never
-# reused, so an id always refers to the same content.
+# `location` is a serialised `ImageRef`, and `max_abs` is the largest absolute value in a vector.
+# AUTOINCREMENT prevents the reuse of content ids, so an id always refers to the same content.
 SCHEMA = f"""
 CREATE TABLE metadata (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE calibration (data BLOB NOT NULL);
 CREATE TABLE contents (
   id INTEGER PRIMARY KEY AUTOINCREMENT, hash BLOB NOT NULL UNIQUE, vector BLOB NOT NULL, max_abs REAL NOT NULL,
-  {define_columns(CONTENT_FIELDS, COLUMN_TYPES)});
+  {format_column_definitions(CONTENT_FIELDS, COLUMN_TYPES)});
 CREATE INDEX contents_max_abs ON contents(max_abs);
 CREATE TABLE thumbnails (id INTEGER PRIMARY KEY REFERENCES contents(id) ON DELETE CASCADE, jpeg BLOB NOT NULL);
 CREATE TABLE images (
   id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, content INTEGER NOT NULL REFERENCES contents(id),
   location TEXT NOT NULL, source TEXT NOT NULL, file_version TEXT NOT NULL, captions TEXT NOT NULL,
-  {define_columns(IMAGE_FIELDS, COLUMN_TYPES)});
+  {format_column_definitions(IMAGE_FIELDS, COLUMN_TYPES)});
 CREATE INDEX images_content ON images(content);
 CREATE INDEX images_source ON images(source);
 CREATE INDEX images_taken ON images(taken);
@@ -83,16 +83,13 @@ INSERT_IMAGE = f"""
 INSERT OR REPLACE INTO images (content, {", ".join(IMAGE_COLUMNS)})
 VALUES ((SELECT id FROM contents WHERE hash = :hash), {", ".join(f":{name}" for name in IMAGE_COLUMNS)})
 """
-# SQL condition for images inside a path. The name of an image must match the pattern :glob, or the pattern followed by
-# "/" (folder), "!" (tar) or "[" (table). File names may also contain "!" and "[", so after these two characters, the
-# image must also be stored in a tar or table whose file name matches the last part of the path (:basename).
+# SQL condition for images inside the path :glob. In names, "/" (folder), "!" (tar) or "[" (table) follows the path.
+# File names may also contain "!" and "[", so the tar or table that contains the image must match :basename.
 INSIDE_PATH = """(images.name GLOB :glob OR images.name GLOB :glob || '/*'
   OR (images.name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
       AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
 MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
-
-
-Block = tuple[np.ndarray, np.ndarray]  # sorted int64 ids of shape (N,), and int8 codes of shape (N, D)
+Block = tuple[np.ndarray, np.ndarray]  # sorted int64 ids of shape (N,) and int8 vectors of shape (N, D)
 
 
 def open_index(location: str, write: bool) -> Backend:
@@ -106,7 +103,7 @@ class SqliteBackend(Backend):
     IN_IDS = "IN (SELECT value FROM json_each(:ids))"
 
     def __init__(self, folder: Path, write: bool = False) -> None:
-        """Open the index in a folder. See `open_backend`. Only the current user can read an index that is created.
+        """Open the index in a folder, or create an index that only the current user can read.
 
         Raises:
             FileNotFoundError: `write` is False, and there is no complete index in the folder.
@@ -117,7 +114,7 @@ class SqliteBackend(Backend):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self.folder, self._db = folder, SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
-        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached`
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_or_compute`
         self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # database state and its vectors
         self._vectors_lock = threading.Lock()
         if not write and (self._db.is_empty or not self.metadata()):
@@ -135,17 +132,17 @@ class SqliteBackend(Backend):
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in metadata.items()]
-        with self._db.transaction() as connection:
+        with self._db.open_transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO metadata VALUES (?, ?)", rows)
 
-    def existing(self, hashes: Iterable[bytes]) -> set[bytes]:
+    def find_existing_hashes(self, hashes: Iterable[bytes]) -> set[bytes]:
         return {digest for digest in hashes if self._db.query("SELECT 1 FROM contents WHERE hash = ?", (digest,))}
 
-    def add(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        with self._db.transaction() as connection:
+    def add_images(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
+        with self._db.open_transaction() as connection:
             self._may_have_orphans = True
             for content in contents:
-                row = read_columns(content, CONTENT_FIELDS)
+                row = get_columns(content, CONTENT_FIELDS)
                 row |= {"hash": content.hash, "vector": np.ascontiguousarray(content.vector, dtype="<f2").tobytes()}
                 row["max_abs"] = float(np.abs(content.vector).max())
                 added = connection.execute(INSERT_CONTENT, row).fetchone()
@@ -156,17 +153,17 @@ class SqliteBackend(Backend):
             connection.executemany(INSERT_IMAGE, rows)
             add_texts(connection, {image.name: image for image, _ in images}.values())
 
-    def remove(self, names: Sequence[str]) -> None:
+    def remove_images(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # avoid a write, because all open readers look for changes after each write
-        with self._db.transaction() as connection:
+            return  # an unnecessary write would make all readers look for changes
+        with self._db.open_transaction() as connection:
             remove_texts(connection, names)
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
 
-    def set_texts(self, texts: Mapping[bytes, str]) -> None:
-        with self._db.transaction() as connection:
+    def save_recognized_texts(self, texts: Mapping[bytes, str]) -> None:
+        with self._db.open_transaction() as connection:
             for digest, text in texts.items():
                 row = connection.execute("SELECT id FROM contents WHERE hash = ?", (digest,)).fetchone()
                 if row is not None:
@@ -174,12 +171,12 @@ class SqliteBackend(Backend):
 
     # ---- statements
 
-    def _read(self, function: Callable[[Query], Result]) -> Result:
+    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
         return function(self._db.query)
 
     @contextmanager
-    def _write(self) -> Iterator[Query]:
-        with self._db.transaction() as connection:
+    def _open_transaction(self) -> Iterator[SqlRunner]:
+        with self._db.open_transaction() as connection:
             yield lambda statement, parameters: connection.execute(statement, parameters).fetchall()
 
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
@@ -187,7 +184,7 @@ class SqliteBackend(Backend):
         return f"(source = :source OR {INSIDE_PATH})", parameters
 
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        # Brackets are common in file names, so they are matched literally. The pattern of the root folder is empty.
+        # File names often contain brackets, so brackets are matched literally. The pattern of the root folder is empty.
         pattern = path.rstrip("/").replace("[", "[[]")
         is_absolute = path.startswith("/") or not pattern
         return INSIDE_PATH, _make_path_parameters(pattern if is_absolute else f"*/{pattern}")
@@ -200,119 +197,120 @@ class SqliteBackend(Backend):
     def count_matches(self, image_filter: Filter) -> int:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
-    def _find_newest(self, run: Query, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         ids = self._get_matching_ids(image_filter, newest_first=True)
         return list(ids[offset : offset + count].tolist())
 
     def _find_nearest(
-        self, run: Query, vector: np.ndarray, depth: int, image_filter: Filter
+        self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
-        # The last ranking is cached, because the relevance of the next page also depends on the top hits.
-        key = self._db.read_state(), vector.tobytes(), image_filter  # read first, so it is never newer than the ranking
+        # The last ranking is cached, because the relevance of the next page depends on the top hits of the query.
+        key = self._db.read_state(), vector.tobytes(), image_filter  # the state must not be newer than the ranking
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            cached = self._cache["nearest"] = (key, depth), self._rank(vector, depth, allowed_ids)
+            cached = self._cache["nearest"] = (key, depth), self._rank_nearest(vector, depth, allowed_ids)
         ids, cosines = cached[1]
         return ids[:depth], cosines[:depth]
 
-    def _rank(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _rank_nearest(
+        self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (int64) and cosine similarities (float32) of the nearest vectors, best first, then by id.
 
-        Candidates are re-scored in stages, and each stage appends hits to the hits of the previous stage. The top hits
-        therefore do not depend on `count`, so the pages of a query neither repeat nor skip images.
+        Candidates are re-scored in stages, and each stage appends hits to the hits of the previous stage. The order of
+        the hits therefore does not depend on `count`, so the pages of a query neither repeat nor skip images.
 
         Args:
             query: L2-normalised float32 vector of shape (D,).
             allowed_ids: Sorted ids of the vectors to search. Default: all vectors.
         """
         if allowed_ids is not None and len(allowed_ids) <= EXACT_BELOW:
-            scores = self._fetch_array(allowed_ids).astype(np.float32) @ query
+            scores = self._fetch_vector_array(allowed_ids).astype(np.float32) @ query
             ranking = np.lexsort((allowed_ids, -scores))[:count]
             return allowed_ids[ranking], scores[ranking]
         stages = [MIN_CANDIDATES]
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
-        # If several candidates have equal codes, the number of candidates determines which of them a scan returns.
+        # Every query scans at least MIN_SCANNED candidates, because `count` affects the choice among equal codes.
         ids = self._get_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:
-            vectors = self._fetch_array(ids[len(scores) : size]).astype(np.float32)
+            vectors = self._fetch_vector_array(ids[len(scores) : size]).astype(np.float32)
             scores = np.concatenate([scores, vectors @ query])
             order = np.lexsort((ids[:size], -scores))
             ranking = np.concatenate([ranking, order[~np.isin(order, ranking)]])[: size // CANDIDATES_PER_HIT]
         return ids[ranking[:count]], scores[ranking[:count]]
 
-    def _find_word_matches(self, run: Query, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        def find() -> np.ndarray:
+    def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
+        def find_ids() -> np.ndarray:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            with self._db.snapshot() as db:
-                return find_matches(db, query, allowed_ids)
+            with self._db.open_snapshot() as db:
+                return find_word_matches(db, query, allowed_ids)
 
-        ids: np.ndarray = self._get_cached("word matches", (self._db.read_state(), query, image_filter), find)
+        ids: np.ndarray = self._get_or_compute("word matches", (self._db.read_state(), query, image_filter), find_ids)
         return ids
 
-    def _read_word_fields(self, run: Query, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        with self._db.snapshot() as db:
+    def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+        with self._db.open_snapshot() as db:
             return read_searchable_fields(db, query, ids)
 
     def _read_images(
-        self, run: Query, ids: Sequence[int], conditions: SqlConditions
+        self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
         columns = ", ".join(IMAGE_COLUMNS)
 
-        def select(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
+        def select_images(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
             statement = f"SELECT {columns} FROM images WHERE {' AND '.join(where)} ORDER BY id LIMIT :limit"
             rows = run(statement, {**conditions.parameters, "content": content_id, "limit": MAX_LOCATIONS})
             return sorted(map(self._image_from_row, rows), key=lambda image: image.name)
 
         images = {}
         for content_id in ids:
-            content_images = select(content_id, ["content = :content"])
+            content_images = select_images(content_id, ["content = :content"])
             if conditions.images and content_images:
-                matching = select(content_id, ["content = :content", *conditions.images])
+                matching = select_images(content_id, ["content = :content", *conditions.images])
                 content_images = list(dict.fromkeys([*matching, *content_images]))[:MAX_LOCATIONS]
             if content_images:
                 images[content_id] = tuple(content_images)
         return images
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids from `_find_matching_ids`, cached for further pages."""
         key = self._db.read_state(), image_filter
         slot = "newest ids" if newest_first else "ids"
-        ids: np.ndarray = self._get_cached(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
+        ids: np.ndarray = self._get_or_compute(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
         if newest_first:
-            self._get_cached("ids", key, lambda: np.sort(ids))  # for `count_matches`
+            self._get_or_compute("ids", key, lambda: np.sort(ids))  # for `count_matches`
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        """Return the ids (int64) of all contents with a matching image, in ascending order or newest image first."""
+        """Return the int64 ids of all contents with a matching image, in ascending order or newest image first."""
         conditions = self._make_conditions(image_filter)
         where = [*conditions.images, *conditions.contents]
         if conditions.captions is not None:
             where.append(conditions.captions)
-        with self._db.snapshot() as db:
+        with self._db.open_snapshot() as db:
             sql = (
                 "SELECT images.content, images.taken FROM images JOIN contents ON contents.id = images.content "
                 f"WHERE {' AND '.join(where)}"
             )
             rows = np.fromiter(db.execute(sql, conditions.parameters), MATCH_DTYPE)
-        return sort_distinct(rows["content"], -rows["taken"]) if newest_first else np.unique(rows["content"])
+        return sort_distinct_ids(rows["content"], -rows["taken"]) if newest_first else np.unique(rows["content"])
 
     # ---- vectors
 
     def _get_vectors(self) -> QuantizedVectors:
-        """Return all quantized vectors. Read only vectors added since the last call, unless the scale must change."""
-        with self._vectors_lock:  # one of several concurrent searches reads the vectors, and the others wait
+        """Return all quantised vectors. Read only vectors added since the last call, unless the scale must change."""
+        with self._vectors_lock:  # only one of several concurrent searches reads the vectors
             state = self._db.read_state()
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
-            with self._db.snapshot() as db:
+            with self._db.open_snapshot() as db:
                 ((max_abs,),) = db.execute("SELECT max(max_abs) FROM contents")
                 vectors, last = QuantizedVectors(127 / max(max_abs or 0, 1e-6)), self._vectors
                 if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:
                     vectors = last[1]
-                else:  # free the old vectors first, because old and new vectors together may not fit in memory
+                else:  # free the old vectors first, because both may not fit in memory
                     last = self._vectors = None
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
@@ -325,7 +323,7 @@ class SqliteBackend(Backend):
     def _decode_vector(self, vector: bytes) -> np.ndarray:
         return np.frombuffer(vector, "<f2").astype(np.float32)
 
-    def _fetch_array(self, ids: np.ndarray) -> np.ndarray:
+    def _fetch_vector_array(self, ids: np.ndarray) -> np.ndarray:
         """Return the vectors with the given ids, of shape (N, D), float16. Removed ids have zero vectors."""
         statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
         vectors: dict[int, bytes] = dict(self._db.query(statement, {"ids": json.dumps(ids.tolist())}))
@@ -334,8 +332,8 @@ class SqliteBackend(Backend):
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _get_cached(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
-        """Return the cached value with the given name. Recompute it if the state has changed since the last call."""
+    def _get_or_compute(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+        """Return the cached value of a name. If the state has changed since the last call, compute the value again."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
@@ -347,7 +345,7 @@ def _make_path_parameters(pattern: str) -> dict[str, str]:
 
 
 def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield chunks of the vectors after `last_id`: ids of shape (N,), int64, and vectors of shape (N, D), float16."""
+    """Yield chunks of int64 ids of shape (N,) and float16 vectors of shape (N, D) for all ids after `last_id`."""
     cursor = db.execute("SELECT id, vector FROM contents WHERE id > ? ORDER BY id", (last_id,))
     while rows := cursor.fetchmany(CHUNK):
         ids = np.array([content_id for content_id, _ in rows], dtype=np.int64)
@@ -355,14 +353,14 @@ def _read_vector_chunks(db: sqlite3.Connection, last_id: int) -> Iterator[tuple[
         yield ids, vectors.reshape(len(rows), -1)
 
 
-# ---- quantized vectors
+# ---- quantised vectors
 
 
 class QuantizedVectors:
-    """Vectors quantized to int8 by rounding scale * x and clipping to ±127.
+    """Vectors quantised to int8 by rounding scale * x and clipping to ±127.
 
-    All vectors share a scale, so their dot products with a query are comparable. They are stored in blocks, sorted by
-    id, so that an update copies only a few blocks instead of all vectors.
+    All vectors have the same scale, so their dot products with a query are comparable. Blocks of vectors are sorted by
+    id, so that an update copies only a few blocks.
     """
 
     def __init__(self, scale: float, blocks: Sequence[Block] = ()) -> None:
@@ -376,13 +374,13 @@ class QuantizedVectors:
         return sum(len(ids) for ids, _ in self.blocks)
 
     def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return a copy with additional vectors, as chunks of int64 ids and float16 vectors. Most blocks are shared.
+        """Return a copy with additional vectors, as chunks of int64 ids and float16 vectors.
 
-        The new ids must be larger than all previous ids.
+        The ids must be larger than all existing ids. The copy shares most blocks with the original.
         """
         blocks = list(self.blocks)
         for ids, vectors in chunks:
-            codes = quantize(vectors, self.scale)
+            codes = quantize_to_int8(vectors, self.scale)
             if blocks and len(blocks[-1][0]) + len(ids) <= CHUNK:
                 last_ids, last_codes = blocks.pop()
                 ids, codes = np.concatenate([last_ids, ids]), np.concatenate([last_codes, codes])
@@ -391,21 +389,21 @@ class QuantizedVectors:
 
     def with_only(self, ids: np.ndarray) -> QuantizedVectors:
         """Return a copy that contains only the vectors whose ids are in the sorted array `ids`."""
-        blocks = [_select(block, ids) for block in self.blocks]
+        blocks = [_select_from_block(block, ids) for block in self.blocks]
         return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
 
     def find_nearest(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
-        """Return the ids of the vectors with the largest dot products with the quantized query, largest first."""
-        # The query may use a different scale, because constant factors do not change the ranking.
+        """Return the ids of the vectors with the largest dot products with the quantised query, largest first."""
+        # The query may have a different scale, because a constant factor does not change the ranking.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for block in self.blocks:
-            ids, codes = block if allowed_ids is None else _select(block, allowed_ids)
+            ids, codes = block if allowed_ids is None else _select_from_block(block, allowed_ids)
             if len(ids):
                 try:
                     matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
                 except (MemoryError, SystemError) as error:
-                    if isinstance(error.__cause__, KeyboardInterrupt):  # usearch raises these errors for Ctrl+C
+                    if isinstance(error.__cause__, KeyboardInterrupt):  # usearch wraps KeyboardInterrupt
                         raise KeyboardInterrupt from None
                     raise
                 best_ids.append(ids[matches.keys.astype(np.int64)])
@@ -414,15 +412,15 @@ class QuantizedVectors:
         return ids[np.lexsort((ids, np.concatenate(best_distances)))[:count]]
 
 
-def _select(block: Block, allowed_ids: np.ndarray) -> Block:
-    """Return the vectors of a block whose ids are in a sorted array. If all are, return the block itself."""
+def _select_from_block(block: Block, allowed_ids: np.ndarray) -> Block:
+    """Return the vectors of a block whose ids are in a sorted array. If all ids are, return the block itself."""
     ids, codes = block
     first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
     allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
     return block if allowed.all() else (ids[allowed], codes[allowed])
 
 
-def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
+def quantize_to_int8(vectors: np.ndarray, scale: float) -> np.ndarray:
     return np.clip(np.rint(vectors.astype(np.float32) * scale), -127, 127).astype(np.int8)
 
 
@@ -430,26 +428,23 @@ def quantize(vectors: np.ndarray, scale: float) -> np.ndarray:
 
 
 class SqliteDatabase:
-    """Connection to an index database. Thread-safe.
-
-    `is_empty` is True if the database was empty when it was opened for reading.
-    """
+    """Connection to an index database. Thread-safe."""
 
     def __init__(self, folder: Path, write: bool) -> None:
-        """Open the database in an existing folder. With `write`, create it if it does not exist."""
+        """Open the database in an existing folder. If `write` is True and the database is empty, create the tables."""
         self.file = folder / INDEX_FILE
         if not self.file.exists():
-            self.file.touch(mode=0o600)  # SQLite's temporary files inherit these permissions
+            self.file.touch(mode=0o600)  # SQLite's temporary files inherit the permissions of the database
         self._lock = threading.RLock()
         with self._convert_errors():
             self.file_id = self._read_file_id()
             self.connection = self._connect()
             version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
-            self.is_empty = version == 0 and not write
+            self.is_empty = version == 0 and not write  # True if an empty database was opened for reading
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                # Affects only new databases. A page should hold several vectors of about 2 KB each.
+                # The page size of a new database, so that a page holds several vectors of about 2 KB.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")
@@ -462,17 +457,17 @@ class SqliteDatabase:
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection with an open transaction, which is rolled back if an exception is raised."""
+    def open_transaction(self) -> Iterator[sqlite3.Connection]:
+        """Open a transaction, which is rolled back if the `with` block raises an exception."""
         with self._lock, self._convert_errors(), self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
             yield self.connection
 
     @contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
+    def open_snapshot(self) -> Iterator[sqlite3.Connection]:
         """Open a separate connection that reads a snapshot of the database without blocking other threads.
 
-        If the open file is no longer at its path, the main connection is used, which blocks other threads.
+        If the database file has been deleted or moved, yield the main connection, which blocks other threads.
         """
         with self._convert_errors():
             with self._lock:
@@ -492,16 +487,15 @@ class SqliteDatabase:
     def _connect(self) -> sqlite3.Connection:
         mode = "mode=rw"
         if self._is_on_read_only_disk() and not Path(f"{self.file}-wal").exists():
-            mode = "immutable=1"  # otherwise, SQLite creates files next to the database even when reading
+            mode = "immutable=1"  # otherwise, SQLite would create files next to the database
         uri = f"{self.file.absolute().as_uri()}?{mode}"
         return sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=60)
 
     def _reopen_if_replaced(self) -> bool:
-        """If the index file has been replaced since it was opened, open the new file.
+        """If the index file has been replaced, open the new file. Return True if the connection reads the current file.
 
-        Return False if there is no file at the path, or if `llm2clip index` has just created the file and has not
-        stored the model yet. In these cases, keep reading the old file. Raise IndexUnavailableError if the model or
-        format of the new index differs.
+        If the file has been deleted, or the new index has no metadata yet, keep reading the old file and return False.
+        Raise IndexUnavailableError if the new index has a different model or format.
         """
         file_id = self._read_file_id()
         if file_id in (self.file_id, ()):
@@ -517,8 +511,8 @@ class SqliteDatabase:
                 return False
             if model != self.connection.execute(identity).fetchall():
                 raise IndexUnavailableError(
-                    f"{self.file} was replaced with an index of a different model or format. To use it, restart this "
-                    "command"
+                    f"{self.file} was replaced with an index of a different model or format. To use the new index, "
+                    "restart this command"
                 )
             connection, self.connection, self.file_id = self.connection, connection, file_id
             return True
@@ -533,10 +527,10 @@ class SqliteDatabase:
         return False
 
     def _read_file_id(self) -> tuple[int, ...]:
-        """Return an identifier of the database file that changes if the file is replaced, or () if it was deleted.
+        """Return an identifier that changes if the database file is replaced, or () if the file does not exist.
 
-        If this machine cannot write to the disk, the identifier also changes when another machine writes to the file,
-        because immutable connections do not notice changes.
+        On a read-only disk, the identifier also changes when another machine writes to the file, because immutable
+        connections do not notice changes.
         """
         try:
             stat = self.file.stat()
@@ -548,11 +542,11 @@ class SqliteDatabase:
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk or a locked database, to OSErrors that name the file."""
+        """Convert SQLite errors, such as a full disk, to OSErrors whose message contains the file name and advice."""
         try:
             yield
         except sqlite3.Error as error:
-            # OperationalError: a table is missing or locked, or the disk is full. DatabaseError: the file is corrupt.
+            # SQLite raises OperationalError for a locked database or a full disk, and DatabaseError for a corrupt file.
             is_unavailable = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
             advice = ""
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:

@@ -1,4 +1,4 @@
-"""Data types of an index (images, contents, hits), exceptions of searches, and request deadlines."""
+"""Data types of an image index, exceptions of searches, and request deadlines."""
 
 import json
 import math
@@ -17,21 +17,17 @@ from llm2clip.io_utils import to_valid_unicode
 from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_details
 
 # These keys are stored in every index, so they must not change when a class is renamed.
-REF_TYPES: dict[str, type[ImageRef]] = {
-    "FileImage": FileImage,
-    "TarImage": TarImage,
-    "ParquetImage": ParquetImage,
-}
-MAX_LOCATIONS = 100  # per hit; web datasets contain some images hundreds of thousands of times
+REF_TYPES: dict[str, type[ImageRef]] = {"FileImage": FileImage, "TarImage": TarImage, "ParquetImage": ParquetImage}
+MAX_LOCATIONS = 100  # maximum number of locations per hit; web datasets contain some images 100,000 times
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedImage(ImageMetadata):
-    """An indexed image file, tar member or table cell, with its captions and metadata."""
+    """An indexed image file, tar member or table cell."""
 
     name: str  # canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`; unique within an index
     ref: ImageRef
-    source: str  # in the format of `open_records`, with an absolute path
+    source: str  # source in the format of `open_records`, with an absolute path
     file_version: str  # size and modification time of the file, to detect changes
     captions: tuple[str, ...] = ()
 
@@ -42,13 +38,13 @@ class IndexedImage(ImageMetadata):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            name = name.removesuffix(f"@{self.ref.offset}")  # distinguishes tar members with the same name
+            name = name.removesuffix(f"@{self.ref.offset}")  # the offset distinguishes tar members of the same name
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
 
     @property
     def file_name(self) -> str:
-        """File name without the folders, which may be private. An image in a table has the form `TABLE[ROW].COLUMN`."""
+        """File name without folders, which may be private. For an image in a table, `TABLE[ROW].COLUMN`."""
         name = self.name
         if isinstance(self.ref, TarImage):
             name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
@@ -56,13 +52,13 @@ class IndexedImage(ImageMetadata):
 
     @property
     def has_exif_time(self) -> bool:
-        """True if `taken` is an EXIF time, False if it is or could be the modification time of a file or dataset."""
+        """True if `taken` is an EXIF time, False if `taken` may be the modification time of a file."""
         _, _, nanoseconds = self.file_version.partition(" ")
         return nanoseconds.isdigit() and abs(self.taken - int(nanoseconds) / 1e9) > TIME_OFFSET / 2
 
 
 class ImageState(NamedTuple):
-    """State of an indexed image, from which changes are detected."""
+    """File version and captions of an indexed image, to detect changes."""
 
     file_version: str
     captions: tuple[str, ...]
@@ -70,7 +66,7 @@ class ImageState(NamedTuple):
 
 @dataclass(frozen=True)
 class IndexedContent(ContentMetadata):
-    """Content of an image file, shared by all images with identical bytes, and its metadata."""
+    """Embedding, thumbnail and metadata that all images with identical bytes share."""
 
     hash: bytes  # SHA-256 hash of the encoded image
     vector: np.ndarray  # L2-normalised embedding of shape (D,), float16
@@ -79,7 +75,7 @@ class IndexedContent(ContentMetadata):
 
 @dataclass(frozen=True)
 class SimilarHit:
-    """A hit that was grouped with a similar hit of a better rank. The names are those of its first image."""
+    """A hit that was grouped with a similar hit of a better rank."""
 
     id: str
     name: str
@@ -92,18 +88,17 @@ class Hit(ContentMetadata):
 
     id: str  # identifier of the image content; unique within an index
     score: float | None  # cosine similarity to the query vector, or None without a query
-    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS, images that match the filter first
+    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS images, of which matching images come first
     image_count: int  # total number of images with this content
-    # Fields that contain words of the query (`caption`, `text`, `name`, `camera`, `date`). Empty unless the image
-    # contains all words of the query.
+    # Fields (`caption`, `text`, `name`, `camera`, `date`) with query words, if the image contains all query words.
     matched: tuple[str, ...] = ()
-    text: str = ""  # recognised in the image
+    text: str = ""  # text recognised in the image
     relevance: float | None = None  # estimated probability of being an answer (see `search.relevance`), or None
     similar: tuple[SimilarHit, ...] = ()  # hits that were grouped with this hit, best first
 
     @property
     def details(self) -> list[Detail]:
-        """Metadata lines about the image and its first location, for the user."""
+        """Lines of metadata about the image and its first location, for display."""
         return list_details(self, self.images[0])
 
 
@@ -122,15 +117,15 @@ def ref_from_json(text: str) -> ImageRef:
 
 
 class NotFound(LookupError):
-    """Raised when the index, an indexed image, or its original file does not exist."""
+    """Raised when an index, an indexed image or an original image file does not exist."""
 
 
 class UnsupportedQuery(ValueError):
-    """Raised when the requested operation is not available for a valid query."""
+    """Raised when an operation does not support a valid query."""
 
 
 class IndexUnavailableError(OSError):
-    """Raised when an index cannot be read, for example because its server is down. A later attempt may succeed."""
+    """Raised when an index cannot be read at the moment, for example because the PostgreSQL server is down."""
 
 
 # ---- deadlines
@@ -141,10 +136,10 @@ class DeadlineExceeded(TimeoutError):
 
 
 class Deadline(NamedTuple):
-    """Deadline of a request, on the clock of `time.monotonic`, and the time limit in seconds."""
+    """Deadline of a request."""
 
-    end: float = math.inf
-    limit: float = math.inf
+    end: float = math.inf  # on the clock of `time.monotonic`
+    limit: float = math.inf  # time limit of the request, in seconds
 
     @property
     def remaining(self) -> float | None:
@@ -158,11 +153,11 @@ NO_DEADLINE = Deadline()
 current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=NO_DEADLINE)
 
 
-class Slots:
-    """Semaphore as a context manager, which serves waiting threads in the order of their arrival.
+class FairSemaphore:
+    """Semaphore that waiting threads acquire in the order of their arrival.
 
-    With `threading.Semaphore`, a request that releases and enters in a loop would keep all other requests waiting.
-    Entering raises DeadlineExceeded after the request's deadline.
+    With `threading.Semaphore`, a request that acquires and releases the semaphore in a loop could block other requests.
+    Acquiring the semaphore raises DeadlineExceeded after the deadline of the request.
     """
 
     def __init__(self, count: int) -> None:
@@ -174,7 +169,7 @@ class Slots:
         turn = threading.Semaphore(0)
         with self._lock:
             self._waiting.append(turn)
-            self._wake_waiting()
+            self._wake_waiting_threads()
         deadline = current_deadline.get()
         if turn.acquire(timeout=deadline.remaining):
             return
@@ -182,14 +177,14 @@ class Slots:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 raise deadline.make_error()
-        # The slot was assigned at the moment of the deadline.
+        # Another thread woke this thread just after the timeout, so the semaphore is acquired.
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._free += 1
-            self._wake_waiting()
+            self._wake_waiting_threads()
 
-    def _wake_waiting(self) -> None:
+    def _wake_waiting_threads(self) -> None:
         while self._free and self._waiting:
             self._free -= 1
             self._waiting.popleft().release()

@@ -1,8 +1,8 @@
 """Word search over the texts of indexed images: queries, rank fusion, and SQLite's full-text tables (FTS5).
 
-In SQLite, the table `texts` has one row per image, with the same id as in `images`. Two full-text tables index `texts`:
-`words` finds words, ignoring case and diacritics. `trigrams` finds substrings, for languages such as Chinese that do
-not separate words with spaces. All texts are stored as returned by `normalize`.
+In SQLite, the table `texts` has one row per image, with the same id as in `images`, and is indexed by two full-text
+tables. `words` finds words, ignoring case and diacritics. `trigrams` finds substrings, for languages such as Chinese
+that do not separate words with spaces. All texts are stored as returned by `normalize_text`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from llm2clip.io_utils import UNSPACED, to_valid_unicode
-from llm2clip.search.metadata import normalize, to_datetime
+from llm2clip.search.metadata import normalize_text, to_datetime
 from llm2clip.search.types import IndexedImage
 
-# Text fields of an image, which are the columns of `words`, and their names in search results.
+# Name in search results of each text field of an image. The fields are the columns of the full-text table `words`.
 FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "camera", "date": "date"}
 SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
 FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
@@ -39,32 +39,30 @@ CREATE VIRTUAL TABLE words USING fts5(
 CREATE VIRTUAL TABLE trigrams USING fts5(
   captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
 """
-SEPARATOR = "\x1f"  # precedes each caption in `texts`; does not occur in normalised texts
-TRIGRAM_LENGTH = 3  # `trigrams` cannot find shorter texts
+SEPARATOR = "\x1f"  # precedes each caption in `texts` and does not occur in normalised texts
+TRIGRAM_LENGTH = 3  # the full-text table `trigrams` cannot find shorter texts
 UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
-# Larger queries are descriptions, for which only the embedding is used.
+# Longer queries are descriptions, which are searched by embedding only.
 MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
-# If too many images contain all words of a query, such as the file name prefix IMG, the words say little about each
-# image, and only the embedding is used. The maximum is MAX_MATCHED_FRACTION of the index, but at least MIN_COMMON and
-# at most MAX_MATCHES, for which scoring takes 30 ms.
+# If too many images contain all words of a query, such as the file name prefix IMG, only the embedding is used.
+# The limit is MAX_MATCHED_FRACTION of the index, but at least MIN_COMMON and at most MAX_MATCHES.
 MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 20_000
-# Number of locations per hit in which matching fields are looked up, because locations usually have the same captions.
-MATCHED_LOCATIONS = 5
-MAX_FUSED = 1000  # number of top word matches, and of most similar images, that are merged by rank fusion
+MATCHED_LOCATIONS = 5  # number of locations per hit that are searched for matching fields
+MAX_FUSED = 1000  # number of top ids of each ranking that are merged by rank fusion
 RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 
-def make_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
-    """Return the normalised texts of an image, keyed by FIELDS. `text` is the text recognised in the image."""
+def make_text_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
+    """Return the normalised texts of an image, with the keys of FIELDS. `text` is the text recognised in the image."""
     taken = to_datetime(image.taken)
     folder = image.source
     while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
         folder = os.path.dirname(folder)
     return {
-        "captions": "".join(SEPARATOR + normalize(caption) for caption in image.captions),
-        "text": normalize(text),
-        "name": normalize(image.name.removeprefix(os.path.join(folder, ""))),
-        "camera": normalize(image.camera),
+        "captions": "".join(SEPARATOR + normalize_text(caption) for caption in image.captions),
+        "text": normalize_text(text),
+        "name": normalize_text(image.name.removeprefix(os.path.join(folder, ""))),
+        "camera": normalize_text(image.camera),
         "date": "" if taken is None else taken.strftime("%Y-%m-%d"),
     }
 
@@ -86,7 +84,7 @@ def split_words(texts: Iterable[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class WordQuery:
-    """Normalised words that must all occur in the texts of an image.
+    """Normalised query words, which must all occur in the texts of an image.
 
     Attributes:
         words: Whole words. A word with punctuation, such as `img_1234.jpg`, is a sequence of words.
@@ -101,8 +99,8 @@ class WordQuery:
 
     @classmethod
     def parse(cls, texts: Sequence[str]) -> WordQuery:
-        """Split texts into words. Return an empty query if there are too many words for a word search."""
-        text = normalize(" ".join(texts))
+        """Split texts into words. If the texts are too long for a word search, return an empty query."""
+        text = normalize_text(" ".join(texts))
         if len(text) > MAX_QUERY_LENGTH:
             return cls()
         words: dict[str, None] = {}
@@ -118,30 +116,30 @@ class WordQuery:
         return cls(tuple(words), tuple(substrings))
 
 
-def quote(text: str) -> str:
-    """Quote a text, so that FTS5 does not interpret words such as NEAR as operators."""
+def quote_fts5(text: str) -> str:
+    """Quote a text so that FTS5 does not interpret words such as NEAR as operators."""
     return '"' + text.replace('"', '""') + '"'
 
 
 def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
-    """Return an SQL condition for `images` whose captions contain a text, ignoring case, and its parameter."""
-    text = normalize(caption)
+    """Return the SQL condition of a caption filter, and its parameters."""
+    text = normalize_text(caption)
     if not text:
         return "images.id IN (SELECT id FROM texts WHERE captions != :caption)", {"caption": ""}
     if len(text) < TRIGRAM_LENGTH:
         return "images.id IN (SELECT id FROM texts WHERE instr(captions, :caption))", {"caption": text}
     condition = "images.id IN (SELECT rowid FROM trigrams WHERE trigrams MATCH :caption)"
-    return condition, {"caption": f"captions : {quote(text)}"}
+    return condition, {"caption": f"captions : {quote_fts5(text)}"}
 
 
-def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return the ids of at most MAX_FUSED contents with all words, best BM25 score first, or none if too many match."""
-    tables, conditions, parameters = _make_match(query)
+def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
+    """Return the ids of at most MAX_FUSED contents with all words, sorted by BM25 score, or none if too many match."""
+    tables, conditions, parameters = _make_match_condition(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
     ((total,),) = db.execute("SELECT count(*) FROM texts")
     limit = compute_match_limit(total)
-    if ranks:  # count the matches first, because computing their BM25 scores takes 20 times as long
+    if ranks:  # count the matches first, because computing BM25 scores takes 20 times as long
         ((matched,),) = db.execute(f"SELECT count(*) FROM (SELECT 1 {source} LIMIT {limit + 1})", parameters)
         if matched > limit:
             return np.empty(0, np.int64)
@@ -151,11 +149,11 @@ def find_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarr
         return np.empty(0, np.int64)
     if allowed_ids is not None:
         rows = rows[np.isin(rows["content"], allowed_ids)]
-    return sort_distinct(rows["content"], rows["rank"])[:MAX_FUSED]  # a lower rank is better
+    return sort_distinct_ids(rows["content"], rows["rank"])[:MAX_FUSED]  # a lower rank is better
 
 
-def sort_distinct(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Sort distinct ids by their lowest key, then by id."""
+def sort_distinct_ids(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the distinct ids, sorted by the lowest key of each id, then by id."""
     ids = ids[np.lexsort((ids, keys))]
     _, first = np.unique(ids, return_index=True)
     return ids[np.sort(first)]
@@ -165,7 +163,7 @@ def read_searchable_fields(
     db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]
 ) -> list[tuple[int, dict[str, str]]]:
     """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
-    tables, conditions, parameters = _make_match(query)
+    tables, conditions, parameters = _make_match_condition(query)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")
     conditions.append("texts.content IN (SELECT value FROM json_each(:ids))")
@@ -184,7 +182,7 @@ def find_matched_fields(
     """Return the names of the fields that contain words of a query, keyed by content id."""
     phrases = [f" {' '.join(words)} " for words in split_words(query.words) if words]
     matched: dict[int, set[str]] = {}
-    for (content, fields), field_words in zip(images, split_fields([fields for _, fields in images]), strict=True):
+    for (content, fields), field_words in zip(images, split_text_fields([fields for _, fields in images]), strict=True):
         for (column, name), words in zip(FIELDS.items(), field_words, strict=True):
             joined = f" {' '.join(words)} "
             has_words = any(phrase in joined for phrase in phrases)
@@ -193,23 +191,23 @@ def find_matched_fields(
     return {content: tuple(name for name in FIELDS.values() if name in names) for content, names in matched.items()}
 
 
-def split_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str]]]:
+def split_text_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str]]]:
     words = split_words(fields[name] for fields in images for name in FIELDS)
     return [words[start : start + len(FIELDS)] for start in range(0, len(words), len(FIELDS))]
 
 
-def _make_match(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
+def _make_match_condition(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
     tables, conditions = "texts", []
     parameters: dict[str, str] = {}
     if query.words:
         tables += " JOIN words ON words.rowid = texts.id"
         conditions.append("words MATCH :words")
-        parameters["words"] = " ".join(map(quote, query.words))  # the operator between words is AND
+        parameters["words"] = " ".join(map(quote_fts5, query.words))  # FTS5 combines consecutive words with AND
     long_substrings = [text for text in query.substrings if len(text) >= TRIGRAM_LENGTH]
     if long_substrings:
         tables += " JOIN trigrams ON trigrams.rowid = texts.id"
         conditions.append("trigrams MATCH :trigrams")
-        parameters["trigrams"] = " ".join(map(quote, long_substrings))
+        parameters["trigrams"] = " ".join(map(quote_fts5, long_substrings))
     for number, text in enumerate(text for text in query.substrings if len(text) < TRIGRAM_LENGTH):
         columns = " || char(31) || ".join(f"texts.{column}" for column in SUBSTRING_COLUMNS)
         conditions.append(f"instr({columns}, :short{number})")
@@ -222,7 +220,7 @@ def compute_match_limit(total: int) -> int:
 
 
 def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Merge two rankings by reciprocal rank fusion: the score of an id is the sum of 1 / (60 + rank) over the rankings.
+    """Merge two rankings by reciprocal rank fusion. The score of an id is the sum of 1 / (RRF_K + rank).
 
     Only the top MAX_FUSED ids of each ranking are fused. The remaining ids of the first ranking follow in their
     original order, so a longer first ranking does not change the order of the top ids.
@@ -231,7 +229,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     for ranking in (first, second):
         for rank, content in enumerate(ranking[:MAX_FUSED].tolist(), 1):
             scores[content] = scores.get(content, 0.0) + 1 / (RRF_K + rank)
-    fused = sorted(scores, key=lambda content: -scores[content])  # stable: ties are ordered by the first ranking
+    fused = sorted(scores, key=lambda content: -scores[content])  # ties keep the order of the first ranking
     rest = [content for content in first[MAX_FUSED:].tolist() if content not in scores]
     return np.array([*fused, *rest], np.int64)
 
@@ -240,24 +238,26 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
-    """Add rows for images that have just been added to `images`."""
+    """Add the texts of images that have just been added to the table `images`."""
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
         connection.execute(
             "INSERT INTO texts (id, content, captions, text, name, camera, date) "
             "SELECT images.id, images.content, ?, ?, ?, ?, ? FROM images WHERE name = ?",
-            (*make_fields(image).values(), image.name),
+            (*make_text_fields(image).values(), image.name),
         )
     for content, text in connection.execute(
         "SELECT DISTINCT content, recognized_texts.text FROM texts JOIN recognized_texts USING (content) WHERE id > ?",
         (last,),
     ).fetchall():
-        connection.execute("UPDATE texts SET text = ? WHERE content = ? AND id > ?", (normalize(text), content, last))
+        connection.execute(
+            "UPDATE texts SET text = ? WHERE content = ? AND id > ?", (normalize_text(text), content, last)
+        )
     _add_to_full_text(connection, f"id > {int(last)}")
 
 
 def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
-    """Remove the rows of images that are about to be removed from `images` or replaced."""
+    """Remove the texts of images that will be removed from the table `images` or replaced."""
     _remove_from_full_text(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")
 
@@ -265,12 +265,12 @@ def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
 def set_recognized_text(connection: sqlite3.Connection, content: int, text: str) -> None:
     _remove_from_full_text(connection, "SELECT id FROM texts WHERE content = ?", [(content,)])
     connection.execute("INSERT OR REPLACE INTO recognized_texts VALUES (?, ?)", (content, to_valid_unicode(text)))
-    connection.execute("UPDATE texts SET text = ? WHERE content = ?", (normalize(text), content))
+    connection.execute("UPDATE texts SET text = ? WHERE content = ?", (normalize_text(text), content))
     _add_to_full_text(connection, "id IN removed_texts")
 
 
 def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
-    # One statement per table: with triggers, FTS5 would write to the disk after each row.
+    # Triggers would be slower, because FTS5 would write to the disk after each row.
     for table, columns in FULL_TEXT_TABLES.items():
         listed = ", ".join(columns)
         rows = f"SELECT id, {listed} FROM texts WHERE {condition}"
@@ -278,7 +278,7 @@ def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
 
 
 def _remove_from_full_text(connection: sqlite3.Connection, statement: str, parameters: Sequence[tuple[Any]]) -> None:
-    """Store the ids that `statement` selects in `removed_texts`, and remove their rows from the full-text tables."""
+    """Select ids with `statement`, store the ids in `removed_texts` and remove their rows from the full-text tables."""
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
     connection.execute("DELETE FROM removed_texts")
     connection.executemany(f"INSERT INTO removed_texts {statement}", parameters)

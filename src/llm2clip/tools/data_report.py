@@ -1,4 +1,4 @@
-"""Overview of a dataset, which `llm2clip data` prints, and an HTML page with example images."""
+"""Dataset overview: the text that `llm2clip data` prints, and an HTML page with plots and example images."""
 
 import json
 import os
@@ -41,35 +41,35 @@ from llm2clip.io_utils import (
 from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-NUM_EXAMPLES = 24  # images on the page
-EXAMPLES_PER_REASON = 3  # listed skipped rows per reason
-MAX_LANGUAGE_SAMPLE = 10_000  # texts per field whose language is identified
-MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because most of them are errors
-MAX_LISTED = 20  # listed splits, and file name suffixes
-MAX_TEXTS = 50  # texts per field below an image
-MIN_HELD_OUT = 50  # with fewer held-out images, the recall is only a rough estimate
-OTHER_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer suffixes are part of the file name
+NUM_EXAMPLES = 24  # number of example images on the page
+EXAMPLES_PER_REASON = 3  # maximum number of skipped rows listed for each reason
+MAX_LANGUAGE_SAMPLE = 10_000  # maximum number of texts per field for language identification
+MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because most of them are misidentified
+MAX_LISTED = 20  # maximum number of listed splits or file name suffixes
+MAX_TEXTS = 50  # maximum number of texts per field on an image card
+MIN_HELD_OUT = 50  # with fewer held-out images, recall is only a rough estimate
+FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not suffixes
 SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
-FIT_MAX_SKIPPED = 0.05  # default of `fit --max_skipped`
+FIT_MAX_SKIPPED = 0.05  # default value of --max_skipped in `fit`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
 
 
-SkippedRow = tuple[str, int, str, str]  # file, row, reason and value
+SkippedRow = tuple[str, int, str, str]  # (file, row number, reason, value) of a skipped row
 
 
 @dataclass
 class DataOverview:
-    sources: list[str]  # as specified by the user
+    sources: list[str]  # data sources from the command line
     statistics: TableStatistics
-    languages: dict[str, Counter[str]]  # language codes of sampled texts, keyed by text field; empty without py3langid
-    training: list[str]  # sentences about the images that `fit` would train on and hold out
-    num_training: int  # number of images that `fit` would train on
+    languages: dict[str, Counter[str]]  # counts of language codes, keyed by field; empty without py3langid
+    training: list[str]  # sentences about the training and held-out images of `fit`
+    num_training: int  # number of training images of `fit`
     num_held_out: int
     log: SkipLog
     skipped: list[SkippedRow]  # first skipped rows for each reason
-    other_files: Counter[str]  # see `count_other_files`
+    unsupported_files: Counter[str]  # see `count_unsupported_files`
     table_bytes: int  # size of the record table on disk
-    seconds: float  # time to build or open the table
+    seconds: float  # time for building or opening the record table
 
     @property
     def num_captions(self) -> int:
@@ -112,15 +112,15 @@ def inspect_data(
         num_held_out=num_held_out,
         log=log,
         skipped=skipped,
-        other_files=count_other_files(sources),
+        unsupported_files=count_unsupported_files(sources),
         table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
         seconds=seconds,
     )
     return overview, table
 
 
-def count_other_files(sources: Sequence[str]) -> Counter[str]:
-    """Return the number of files in unsupported formats in local folders, keyed by suffix such as ".mp4"."""
+def count_unsupported_files(sources: Sequence[str]) -> Counter[str]:
+    """Count the files in unsupported formats in local source folders, keyed by suffix such as ".mp4"."""
     formats = load_formats().values()
     readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
     suffixes: Counter[str] = Counter()
@@ -128,7 +128,7 @@ def count_other_files(sources: Sequence[str]) -> Counter[str]:
         for _, folders, names in os.walk(os.path.expanduser(Source.parse(source).path)):
             folders[:] = [name for name in folders if not name.startswith(".")]
             others = [name.lower() for name in names if not name.startswith(".")]
-            matches = [OTHER_SUFFIX.search(name) for name in others if not name.endswith(readable)]
+            matches = [FILE_SUFFIX.search(name) for name in others if not name.endswith(readable)]
             suffixes.update(match[0] for match in matches if match is not None)
     return suffixes
 
@@ -164,42 +164,43 @@ def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
 
 
 def describe_data(overview: DataOverview) -> str:
-    """Describe the worst problem of the data in words, or state that they can be used for training."""
+    """Return a sentence that states the worst problem of the data, or that the data can be used for training."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
     size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
     skipped = log.skipped.total()
     if not statistics.num_images:
-        return f"No record has an image: only `tune` and `embed` can use the {format_count(captions, 'caption')}."
+        return f"No record has an image, so only `tune` and `embed` can use the {format_count(captions, 'caption')}."
     if not captions:
-        return f"{format_count(statistics.num_images, 'image')}, but no captions, which are needed for training."
+        return f"{format_count(statistics.num_images, 'image')} without captions. Training requires captions."
     if skipped > FIT_MAX_SKIPPED * log.rows_seen:
         [(reason, count)] = log.skipped.most_common(1)
         share = 100 * skipped / log.rows_seen
         rows = format_count(count, "row")
-        return f"`fit` would stop: {share:.1f}% of the rows cannot be used. Most common reason: {reason} ({rows})."
+        return f"`fit` would fail: {share:.1f}% of the rows cannot be used. Most common reason: {reason} ({rows})."
     if not overview.num_training:
-        return f"{size}, but all of them would be held out: no image is left for training."
+        return f"{size}, but `fit` would hold out all images, so no image would be left for training."
     if overview.num_held_out < MIN_HELD_OUT:
-        return f"{size}. Only {overview.num_held_out:,} would be held out: too few to judge a model."
+        held_out = format_count(overview.num_held_out, "image")
+        return f"{size}. `fit` would hold out only {held_out}, which is not enough to evaluate a model."
     num_small = statistics.short_sides.count_below(SMALL_SIDE)
     if num_small > statistics.short_sides.count / 2:
         share = 100 * num_small / statistics.short_sides.count
-        return f"{size}. {share:.0f}% of the images are smaller than {SMALL_SIDE} pixels, the input of most models."
+        return f"{size}. {share:.0f}% of the images have a side of less than {SMALL_SIDE} pixels, a common input size."
     return f"{size} can be used for training."
 
 
 def build_blocks(overview: DataOverview) -> list[Block]:
     return [
-        *_build_summary(overview),
-        *_build_captions(overview),
-        *_build_images(overview.statistics),
-        *_build_other_files(overview.other_files),
-        *_build_skipped(overview),
+        *_build_summary_blocks(overview),
+        *_build_caption_blocks(overview),
+        *_build_image_blocks(overview.statistics),
+        *_build_unsupported_file_blocks(overview.unsupported_files),
+        *_build_skipped_row_blocks(overview),
     ]
 
 
-def _build_summary(overview: DataOverview) -> list[Block]:
+def _build_summary_blocks(overview: DataOverview) -> list[Block]:
     statistics, log = overview.statistics, overview.log
     rows = [
         ("images", statistics.num_images),
@@ -223,15 +224,15 @@ def _build_summary(overview: DataOverview) -> list[Block]:
     ]
 
 
-def _build_captions(overview: DataOverview) -> list[Block]:
+def _build_caption_blocks(overview: DataOverview) -> list[Block]:
     texts = {name: texts for name, texts in overview.statistics.texts.items() if texts.num_records}
     if not texts:
         return []
     rows: list[list[str]] = []
     for name, statistics in texts.items():
         label, counts = FIELD_LABELS[name], [f"{statistics.num_records:,}", f"{statistics.words.count:,}"]
-        rows.append([f"{label} (words)", *counts, *_summarize(statistics.words)])
-        rows.append([f"{label} (characters)", "", "", *_summarize(statistics.characters)])
+        rows.append([f"{label} (words)", *counts, *_format_quantiles(statistics.words)])
+        rows.append([f"{label} (characters)", "", "", *_format_quantiles(statistics.characters)])
     header = ["length", "records", "texts", "median", "95%", "longest"]
     blocks: list[Block] = [Heading("Captions"), Table(header, rows)]
     counts_per_image = overview.statistics.captions_per_image
@@ -245,16 +246,16 @@ def _build_captions(overview: DataOverview) -> list[Block]:
         blocks.append(Paragraph(text))
     words = {FIELD_LABELS[name]: statistics.words for name, statistics in texts.items()}
     blocks.append(Figure(plot_histograms(words, "words", "texts"), "Lengths of the texts."))
-    return blocks + _build_languages(overview.languages)
+    return blocks + _build_language_blocks(overview.languages)
 
 
-def _summarize(histogram: Histogram) -> list[str]:
+def _format_quantiles(histogram: Histogram) -> list[str]:
     return [f"{value:,}" for value in (histogram.percentile(50), histogram.percentile(95), histogram.maximum)]
 
 
-def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
+def _build_language_blocks(languages: dict[str, Counter[str]]) -> list[Block]:
     if not languages:
-        return [Paragraph(f"To see the languages of the captions, run `{install_command('reports')}`.")]
+        return [Paragraph(f"To identify the languages of captions, install py3langid: `{install_command('reports')}`.")]
     sampled = {name: counts for name, counts in languages.items() if counts}
     total: Counter[str] = sum(sampled.values(), Counter())
     listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]
@@ -270,7 +271,7 @@ def _build_languages(languages: dict[str, Counter[str]]) -> list[Block]:
     return [Paragraph(text), Table(["language", *(FIELD_LABELS[name] for name in sampled)], rows)]
 
 
-def _build_images(statistics: TableStatistics) -> list[Block]:
+def _build_image_blocks(statistics: TableStatistics) -> list[Block]:
     if not statistics.num_images:
         return []
     blocks: list[Block] = [Heading("Images")]
@@ -295,21 +296,21 @@ def _build_images(statistics: TableStatistics) -> list[Block]:
     return blocks
 
 
-def _build_other_files(suffixes: Counter[str]) -> list[Block]:
+def _build_unsupported_file_blocks(suffixes: Counter[str]) -> list[Block]:
     if not suffixes:
         return []
     rows = [(suffix, f"{count:,}") for suffix, count in suffixes.most_common(MAX_LISTED)]
-    text = "Files in formats that are not read. Videos are not supported."
+    text = "The following files are ignored because their formats are not supported."
     return [Heading("Other files"), Paragraph(text), Table(["suffix", "files"], rows)]
 
 
-def _build_skipped(overview: DataOverview) -> list[Block]:
+def _build_skipped_row_blocks(overview: DataOverview) -> list[Block]:
     log = overview.log
     blocks: list[Block] = []
     if log.skipped:
         share = log.skipped.total() / max(1, log.rows_seen)
         if share > FIT_MAX_SKIPPED:
-            text = f"{share:.1%} of the rows are skipped. `fit` stops above {FIT_MAX_SKIPPED:.0%}; see --max_skipped."
+            text = f"{share:.1%} of the rows are skipped. `fit` fails above {FIT_MAX_SKIPPED:.0%} (--max_skipped)."
             blocks.append(Paragraph(text, BAD))
         blocks.append(Table(["reason", "skipped rows"], [(r, f"{n:,}") for r, n in log.skipped.most_common()]))
     if log.dropped:
@@ -330,10 +331,10 @@ def _format_percent(count: int, total: int) -> str:
 
 def write_page(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
-    cards = [_make_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
+    cards = [_make_record_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
     if cards:
-        text = f"{format_count(len(cards), 'evenly spaced image')}, each with all its texts."
+        text = f"The texts of {format_count(len(cards), 'evenly spaced image')}."
         blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     if next_commands:
@@ -342,7 +343,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
     write_report(file, "Dataset overview", describe_data(overview), blocks, with_markdown=False)
 
 
-def _make_card(record: Record) -> Example:
+def _make_record_card(record: Record) -> Example:
     from llm2clip.caption.files import make_image_card, shorten_text
 
     assert record.image is not None

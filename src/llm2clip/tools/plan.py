@@ -1,7 +1,7 @@
 """Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks of free memory and disk space.
 
-Time is computed as FLOPs / (peak throughput * assumed model FLOPs utilisation); see `plan_memory.MFU`. Small models,
-small batches and slow image decoding lower the actual utilisation.
+The duration of a stage is FLOPs / (peak throughput * MFU). The model FLOPs utilisation (MFU) is assumed, see
+`plan_memory.MFU`. Small models, small batches and slow image decoding reduce the actual MFU.
 """
 
 import dataclasses
@@ -37,23 +37,23 @@ from llm2clip.tools.plan_memory import (
 from llm2clip.train.losses import get_loss
 from llm2clip.train.sampling import resolve_images_per_step
 
-CHARACTERS_PER_TOKEN = 4  # approximation for English text
-# Settings that reduce the memory of each stage.
+CHARACTERS_PER_TOKEN = 4  # approximate value for English text
 MEMORY_ADVICE = {
-    "tune": "To reduce it: --tune.gradient_checkpointing true, --tune.grad_cache true with a lower "
+    "tune": "To reduce memory use, set --tune.gradient_checkpointing true, --tune.grad_cache true with a lower "
     "--tune.batch_tokens, --tune.qlora true, or --use_fsdp with several devices.",
-    "embed": "To reduce it: use a smaller model or fewer layers (--encoder.layers).",
-    "align": "To reduce it: a lower --align.micro_batch_size, --align.lora_r 16, or --use_fsdp with several devices.",
+    "embed": "To reduce memory use, choose a smaller model, or use fewer layers with --encoder.layers.",
+    "align": "To reduce memory use, set a lower --align.micro_batch_size, --align.lora_r 16, or --use_fsdp with "
+    "several devices.",
 }
-SAMPLED_RECORDS = 1000  # number of records for estimating caption counts and lengths
+SAMPLED_RECORDS = 1000  # maximum number of records for estimating caption counts and lengths
 
 
 @dataclass(frozen=True)
 class Plan:
     """Resource estimates for a `fit` run.
 
-    In `config`, precisions are resolved for the device, and the batch size of `align` is reduced if there are too few
-    images. `text` are the costs of the caption encoder, and `image` the costs of the model that `align` trains.
+    The precisions in `config` are resolved for the device, and `align.batch_size` is reduced if there are too few
+    images. `text` contains the costs of the caption encoder, and `image` the costs of the model that `align` trains.
     """
 
     config: FitConfig
@@ -68,8 +68,8 @@ class Plan:
     def step_flops(self) -> dict[str, float]:
         """FLOPs per image in an `align` step.
 
-        The keys are "once" (forward and backward passes), "repeated" (additional forward passes), "loss" and "total".
-        With self-distillation, "once" includes the forward pass of the pretrained tower.
+        The keys are "once" (forward and backward pass), "repeated" (forward pass that gradient caching repeats), "loss"
+        and "total". With self-distillation, "once" includes the forward pass of the pretrained tower.
         """
         align, image, count = self.config.align, self.image, self.machine.count
         uses_grad_cache = (align.micro_batch_size or align.batch_size) < align.batch_size
@@ -95,8 +95,8 @@ class Plan:
         }
 
     @cached_property
-    def memory(self) -> dict[str, Parts]:
-        """Memory per device in bytes, keyed by stage and then by component. `tune` is omitted if it has no steps."""
+    def stage_memory(self) -> dict[str, Parts]:
+        """Memory per device in bytes, keyed by stage and then by component. Without tuning steps, `tune` is omitted."""
         memory = {
             "tune": estimate_tune_memory(self.text, self.config.tune, self.machine),
             "embed": estimate_embed_memory(self.text, self.config.embed.precision, self.machine),
@@ -107,8 +107,9 @@ class Plan:
         return memory
 
     @property
-    def fits(self) -> dict[str, bool]:
-        return {stage: fits_in_memory(parts, self.machine.device_spec.memory) for stage, parts in self.memory.items()}
+    def stage_fits(self) -> dict[str, bool]:
+        memory = self.machine.device_spec.memory
+        return {stage: fits_in_memory(parts, memory) for stage, parts in self.stage_memory.items()}
 
     @property
     def store_bytes(self) -> float:
@@ -122,7 +123,7 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Number of images that must be decoded per second and device in `align`. 0 if the tower is frozen."""
+        """Image decoding rate that `align` requires, in images per second per device. 0 if the tower is frozen."""
         align = self.config.align
         if align.tower_lr == 0:
             return 0.0
@@ -138,10 +139,10 @@ def plan_fit(
 ) -> Plan:
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
-    For `--encoder.path auto`, the largest candidate is assumed.
+    For `--encoder.path auto`, the estimates are for the largest candidate.
 
     Args:
-        captions_per_image: Mean number of captions per image, which are assumed to be distinct.
+        captions_per_image: Mean number of captions per image. All captions are assumed to be distinct.
         tokens_per_caption: Mean number of tokens per caption, including the template.
 
     Raises:
@@ -178,19 +179,18 @@ def plan_fit(
 
 
 def format_plan(plan: Plan) -> str:
-    limit = f"{plan.machine.device_spec.memory:g} GB of each {plan.machine.device_spec.name}"
-    problems = [f"OUT OF MEMORY in {stage}. {MEMORY_ADVICE[stage]}" for stage, fits in plan.fits.items() if not fits]
-    verdict = " ".join(problems) or f"Every stage fits in the {limit}."
+    device = plan.machine.device_spec
+    problems = [f"OUT OF MEMORY in {s}. {MEMORY_ADVICE[s]}" for s, fits in plan.stage_fits.items() if not fits]
+    verdict = " ".join(problems) or f"Every stage fits in the memory of each {device.name} ({device.memory:g} GB)."
     tables = [_make_parameter_table(plan), _make_flops_table(plan), _make_memory_table(plan), _make_time_table(plan)]
     lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
     if plan.feature_bytes:
         lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
     mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
     lines.append(
-        f"Estimated, not measured. Assumptions: {mfu} of peak throughput (MFU), "
-        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, captions of {plan.tokens_per_caption:.0f} tokens "
-        "(pass DATA to estimate their length from your captions), no duplicate captions, and image decoding that is "
-        "never the bottleneck."
+        f"All values are estimates. Assumed model FLOPs utilisation (MFU): {mfu}. Other assumptions: "
+        f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, captions of {plan.tokens_per_caption:.0f} tokens, "
+        "no duplicate captions, and fast image decoding. To estimate the caption length from your captions, pass DATA."
     )
     return render_text([*tables, Paragraph("\n".join(lines))], verdict)
 
@@ -220,8 +220,8 @@ def _make_flops_table(plan: Plan) -> Table:
     captions = "its caption" if plan.image.captions == 1 else f"its {round(plan.image.captions, 1):g} captions"
     source = ", from cached features" if align.tower_lr == 0 else ""
     counts = {f"{caption}, forward": plan.text.forward}
-    if "tune" in plan.memory:
-        counts[f"{caption}, in a tuning step"] = plan.text.count_tune_flops(plan.config.tune)
+    if "tune" in plan.stage_memory:
+        counts[f"{caption}, tune step"] = plan.text.count_tune_flops(plan.config.tune)
     counts["image through the tower"] = plan.image.tower_forward
     counts[f"image and {captions} in an align step"] = flops["total"]
     counts[f"  forward and backward{source}"] = flops["once"]
@@ -229,19 +229,19 @@ def _make_flops_table(plan: Plan) -> Table:
         counts["  repeated forward (micro_batch_size)"] = flops["repeated"]
     counts["  loss"] = flops["loss"]
     rows = [(name, f"{count / 1e9:,.0f}" if count >= 1e11 else f"{count / 1e9:,.2f}") for name, count in counts.items()]
-    return Table(("GFLOPs (10^9 FLOPs; a multiply-add counts as 2)", "number"), rows)
+    return Table(("GFLOPs (a multiply-add counts as 2 FLOPs)", "number"), rows)
 
 
 def _make_memory_table(plan: Plan) -> Table:
-    parts = dict.fromkeys(part for memory in plan.memory.values() for part in memory)  # unique names, in original order
-    ordered = sorted(parts, key=("libraries", "loading").__contains__)  # libraries and loading come last
+    parts = dict.fromkeys(part for memory in plan.stage_memory.values() for part in memory)  # without duplicates
+    ordered = sorted(parts, key=("libraries", "loading").__contains__)  # moves libraries and loading to the end
     rows: list[list[str | None]] = []
     for part in ordered:
         name = "loading (before training)" if part == "loading" else part
-        sizes = [memory.get(part) for memory in plan.memory.values()]
+        sizes = [memory.get(part) for memory in plan.stage_memory.values()]
         rows.append([name, *(None if size is None else f"{size / 1e9:.1f}" for size in sizes)])
-    rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.memory.values())])
-    return Table(("Memory per device, GB (10^9 bytes)", *plan.memory), rows)
+    rows.append(["peak", *(f"{compute_peak_memory(memory) / 1e9:.1f}" for memory in plan.stage_memory.values())])
+    return Table(("Memory per device, GB (10^9 bytes)", *plan.stage_memory), rows)
 
 
 def _make_time_table(plan: Plan) -> Table:
@@ -255,7 +255,7 @@ def _make_time_table(plan: Plan) -> Table:
         "embed": f"{plan.images * plan.captions_per_image:,.0f} captions",
         "align": align,
     }
-    rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.memory]
+    rows = [(stage, format_hours(plan.stage_hours[stage]), details[stage]) for stage in plan.stage_memory]
     return Table((f"Time on {count} x {plan.machine.device_spec.name}", "duration", "work"), rows)
 
 
@@ -263,11 +263,10 @@ def _make_time_table(plan: Plan) -> Table:
 
 
 def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | None) -> list[str]:
-    """Check before a run that there is enough free disk space. Return warnings if there is not enough memory.
+    """Check that there is enough free disk space for a run. Return warnings if there is not enough memory.
 
     Args:
-        records: Training records, or None if they do not exist yet. Without records, only the disk space for the models
-            is checked.
+        records: Training records. If None, only the disk space for models and checkpoints is checked.
 
     Raises:
         OSError: There is not enough free disk space.
@@ -281,13 +280,13 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
             return []
     try:
         plan = plan_fit(config, _detect_machine(), **data)
-        fits = {} if records is None else plan.fits
-    except (ValueError, RuntimeError) as error:  # fake tensors may not support all of the model's operations
+        fits = {} if records is None else plan.stage_fits
+    except (ValueError, RuntimeError) as error:  # for example, if fake tensors do not support an operation
         return [f"Could not check memory and disk space: {error}"]
     _check_disk_space(plan, run_dir)
     warnings = []
     for stage in [stage for stage, is_enough in fits.items() if not is_enough]:
-        needed = format_bytes(compute_peak_memory(plan.memory[stage]))
+        needed = format_bytes(compute_peak_memory(plan.stage_memory[stage]))
         free = format_bytes(plan.machine.device_spec.memory * 1e9)
         warnings.append(f"Warning: {stage} needs about {needed} of memory, but only {free} is free.")
         warnings.append(f"  {MEMORY_ADVICE[stage]}")
@@ -295,7 +294,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
 
 
 def measure_captions(records: RecordTable) -> dict[str, Any]:
-    """Return the arguments of `plan_fit` that describe the data, or {} if there are no images or captions."""
+    """Return the arguments of `plan_fit` that describe the data, or {} if there are no images or no captions."""
     images = int(records.has_image.sum())
     texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))
     if not images or not texts:
@@ -335,5 +334,5 @@ def _check_disk_space(plan: Plan, run_dir: Path) -> None:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
         raise OSError(
             f"the run needs about {format_bytes(needed)} of disk space ({parts}), but only {format_bytes(free)} is "
-            f"free at {folder}: free up space, or choose another folder with --out"
+            f"free at {folder}. Free up space, or choose another folder with --out"
         )

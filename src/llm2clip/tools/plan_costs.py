@@ -1,11 +1,11 @@
-"""Parameter counts, FLOPs and activation memory, measured by running the models on fake tensors.
+"""Parameter counts, FLOPs and activation memory, measured by running models on fake tensors.
 
-Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. The fake device is a
-CPU, but the results also apply to GPUs: CPU attention kernels save as little for the backward pass as GPU kernels, and
-CPU autocast lowers the precision in the same way.
+Fake tensors have shapes but no values, so models of any size run without weights and without a GPU. CPU kernels are
+measured, but the results also apply to GPUs, because CPU attention kernels save as little for the backward pass as GPU
+kernels, and CPU autocast lowers the precision in the same way as GPU autocast.
 
-A multiply-add counts as 2 FLOPs. Only matmuls and convolutions are counted. All layers of an LLM are identical, so its
-costs are extrapolated from versions with two and three layers.
+A multiply-add counts as 2 FLOPs. Only matmuls and convolutions are counted. All layers of an LLM cost the same, so the
+cost of an LLM is extrapolated from versions with two and three layers.
 """
 
 import math
@@ -35,13 +35,13 @@ from llm2clip.train.optim import select_trainable_weights
 
 @dataclass(frozen=True)
 class PassCosts:
-    """FLOPs and bytes of a forward and backward pass, per item (for example, per image or caption)."""
+    """FLOPs and memory of a forward and backward pass, per item such as an image or a caption."""
 
-    trained: int  # total number of trained parameters
+    trained: int  # number of trained parameters
     forward: float
     backward: float
     saved: float  # bytes of activations saved by autograd
-    copies: float  # total bytes of half-precision weight copies saved by autograd
+    copies: float  # bytes of half-precision weight copies saved by autograd, independent of the number of items
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class TextCosts:
     tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
     saved_per_token: float  # bytes saved by autograd per token and transformer layer
-    hidden_size: int  # dimension of the hidden states, which are float32 at each precision
+    hidden_size: int  # dimension of the hidden states, which are float32 at any precision
 
     def count_tune_flops(self, config: TuneConfig) -> float:
-        """Return the FLOPs per caption of a `tune` step, including repeated forward passes."""
-        tokens_per_batch = 2 * config.batch_size * self.tokens  # two texts per pair
+        """Return the FLOPs of a `tune` step per caption, including repeated forward passes."""
+        tokens_per_batch = 2 * config.batch_size * self.tokens  # a pair consists of two texts
         several_passes = tokens_per_batch > (config.batch_tokens or GPU_BATCH_TOKENS)
         num_forwards = 1 + config.gradient_checkpointing + (config.grad_cache and several_passes)
         return self.tune_forward * num_forwards + self.tune_backward
@@ -71,10 +71,7 @@ class TextCosts:
 
 @dataclass(frozen=True)
 class ImageCosts(PassCosts):
-    """Costs of running and training the model of the `align` stage. An item is an image with its captions.
-
-    `forward` excludes a frozen tower.
-    """
+    """Costs of an image and its captions in the `align` stage. `forward` excludes a frozen tower."""
 
     tower: int  # number of parameters in the tower
     projection: int  # number of parameters in the projection
@@ -91,10 +88,10 @@ class ImageCosts(PassCosts):
 
 
 def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
-    """Measure the costs of a caption encoder for captions of `tokens` tokens, including the template.
+    """Measure the costs of a caption encoder for captions of `tokens` tokens. `tokens` includes the template.
 
-    `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders use the packed CPU attention, which is
-    not fused.
+    `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders use the CPU attention for packed
+    sequences, which is not fused.
     """
     config = get_llm_config(encoder)
     llm = build_llm(config)
@@ -126,12 +123,12 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the FLOPs and memory per image of the `align` model. `captions` is the number of captions per image."""
-    model = build_model(config, text_dim)
+    """Measure the costs of an image with `captions` captions in the `align` stage."""
+    model = build_align_model(config, text_dim)
     tower = model.tower
     tower_parameters = count_parameters(tower)
     with torch.device("meta"):
-        select_trainable_weights(model, config)  # freezes the tower, or adds LoRA layers, if configured
+        select_trainable_weights(model, config)  # freezes the tower or adds LoRA layers, depending on the config
 
     def make_pixels(images: int) -> Tensor:
         return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)
@@ -148,9 +145,9 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        image = measure_pass(model, embed_images, config.precision)
-        text = measure_pass(model, embed_texts, config.precision)
-        tower.requires_grad_(False)  # with `no_grad`, torch's FLOP counter fails for attention pooling
+        image = measure_pass_costs(model, embed_images, config.precision)
+        text = measure_pass_costs(model, embed_texts, config.precision)
+        tower.requires_grad_(False)  # with `no_grad`, the FLOP counter would fail for attention pooling
         tower_forward = count_flops(lambda: tower(make_pixels(1)))
     return ImageCosts(
         tower=tower_parameters,
@@ -169,28 +166,28 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     )
 
 
-def measure_pass(model: nn.Module, run: Callable[[int], Tensor], precision: str) -> PassCosts:
-    """Measure the costs per item of a forward and backward pass. Must be called within a `FakeTensorMode`.
+def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision: str) -> PassCosts:
+    """Measure the costs per item of a forward and backward pass. Must be called in a `FakeTensorMode` context.
 
-    `run` runs the model on a number of items. The precision must be fp32, bf16 or fp16.
+    `run` calls the model with the specified number of items. `precision` must be fp32, bf16 or fp16.
     """
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved_bytes = {}
-    for items in (2, 1):  # the difference excludes bytes that do not depend on the number of items
-        sizes: dict[int, int] = {}  # each storage counts once
+    for items in (2, 1):  # the difference between 2 items and 1 item is the number of bytes per item
+        sizes: dict[int, int] = {}  # storage id -> bytes, so that shared storages are counted once
 
-        def record(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+        def record_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
                 sizes[storage._cdata] = storage.nbytes()
             return tensor
 
-        # fp16 has the same size as bf16, so autocast to bf16 covers both.
+        # fp16 and bf16 values have the same size, so bf16 autocast represents both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+        hooks = torch.autograd.graph.saved_tensors_hooks(record_size, lambda tensor: tensor)
         counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
         with autocast, hooks, counter:
-            output = run(items)  # keeps the saved tensors alive
+            output = run(items)  # the output keeps the saved tensors alive
         forward = float(counter.get_total_flops())
         saved_bytes[items] = sum(sizes.values())
     backward = count_flops(output.sum().backward) if output.requires_grad else 0.0
@@ -232,7 +229,7 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
             net = get_peft_model(llm, lora)
         cast_frozen_linear_layers(net, Precision(tune.precision).dtype)
 
-    def encode(captions: int) -> Tensor:
+    def encode_captions(captions: int) -> Tensor:
         if is_packed:
             inputs = pack_captions([[0] * tokens] * captions, PACKED, torch.device("cpu"))
         else:
@@ -242,7 +239,7 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device="cpu")
-        return measure_pass(net, encode, tune.precision)
+        return measure_pass_costs(net, encode_captions, tune.precision)
 
 
 def _count_linear_weights(module: nn.Module) -> int:
@@ -250,7 +247,7 @@ def _count_linear_weights(module: nn.Module) -> int:
 
 
 def _count_attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Return the FLOPs of QK^T and PV. The arguments are shapes (..., tokens, dim)."""
+    """Return the FLOPs of the attention matmuls QK^T and PV. Arguments are shapes of the form (..., tokens, dim)."""
     return int(2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
 
 
@@ -261,7 +258,7 @@ def _count_attention_backward_flops(_grad: Any, query: Any, key: Any, value: Any
 def _count_convolution_backward_flops(grad: Any, _input: Any, weight: Any, _bias: Any, *settings: Any, **_: Any) -> int:
     """Return the forward FLOPs times the number of requested gradients (of the input, the weight, or both).
 
-    PyTorch's own formula ignores groups, so it greatly overestimates the FLOPs of EfficientNet.
+    PyTorch's own formula ignores groups, so it greatly overestimates the FLOPs of depthwise convolutions.
     """
     output_mask = settings[-1]
     return int(2 * math.prod(grad) * math.prod(weight[1:]) * (bool(output_mask[0]) + bool(output_mask[1])))
@@ -287,13 +284,13 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     """Return the transformers config of an encoder's language model, limited to the first `encoder.layers` layers.
 
     Raises:
-        ValueError: The model is neither in `LLMS` nor a folder, and it cannot be loaded from the hub.
+        ValueError: The model is neither in `LLMS` nor a folder, and its config cannot be loaded from the hub.
     """
     from transformers import AutoConfig
 
     path, name = encoder.path, encoder.path.lower()
     known = LLMS.get(name) or LLMS.get(name.removesuffix("-instruct"))
-    # llm2clip models store the LLM in a subfolder.
+    # Folders of llm2clip models contain the LLM in a subfolder.
     folder = Path(path) / "text" if (Path(path) / "text/config.json").is_file() else Path(path)
     if known is not None and not folder.exists():
         config = AutoConfig.for_model(**known)
@@ -339,8 +336,8 @@ def build_tower(align: AlignConfig) -> VisionTower:
         ) from error
 
 
-def build_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
-    """Build the model of the `align` stage on the meta device, in training mode."""
+def build_align_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
+    """Build the model of the `align` stage on the meta device and in training mode."""
     tower = build_tower(align)
     config = make_model_config(align, tower, text_dim)
     with torch.device("meta"):

@@ -1,14 +1,12 @@
-"""Accelerator specifications, assumed utilisation of each stage, and memory of each component.
-
-The sizes of weights and activations are measured in `plan_costs.py` and summed here.
+"""Accelerator specifications, assumed model FLOPs utilisation, and memory estimates for each stage.
 
 A trained fp32 weight takes 4 bytes, its gradient 4 bytes, and AdamW's two moments 8 bytes. With several processes,
 DistributedDataParallel keeps a second copy of the gradients in its communication buckets. The backward pass frees
-activations as it creates gradients, so if a step has a single pass, only the larger of the two counts. With gradient
-caching, the gradients of earlier passes are in memory at the same time as the activations of the current pass.
+activations as it creates gradients. If a step has a single pass, only the larger of activations and gradients counts.
+With gradient caching, gradients of earlier passes are in memory at the same time as activations of the current pass.
 
-On a CPU, memory use can also peak before training, while the LLM is loaded. This peak, the component `loading`,
-consists of the fp32 weights and the memory-mapped 16-bit files from which they are converted.
+On a CPU, memory use can also peak before training, while the LLM is loaded. The component `loading` is the size of the
+fp32 weights plus the size of the memory-mapped 16-bit files from which the weights are converted.
 """
 
 import dataclasses
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from llm2clip.config import AlignConfig, Stage, TuneConfig
 
-# Annotations are quoted to keep `llm2clip --help` fast: jsonargparse would import this module for `Machine`.
+# `llm2clip --help` imports this module. Importing `plan_costs` at run time would make the command slow.
 if TYPE_CHECKING:
     from llm2clip.tools.plan_costs import ImageCosts, TextCosts
 
@@ -30,7 +28,7 @@ MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # fraction of device memory that is not lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # bytes per weight: 4 bits, plus a double-quantised 8-bit scale per 64 weights
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 Parts = dict[str, float]  # component name -> bytes
@@ -42,8 +40,8 @@ class Device:
 
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
-    full: float  # throughput in fp32 without tensor cores, as by default in PyTorch
-    memory: float  # GB (10^9 bytes). A device sold as 80 GB has 80 * 2^30 bytes; the extra 7% is left to the driver
+    full: float  # throughput in fp32 without TF32 tensor cores, which PyTorch does not use by default
+    memory: float  # in GB (10^9 bytes). An 80 GB device has 80 * 2^30 bytes, but the driver uses the difference
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
@@ -58,15 +56,15 @@ class Device:
             device_type = "cpu" if self.name.lower() == "cpu" else "cuda"
             return "fp32" if get_auto_precision(stage, device_type, self.bf16) == "fp32" else "bf16"
         if setting.startswith("bf16") and not self.bf16:
-            raise ValueError(f"{self.name} does not support bf16: use fp16, fp32 or auto")
+            raise ValueError(f"{self.name} does not support bf16. Use fp16, fp32 or auto")
         return setting.partition("+")[0]
 
     def get_peak_flops(self, setting: str) -> float:
         return 1e12 * (self.full if self.resolve_precision(setting) == "fp32" else self.half)
 
 
-# From NVIDIA's data sheets and, for the RTX 4090, from the Ada GPU architecture white paper (appendix A). For the H100,
-# H200 and L4, the data sheets list twice the dense rate. The T4's rate is for fp16.
+# Sources: NVIDIA's data sheets and, for the RTX 4090, appendix A of the Ada GPU architecture white paper. For the H100,
+# H200 and L4, the data sheets list the throughput with sparsity, which is twice the dense throughput.
 _DEVICES = (
     Device("h100", 989.5, 67, 80),
     Device("h200", 989.5, 67, 141),
@@ -81,7 +79,7 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 
 @cache
-def _measure_cpu() -> tuple[float, float]:
+def _measure_cpu_specs() -> tuple[float, float]:
     """Return the throughput of this machine for fp32 matmuls in 10^12 FLOP/s, and its free memory in GB."""
     import torch
 
@@ -102,11 +100,11 @@ class Machine:
 
     device: str
     """h100, h200, a100-80, a100-40, l40s, rtx4090, l4, t4 or cpu. For cpu, the throughput and free memory of this
-    machine are measured. Any other name also requires --tflops and --memory."""
+    machine are measured. For any other device, set --tflops and --memory."""
     count: int = 1
     """Number of devices, with one process per device."""
     mfu: float | None = None
-    """Model FLOPs utilisation, as a fraction of peak throughput. Default: 0.25 for align, 0.4 for tune and embed."""
+    """Model FLOPs utilisation (MFU), as a fraction. Default: 0.25 for align, 0.4 for tune and embed."""
     tflops: float | None = None
     """Peak throughput per device at the configured precision, in 10^12 FLOP/s. Default: from the data sheet."""
     memory: float | None = None
@@ -124,7 +122,7 @@ class Machine:
         is_unknown = self.device.lower() not in DEVICES and not self.is_cpu
         if is_unknown and (self.tflops is None or self.memory is None):
             raise ValueError(
-                f"--device must be one of {', '.join(DEVICES)} or cpu (got {self.device}); for any other device, set "
+                f"--device must be one of {', '.join(DEVICES)} or cpu (got {self.device}). For any other device, set "
                 "--tflops (10^12 FLOP/s) and --memory (GB)"
             )
 
@@ -145,7 +143,7 @@ class Machine:
 
             from llm2clip.models.precision import has_bf16_hardware
 
-            tflops, memory = _measure_cpu() if None in (self.tflops, self.memory) else (0.0, 0.0)
+            tflops, memory = _measure_cpu_specs() if None in (self.tflops, self.memory) else (0.0, 0.0)
             device = Device("cpu", tflops, tflops, memory, bf16=has_bf16_hardware(torch.device("cpu")))
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
@@ -155,7 +153,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
-        """Return the hours that all devices together need for `flops` FLOPs in a stage."""
+        """Return the duration of a stage with `flops` FLOPs on all devices, in hours."""
         return flops / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 
@@ -163,7 +161,7 @@ class Machine:
 
 
 def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine) -> Parts:
-    """Return the bytes that each component needs in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
+    """Estimate the bytes of each component in the `tune` stage. `config.precision` must be fp32, bf16 or fp16."""
     from llm2clip.models.text.packing import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 
     value_bytes, num_shards = get_bytes_per_value(config.precision), machine.num_shards
@@ -183,30 +181,30 @@ def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine
         if value_bytes == 2:
             parts["half-precision copies"] = 2 * (text.largest_linear if machine.use_fsdp else text.linear)
     if machine.use_fsdp:
-        parts["gathered"] = 2 * value_bytes * text.largest_linear  # weights of the current and next layer
+        parts["gathered"] = 2 * value_bytes * text.largest_linear  # weights of the current layer and the next layer
     parts |= estimate_optimizer_memory(text.trained, machine)
-    saved = tokens_per_pass * count_saved_bytes(text, config.gradient_checkpointing)
-    parts["activations"] = _subtract_gradients(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
-    return parts | _estimate_fixed_parts(text, machine)
+    saved = tokens_per_pass * count_activation_bytes(text, config.gradient_checkpointing)
+    parts["activations"] = _subtract_gradient_bytes(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
+    return parts | _estimate_overhead(text, machine)
 
 
 def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -> Parts:
-    """Return the bytes that each component needs in the `embed` stage.
+    """Estimate the bytes of each component in the `embed` stage.
 
     On GPUs, the estimate is for the smallest batch, because `embed` uses larger batches only if they fit in memory. The
-    LLM is loaded on the CPU, and linear weights are on the device only in the matmul precision.
+    LLM is loaded on the CPU, and its linear weights are stored on the device only in the matmul precision.
     """
     from llm2clip.models.text.packing import CPU_BATCH_TOKENS
 
     parts = {"LLM": get_bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
-    return parts | _estimate_fixed_parts(text, machine)
+    return parts | _estimate_overhead(text, machine)
 
 
 def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
-    """Return the bytes that each component needs in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
+    """Estimate the bytes of each component in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
-    `align` loads the LLM on the CPU to check that the store was created with it.
+    The component `loading` is included because `align` loads the LLM to check that the store was created with the LLM.
     """
     from llm2clip.train.losses import LOGITS_PER_CHUNK, get_loss
 
@@ -217,26 +215,23 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.num_shards
-    # One additional layer accounts for gradients, as in `count_saved_bytes`.
+    # `saved_per_layer` is added for the activation gradients of one layer.
     activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
-    parts["activations"] = _subtract_gradients(activations, image.trained / machine.num_shards, several_passes)
+    parts["activations"] = _subtract_gradient_bytes(activations, image.trained / machine.num_shards, several_passes)
     # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
     chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # For both towers: distances from this rank's features to those of all images, intermediate results, gradients.
+        # For each of two towers: distances from this rank's features to all features, intermediate results, gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
-    return parts | _estimate_fixed_parts(text, machine)
+    return parts | _estimate_overhead(text, machine)
 
 
-def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
-    """Return the bytes of activations that a training pass through the LLM saves per token.
-
-    The additional layer accounts for gradients in the layer that the backward pass is processing.
-    """
+def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
+    """Return the bytes per token of all saved activations, and of the activation gradients of one layer."""
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
         saved = text.layers * 4 * text.hidden_size + text.saved_per_token
@@ -244,7 +239,7 @@ def count_saved_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
 
 
 def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
-    """Return the bytes of gradients and AdamW state for `trained` weights, excluding the weights themselves."""
+    """Return the bytes per device of the gradients and AdamW moments of `trained` weights."""
     if machine.use_fsdp:
         return {"gradients": 4 * trained / machine.count, "AdamW": 8 * trained / machine.count}
     return {"gradients": 4 * trained * (2 if machine.count > 1 else 1), "AdamW": 8 * trained}
@@ -255,7 +250,7 @@ def get_bytes_per_value(precision: str) -> int:
 
 
 def compute_peak_memory(parts: Parts) -> float:
-    """Return the peak memory in bytes, which is reached either in training or while loading the LLM."""
+    """Return the peak memory in bytes, either of training or of loading the LLM."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts.get("loading", 0.0))
 
@@ -264,12 +259,12 @@ def fits_in_memory(parts: Parts, memory: float) -> bool:
     return compute_peak_memory(parts) <= USABLE_FRACTION * memory * 1e9
 
 
-def _subtract_gradients(activations: float, trained: float, several_passes: bool) -> float:
+def _subtract_gradient_bytes(activations: float, trained: float, several_passes: bool) -> float:
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
-def _estimate_fixed_parts(text: "TextCosts", machine: Machine) -> Parts:
+def _estimate_overhead(text: "TextCosts", machine: Machine) -> Parts:
     if not machine.is_cpu:
         return {"libraries": FRAMEWORK_OVERHEAD}
-    # Until the conversion ends, the fp32 weights (4 bytes) and the memory-mapped 16-bit files (2 bytes) are in memory.
+    # While weights are converted, memory contains fp32 weights (4 bytes) and memory-mapped 16-bit weights (2 bytes).
     return {"libraries": CPU_FRAMEWORK_OVERHEAD, "loading": 6.0 * text.parameters + CPU_FRAMEWORK_OVERHEAD}

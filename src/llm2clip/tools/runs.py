@@ -1,4 +1,4 @@
-"""The command `runs`. It only reads files that runs write, and takes no locks, which would block new runs."""
+"""The command `runs`, which lists runs. The command acquires no run locks, because a held lock would block new runs."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from llm2clip.reports import Table, render_text
 from llm2clip.runs import output_folder
 
 COLUMNS = ("run", "command", "state", "stage", "step", "loss", "time left", "result", "last change")
-# Stages of each command, and the file or folder that marks a stage as complete. Earlier stages can be omitted.
+# Stages of each command, and the file or folder whose existence marks a stage as complete.
 STAGES = {
     "fit": {"tune": "tune/encoder", "embed": "evaluate/untrained.json", "align": "model", "evaluate": "report.html"},
     "distill": {"embed": "metrics.jsonl", "distill": "model", "evaluate": "report.html"},
@@ -18,22 +18,22 @@ STAGES = {
     "tune": {"tune": "encoder"},
     "llava": {"pretrain": "instruct/metrics.jsonl", "instruct": "model"},
 }
-LOCKS_FILE = Path("/proc/locks")  # list of all held locks; exists only on Linux
+LOCKS_FILE = Path("/proc/locks")  # all held file locks; exists only on Linux
 
 
 def list_runs(folder: Path) -> list[str]:
-    """Return a table of the runs in a folder and its subfolders, and a line for each unreadable file."""
+    """Return a table of the runs in a folder and its subfolders, followed by a line for each unreadable run file."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     rows, skipped = list[dict[str, str | None]](), list[str]()
     for parent, subfolders, names in os.walk(folder, onerror=lambda error: skipped.append(f"Skipped: {error}")):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            # A store without a run lock is part of a run.
+            # A store without a run lock belongs to a training run, which has its own row.
             is_store = name == "manifest.json" and output_folder.RUN_LOCK in names
             if is_store or name in (output_folder.CONFIG_FILE, "index.sqlite") or name.endswith(".jsonl.sqlite"):
                 try:
-                    rows.append(_describe_run(Path(parent, name)))
+                    rows.append(_make_table_row(Path(parent, name)))
                 except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
                     skipped.append(f"Skipped {Path(parent, name)}: not a valid run file ({describe_error(error)})")
     rows.sort(key=lambda row: row["last change"] or "")
@@ -42,15 +42,16 @@ def list_runs(folder: Path) -> list[str]:
     return list(map(to_valid_unicode, lines))
 
 
-def _describe_run(file: Path) -> dict[str, str | None]:
-    """Return a table row for a run, keyed by column. Unknown values are omitted."""
+def _make_table_row(file: Path) -> dict[str, str | None]:
+    """Return the values of a run's table row, keyed by column name. Unknown values are omitted."""
     folder, is_caption = file.parent, file.name.endswith(".jsonl.sqlite")
     locks = (f".{file.stem}.lock",) if is_caption else (output_folder.RUN_LOCK, ".lock")
     inodes = [file.with_name(name).stat().st_ino for name in locks if file.with_name(name).exists()]
-    held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""  # read first, because the run may end at any time
-    is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)  # device numbers can differ
+    # The locks are read before the run files, because a run that ends in between would otherwise look interrupted.
+    held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""
+    is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)  # st_dev can differ
     if file.name == output_folder.CONFIG_FILE:
-        row = _read_training(file)
+        row = _read_training_state(file)
     elif file.name == "manifest.json":
         row = {"command": "embed", "result": f"{read_json(file)['captions']:,} captions"}
         row["stage"] = "embed" if file.with_name(".incoming").exists() else None
@@ -67,12 +68,12 @@ def _describe_run(file: Path) -> dict[str, str | None]:
     return row | {"run": str(file.with_suffix("") if is_caption else folder)}
 
 
-def _read_training(file: Path) -> dict[str, str | None]:
-    with open_regular_file(file) as stream:  # parsing the YAML would take most of the time
+def _read_training_state(file: Path) -> dict[str, str | None]:
+    with open_regular_file(file) as stream:  # a regular expression is much faster than a YAML parser
         sections = re.findall(r"^(\w+):", stream.read().decode(errors="replace"), re.MULTILINE)
     command = next((name for section, name in output_folder.RUN_COMMANDS.items() if section in sections), None)
     if command is None:
-        raise ValueError("not the config of a run")
+        raise ValueError("not the config of a training run")
     stages = STAGES[command]
     unfinished = [name for name, output in stages.items() if not (file.parent / output).exists()]
     stage = unfinished[0] if list(stages)[-1] in unfinished else None
@@ -81,25 +82,25 @@ def _read_training(file: Path) -> dict[str, str | None]:
         log_folder /= "tune" if stage == "tune" else "align"
     elif command == "llava":
         log_folder /= "pretrain" if stage == "pretrain" else "instruct"
-    return {"command": command, "stage": stage, **_read_progress(log_folder, file.stat().st_mtime)}
+    return {"command": command, "stage": stage, **_read_training_progress(log_folder, file.stat().st_mtime)}
 
 
-def _read_progress(folder: Path, started: float) -> dict[str, str | None]:
-    """Read the logs of a training stage. `started` is the time when the run was started or resumed."""
+def _read_training_progress(folder: Path, started: float) -> dict[str, str | None]:
+    """Return the progress columns of a stage. `started` is the Unix time at which the run was started or resumed."""
     log = folder / "metrics.jsonl"
     metrics = output_folder.read_latest_metrics(log)
     if not metrics:
         return {}
-    step, loss = metrics["step"], metrics.get("loss")  # `llava train` logs the loss only every few steps
+    step, loss = metrics["step"], metrics.get("loss")  # `llava train` does not log the loss at every step
     row = {"step": f"{step:,}", "loss": None if loss is None else f"{loss:.3f}"}
     checkpoint = output_folder.latest_checkpoint(folder / "checkpoints") or output_folder.latest_checkpoint(folder)
     if checkpoint is not None:
         marker, done = checkpoint / output_folder.COMPLETE_MARKER, step - output_folder.parse_step(checkpoint)
-        signature = read_json(marker)["signature"]  # does not contain the number of steps of `llava train`
+        signature = read_json(marker)["signature"]  # the signature of `llava train` has no `steps`
         steps = signature.get("steps") or read_json(checkpoint / "trainer_state.json")["max_steps"]
         row["step"] = f"{step:,} of {steps:,}"
         seconds = log.stat().st_mtime - max(started, marker.stat().st_mtime)
-        if done > 0 and seconds > 0:  # a run that has just been resumed has not written its log yet
+        if done > 0 and seconds > 0:  # a resumed run may not have written its log yet
             row["time left"] = format_duration(seconds / done * (steps - step))
     evaluation = output_folder.read_latest_metrics(folder / "evaluations.jsonl")
     recalls = [f"{value:.1f}" for name, value in evaluation.items() if name.endswith(" R@1")]

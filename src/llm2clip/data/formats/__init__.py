@@ -1,4 +1,4 @@
-"""Source formats: common interface, format registry, and resolution of paths to files.
+"""Formats of data sources: common interface, registry of all formats, and resolution of paths to files.
 
 To add a format, write a subclass of `SourceFormat` in this package and register it in `load_formats`.
 """
@@ -38,7 +38,7 @@ NOT_UTF8 = "not UTF-8"  # reason for skipping a row that cannot be decoded
 IMAGE_SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif", "hif"}
 )
-# Suffixes of unsupported image formats. Such files are recorded in the skip log.
+# Suffixes of unsupported image formats. Files with these suffixes are recorded in the skip log.
 UNSUPPORTED_SUFFIXES = frozenset({"dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raw", "psd", "svg", "jxl"})
 CAPTION_FILES = (
     "captions.jsonl", "captions.jsonl.gz", "captions.csv", "captions.tsv", "metadata.jsonl", "metadata.csv",
@@ -51,15 +51,14 @@ CAPTION_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """Unreadable row. Skipped rows are counted by `reason`."""
+    """Row that cannot be read. Skipped rows are counted by `reason`."""
 
     reason: str
     value: str  # details for the skip log
-    rows: int = 1  # number of unreadable rows, including this one
+    rows: int = 1  # number of consecutive rows that cannot be read
 
 
-# (file, row number, fields). Rows are numbered from 1; in a text file, the row number is the line number. `fields` is a
-# dict {column name: raw value}, which `RecordReader` interprets.
+# (file, row number starting at 1, {column name: raw value}). The row number in a text file is the line number.
 RawRow = tuple[str, int, dict[str, Any] | BadRow]
 ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 
@@ -70,12 +69,9 @@ def choose_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Options for reading a file."""
-
     choose: ColumnChooser = choose_all_columns  # selects the columns to read from a table
     image_bytes: bool = True  # read images embedded in tables and tar files
-    # Splits of a Hugging Face dataset to read (default: all). Unless it is None, each row's `split` field is set to the
-    # name of the row's split.
+    # Splits of a Hugging Face dataset to read; empty for all splits. If None, rows get no `split` field.
     splits: Sequence[str] | None = ()
     log: SkipLog | None = None  # receives notes about files, such as unusual encodings
 
@@ -87,8 +83,8 @@ class FilePart:
     format: SourceFormat
     path: str
     start: int = 0  # byte offset of a row, or index of a row group in a Parquet file
-    stop: int | None = None  # `start` of the next part; None: end of the file
-    first_row: int = 1  # row number of the part's first row in the file, see `RawRow`
+    stop: int | None = None  # `start` of the next part, or None for the end of the file
+    first_row: int = 1  # number of the first row of the part; see `RawRow`
 
 
 class SourceFormat(ABC):
@@ -97,21 +93,21 @@ class SourceFormat(ABC):
     name: str
     suffixes: tuple[str, ...] = ()  # lower-case suffixes of file names
     text_share = 1.0  # approximate fraction of a file that is text
-    is_folder = False  # a source is a folder whose files are listed and downloaded individually
-    is_shard = False  # a folder of such files is one dataset
-    has_caption_columns = True  # False: captions are in files next to the images
-    is_table = False  # all rows of a file have the same columns
-    is_plain_text = False  # each caption has its own row, and missing values are words such as "nan"
-    has_lists_as_text = False  # a text may contain a JSON or Python list of captions
+    is_folder = False  # True if a source is a folder whose files are downloaded individually
+    is_shard = False  # True if a folder of files in this format is read as one dataset
+    has_caption_columns = True  # False if captions are in files next to the images
+    is_table = False  # True if all rows of a file have the same columns
+    is_plain_text = False  # True if each caption has its own row and missing values are words such as "nan"
+    has_lists_as_text = False  # True if texts can contain a JSON or Python list of captions
 
     @abstractmethod
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         """Yield the rows in a part; see `read_rows`. Raise `DataFormatError` if the entire file cannot be read."""
 
-    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the `start` and `first_row` of consecutive parts (see `FilePart`) of about `target_bytes` each.
+    def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the `start` and `first_row` (see `FilePart`) of consecutive parts of about `target_bytes` bytes each.
 
-        Any type of exception may be raised.
+        Any type of exception can be raised if the file is corrupt.
         """
         yield 0, 1
 
@@ -132,10 +128,10 @@ class SourceFormat(ABC):
 
 
 def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
-    """Divide a large file into parts of about `target_bytes`. The parts depend only on the file."""
-    with suppress(Exception):  # such as corrupt Parquet metadata, which `read_rows` reports
+    """Divide a file into parts of about `target_bytes` bytes each. Smaller files have a single part."""
+    with suppress(Exception):  # for example, corrupt Parquet metadata, which `read_rows` reports
         if get_file_size(file.path) > target_bytes:
-            positions, rows = zip(*file.format.find_starts(file.path, target_bytes), strict=True)
+            positions, rows = zip(*file.format.find_part_starts(file.path, target_bytes), strict=True)
             stops = [*positions[1:], None]
             return [FilePart(file.format, file.path, *bounds) for bounds in zip(positions, stops, rows, strict=True)]
     return [file]
@@ -203,8 +199,8 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
 
     An existing path is never treated as a pattern, even if it contains glob or brace characters. If `all_files` is
     True, all caption files, images, tar files and Parquet files in a folder and its subfolders are used. Otherwise,
-    only the first of these kinds that the folder contains is used. Folders that are skipped because llm2clip wrote them
-    are recorded in `log`.
+    only the first of these kinds of files that exists in the folder is used. Folders written by llm2clip are skipped
+    and recorded in `log`.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -213,14 +209,14 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
     if is_remote(path):
         files: list[FilePart] = []
         for url in find_remote_files(path):
-            files += _find_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [find_format(url)]
+            files += _find_files_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [find_format(url)]
         look_up_versions([file.path for file in files if not file.format.is_folder])
         return files
     if path.startswith("hf:"):
         return [FilePart(load_formats()["hf"], path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _find_in_folder(path, all_files, log)
+        return _find_files_in_folder(path, all_files, log)
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path} is a device or a named pipe, not a regular file. Save the data to a file first")
@@ -239,7 +235,7 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
 
 
 def find_format(path: str) -> FilePart:
-    """Return a file with the format of its suffix. Raise ValueError if no format has this suffix."""
+    """Return a `FilePart` for an entire file, with the format of its suffix. Raise ValueError for unknown suffixes."""
     name = get_file_name(path)
     for source_format in load_formats().values():
         if source_format.suffixes and name.lower().endswith(source_format.suffixes):
@@ -251,11 +247,11 @@ def find_format(path: str) -> FilePart:
 def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
     """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
 
-    Hidden files and folders are skipped. Run directories and stores in subfolders are also skipped, and recorded in
-    `log`.
+    Hidden files and folders are skipped. Subfolders that are run directories or embedding stores are also skipped, and
+    recorded in `log`.
 
     Raises:
-        OSError: A folder cannot be listed. Skipping it would make its files look deleted.
+        OSError: A folder cannot be listed. The folder is not skipped, because its files would seem to be deleted.
     """
     for parent, folders, names in walk_folder(folder):
         kind = describe_output_folder(names) if parent != folder else None
@@ -279,7 +275,7 @@ def suggest_paths(path: str) -> str:
     return f"did you mean {' or '.join(similar)}?" if similar else f"{parent} does not contain '{name}'"
 
 
-def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
+def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
     """List the files in a folder; see `find_files`. Names of caption files are case-insensitive."""
     names = list_folder(folder)
     formats = load_formats()
@@ -297,7 +293,7 @@ def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[F
     images = [FilePart(formats["images"], folder)]
     shard_formats = [source_format for source_format in formats.values() if source_format.is_shard]
     if all_files:
-        files += images if _has_images(folder) else []
+        files += images if _contains_images(folder) else []
         for shards in shard_formats:
             suffixes = frozenset(suffix.lstrip(".") for suffix in shards.suffixes)
             files += [FilePart(shards, path) for path in list_files(folder, suffixes, log)]
@@ -308,12 +304,12 @@ def _find_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[F
         paths = [os.path.join(folder, name) for name in names if name.lower().endswith(shards.suffixes)]
         if paths:
             return [FilePart(shards, path) for path in paths]
-    if not _has_images(folder):
+    if not _contains_images(folder):
         raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {describe_formats()}")
     return images
 
 
-def _has_images(folder: str) -> bool:
+def _contains_images(folder: str) -> bool:
     return next(list_files(folder, IMAGE_SUFFIXES), None) is not None
 
 

@@ -1,6 +1,6 @@
 """Readers for CSV and TSV files, and for Flickr8k's captions.txt.
 
-The delimiter is detected, because spreadsheets in many countries use semicolons.
+The delimiters of CSV and TSV files are detected, because spreadsheets in many countries use semicolons.
 """
 
 import csv
@@ -15,11 +15,11 @@ from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceF
 from llm2clip.data.formats.text_files import (
     BoundedLines,
     LineTooLong,
-    describe_encoding,
+    describe_encoding_problem,
     find_image_folder,
-    find_undecodable,
     open_text,
     read_lines,
+    reject_undecodable,
 )
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import open_file
@@ -28,7 +28,7 @@ from llm2clip.data.storage import join_path
 from llm2clip.io_utils import DataFormatError, is_valid_unicode
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-MAX_CELL_CHARACTERS = 1 << 24  # the csv module's default of 131,072 characters is too low for long texts
+MAX_CELL_CHARACTERS = 1 << 24  # the default of 131,072 characters is too low for long texts
 SAMPLE_CHARACTERS = 1 << 16  # number of characters read to detect the delimiter
 SAMPLE_ROWS = 50
 
@@ -36,7 +36,7 @@ SAMPLE_ROWS = 50
 class DelimitedText(SourceFormat):
     """CSV or TSV file with a header line. The values of columns with the same name are combined into a list.
 
-    The suffix determines the default delimiter. Another delimiter is used if more rows match the header with it.
+    The suffix determines the default delimiter. Another delimiter is used if it makes more rows match the header.
     """
 
     is_table = is_plain_text = has_lists_as_text = True
@@ -52,23 +52,23 @@ class DelimitedText(SourceFormat):
             for _ in range(header_line - 1):
                 file.readline()
             lines = BoundedLines(file, path)
-            rows = _parse_csv(lines, delimiter)
+            rows = _create_csv_reader(lines, delimiter)
             try:
                 header = [name.strip() for name in next(rows, [])]
             except (csv.Error, LineTooLong) as error:
                 raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
             if not is_valid_unicode("".join(header)):
-                raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding(path)}")
+                raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding_problem(path)}")
             if not part.start:
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, header_line, log)
         if part.start:
             with open_text(path, newline="", start=part.start, stop=part.stop) as file:
                 lines = BoundedLines(file, path)
-                rows = _parse_csv(lines, delimiter)
+                rows = _create_csv_reader(lines, delimiter)
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
-    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte offsets and line numbers of rows at least `target_bytes` apart, up to a malformed row."""
+    def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the byte offsets and line numbers of rows at least `target_bytes` apart. Stop at a malformed row."""
         yield 0, 1
         detected, header_line = _read_delimiter(path, self.delimiter)
         with open_text(path) as text:
@@ -85,7 +85,7 @@ class DelimitedText(SourceFormat):
                     position += len(line)
                     yield line
 
-            rows = _parse_csv(count_characters(), detected)
+            rows = _create_csv_reader(count_characters(), detected)
             number = header_line
             with suppress(csv.Error, LineTooLong):
                 for _ in rows:
@@ -97,9 +97,9 @@ class DelimitedText(SourceFormat):
 
 
 class CaptionsTxt(SourceFormat):
-    """Text file with one caption per row, in one of the two formats of Flickr8k.
+    """Text file with one caption per line, in one of the two formats of Flickr8k's caption files.
 
-    The formats are `name.jpg,caption`, with an optional header line, and `name.jpg#0<TAB>caption`.
+    The lines have the form `name.jpg,caption`, with an optional header line, or the form `name.jpg#0<TAB>caption`.
     """
 
     name = "captions.txt"
@@ -126,7 +126,7 @@ class CaptionsTxt(SourceFormat):
             yield path, number, {"image": FileImage(join_path(image_folder, name)), "caption": caption}
 
 
-def _parse_csv(lines: Iterable[str], delimiter: str) -> Any:
+def _create_csv_reader(lines: Iterable[str], delimiter: str) -> Any:
     return csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
 
 
@@ -139,7 +139,7 @@ def _read_csv_rows(
     first_line: int,
     log: SkipLog | None,
 ) -> Iterator[RawRow]:
-    """Yield the remaining rows of a `csv.reader` that reads `lines` from line number `first_line` on."""
+    """Yield the remaining rows of a `csv.reader` for `lines`, which start at line number `first_line` of the file."""
     repeated = {name for name in header if header.count(name) > 1}
     while True:
         number = rows.line_num + first_line
@@ -149,7 +149,7 @@ def _read_csv_rows(
         except StopIteration:
             return
         except (csv.Error, LineTooLong) as error:
-            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` does not count a line that is too long
+            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` does not count overlong lines
             is_too_long = "field limit" in str(error)
             if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
                 # The quoted cell contains all following rows.
@@ -160,8 +160,8 @@ def _read_csv_rows(
             yield path, number, BadRow("malformed row", problem, num_lines)
             continue
         if cells:
-            undecodable = find_undecodable(delimiter.join(cells), path, log)
-            yield path, number, undecodable or _to_fields(header, repeated, cells)
+            undecodable = reject_undecodable(delimiter.join(cells), path, log)
+            yield path, number, undecodable or _build_fields(header, repeated, cells)
 
 
 def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tuple[str, int]:
@@ -176,8 +176,8 @@ def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tupl
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return a CSV file's delimiter and the line number of its header.
 
-    The delimiter is the one for which the most rows have as many cells as the header, or `default` in a tie. It can
-    also be set by a first line such as `sep=;`, an Excel convention.
+    The chosen delimiter is the one with which most rows have as many cells as the header. In a tie, `default` is
+    preferred. A first line such as `sep=;`, which Excel writes, overrides the choice.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:
@@ -200,9 +200,9 @@ def _count_matching_rows(sample: str, delimiter: str) -> int:
     return lengths.count(lengths[0]) if lengths and lengths[0] > 1 else 0
 
 
-def _to_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
+def _build_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
-        return BadRow("malformed row", f"{len(cells)} fields, but the header has {len(header)}: {cells}")
+        return BadRow("malformed row", f"must have {len(header)} cells, like the header (got {len(cells)}): {cells}")
     fields: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in repeated:
         fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]

@@ -1,4 +1,4 @@
-"""Images whose captions are in `x.json` or `x.txt` next to `x.jpg`, in a folder or in webdataset tar files."""
+"""Readers for folders and webdataset tar files in which the captions of `x.jpg` are in `x.json` or `x.txt`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llm2clip.data.formats import (
     SourceFormat,
     list_files,
 )
-from llm2clip.data.formats.text_files import find_undecodable, open_text, parse_json
+from llm2clip.data.formats.text_files import open_text, parse_json, reject_undecodable
 from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
 from llm2clip.data.remote import file_exists, get_remote_version, list_folder, look_up_versions, open_file, walk_folder
 from llm2clip.data.skip_log import SkipLog
@@ -30,10 +30,10 @@ from llm2clip.data.storage import is_remote
 MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
 MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers, which contain its name, links and attributes
 MAX_GLOBAL_HEADERS = 100  # maximum number of global PAX headers in a tar file
-WINDOW_BYTES = 1 << 20  # bytes per read of a tar file
-JUMP_BYTES = 1 << 14  # bytes to read after skipping a large image
-MAX_LOADED_BYTES = 1 << 17  # larger images are skipped when captions are read
-_PLAIN_HEADER = re.compile(  # fields after the name in the header of a regular file or PAX header
+WINDOW_BYTES = 1 << 20  # number of bytes per read of a tar file
+JUMP_BYTES = 1 << 14  # number of bytes to read after skipping a large image
+MAX_LOADED_BYTES = 1 << 17  # larger images are not read together with the captions
+_PLAIN_HEADER = re.compile(  # header fields after the name, in a regular file or PAX header
     rb"(?:[0-7]{7}[\0 ]|[0-7]{6} \0){3}"  # mode, user and group
     rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]"  # size and time
     rb"([0-7]{6})\0 ([0x\0])\0{100}ustar.{67}"  # checksum, type, empty link, format, names of the user and the group
@@ -46,8 +46,8 @@ _TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records:
 class ImageFolder(SourceFormat):
     """Folder of images with caption files next to them. Suffixes are case-insensitive.
 
-    An image in an unsupported format becomes a `BadRow`, unless a supported image has the same stem, such as a JPEG
-    file next to a camera's raw file.
+    An image in an unsupported format becomes a `BadRow`, unless an image in a supported format has the same stem, such
+    as a JPEG file next to a RAW photo.
     """
 
     name = "images"
@@ -84,21 +84,21 @@ class ImageFolder(SourceFormat):
 def _read_caption_files(
     parent: str, stem: str, files: Mapping[str, str], log: SkipLog | None, note_encoding: bool
 ) -> dict[str, Any] | BadRow:
-    """Return the fields in an image's JSON and text files, if any."""
+    """Return the fields in the JSON and text files that belong to an image, if these files exist."""
     fields: dict[str, Any] | BadRow = {}
     json_path = os.path.join(parent, files.get(f"{stem}.json", ""))
     if f"{stem}.json" in files and file_exists(json_path):
         with open_file(json_path) as file:
             data = file.read(MAX_CAPTION_BYTES + 1)
-        fields = _build_too_large_row(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
+        fields = _reject_large_caption_file(json_path) if len(data) > MAX_CAPTION_BYTES else _parse_caption_json(data)
     text_path = os.path.join(parent, files.get(f"{stem}.txt", ""))
     if isinstance(fields, BadRow) or f"{stem}.txt" not in files or not file_exists(text_path):
         return fields
     with open_text(text_path, log) as text_file:
         text = text_file.read(MAX_CAPTION_BYTES + 1)
     if len(text) > MAX_CAPTION_BYTES:
-        return _build_too_large_row(text_path)
-    undecodable = find_undecodable(text, text_path, log if note_encoding else None)
+        return _reject_large_caption_file(text_path)
+    undecodable = reject_undecodable(text, text_path, log if note_encoding else None)
     return undecodable or fields | {"txt": [line for line in text.split("\n") if line.strip()]}
 
 
@@ -107,7 +107,7 @@ def _lowercase_suffix(name: str) -> str:
     return f"{stem}{dot}{suffix.lower()}"
 
 
-def _build_too_large_row(name: str) -> BadRow:
+def _reject_large_caption_file(name: str) -> BadRow:
     return BadRow("caption file over 1 MB", name)
 
 
@@ -127,8 +127,7 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 class TarFile(SourceFormat):
     """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
 
-    If the file is truncated, its complete samples are yielded, followed by one `BadRow`. Member names are used only as
-    keys: nothing is extracted to disk.
+    If the file is truncated, its complete samples are yielded, followed by one `BadRow`. No file is extracted to disk.
     """
 
     name = "tar"
@@ -139,28 +138,28 @@ class TarFile(SourceFormat):
 
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         path = part.path
-        number, sample = 0, _Sample("")
+        number, sample = 0, _TarSample("")
         try:
-            file = _BoundedFile(open_file(path).detach())
+            file = _BoundedHeaderReader(open_file(path).detach())
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield path, 1, BadRow("unreadable tar", str(error))
             return
         with file:
-            window = _Window(file)
+            window = _ReadBuffer(file)
             damage = ""
-            for member in _read_members(tar, file, window):
+            for member in _iter_members(tar, file, window):
                 if isinstance(member, str):
                     damage = member
                     break
-                key, suffix = _split_name(member.name)
+                key, suffix = _split_member_name(member.name)
                 if not key:
                     continue
                 if key != sample.key:
                     if sample.members:
                         number += 1
                         yield path, number, sample.to_row(path)
-                    sample = _Sample(key)
+                    sample = _TarSample(key)
                 sample.add(suffix, member, window, options.image_bytes)
             if sample.members and (not damage or sample.is_complete()):  # skip a truncated sample
                 number += 1
@@ -169,14 +168,14 @@ class TarFile(SourceFormat):
                 yield path, number + 1, BadRow("truncated tar", damage)
 
 
-class _Member(NamedTuple):
+class _TarMember(NamedTuple):
     name: str
     offset: int  # offset of the contents in the tar file
     size: int
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a member's path at the first dot of the file name into the sample's key and the lower-case suffix."""
+def _split_member_name(name: str) -> tuple[str, str]:
+    """Split the path of a member at the first dot in its file name. Return the sample key and the lower-case suffix."""
     if "//" in name:
         name = os.path.join(*os.path.split(name))
     start = name.rfind("/") + 1
@@ -186,16 +185,16 @@ def _split_name(name: str) -> tuple[str, str]:
     return name[:dot] if dot > start else "", name[dot + 1 :].lower()
 
 
-class _Sample:
-    """Members of a tar file that share a key, indexed by suffix."""
+class _TarSample:
+    """Members of a tar file with the same key, indexed by suffix."""
 
     def __init__(self, key: str) -> None:
-        self.key, self.members = key, dict[str, _Member]()
-        self.contents: dict[str, bytes] = {}  # captions and first image, unless they are large
+        self.key, self.members = key, dict[str, _TarMember]()
+        self.contents: dict[str, bytes] = {}  # bytes of the captions and of the first image, by suffix
         self.image_suffix = ""
-        self.duplicate = ""  # name of a member that occurs twice, or ""
+        self.duplicate = ""  # name of a member that occurs twice, if any
 
-    def add(self, suffix: str, member: _Member, window: _Window, image_bytes: bool) -> None:
+    def add(self, suffix: str, member: _TarMember, window: _ReadBuffer, image_bytes: bool) -> None:
         if suffix in self.members:
             self.duplicate = member.name
         self.members[suffix] = member
@@ -220,7 +219,7 @@ class _Sample:
                 continue
             data = self.contents.get(suffix)
             if data is None:
-                return _build_too_large_row(member.name)
+                return _reject_large_caption_file(member.name)
             if suffix == "txt":
                 fields["txt"] = data.decode("utf-8-sig", "surrogateescape")
                 continue
@@ -241,8 +240,8 @@ class _Sample:
 # ---- members of tar files --------------------------------------------------------------------------------------------
 
 
-class _BoundedFile(io.BufferedReader):
-    """Tar file reader that limits the size of a member's headers. In a sparse file, headers can claim terabytes."""
+class _BoundedHeaderReader(io.BufferedReader):
+    """Tar file reader that limits the size of each member's headers, which could be terabytes in a sparse file."""
 
     bytes_left = MAX_TAR_HEADER_BYTES
 
@@ -253,8 +252,8 @@ class _BoundedFile(io.BufferedReader):
         return super().read(size)
 
 
-class _Window:
-    """Buffer for reads at increasing offsets of a file, so that nearby ranges share one large read."""
+class _ReadBuffer:
+    """Buffer for reads at increasing offsets of a file, in which nearby byte ranges share one large read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
@@ -264,7 +263,7 @@ class _Window:
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`, or fewer at the end of the file. `size` must be at most `WINDOW_BYTES`."""
         if offset < self._start or offset + size > self._stop:
-            is_jump = not self._start <= offset <= self._stop  # past a large image that was skipped
+            is_jump = not self._start <= offset <= self._stop  # a jump past a large image that was not read
             length = max(size, JUMP_BYTES) if is_jump else WINDOW_BYTES
             self._file.seek(offset)
             self._start = offset
@@ -272,10 +271,10 @@ class _Window:
         return bytes(self._buffer[offset - self._start : min(offset + size, self._stop) - self._start])
 
 
-def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> Iterator[_Member | str]:
+def _iter_members(tar: tarfile.TarFile, file: _BoundedHeaderReader, window: _ReadBuffer) -> Iterator[_TarMember | str]:
     """Yield the regular files in a tar file. For a corrupt file, the last item is a string that describes the problem.
 
-    Plain headers are parsed without `tarfile`, which takes 20 times as long and ignores corrupt offsets.
+    Plain headers are parsed without `tarfile`, because it takes 20 times as long and ignores corrupt offsets.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -289,13 +288,13 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> 
             yield member
             continue
         file.bytes_left = MAX_TAR_HEADER_BYTES
-        file.seek(0)  # makes `tarfile` detect a file that ends before the next header
+        file.seek(0)  # lets `tarfile` detect that the file ends before the next header
         try:
             info = tar.next()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield f"after byte {end}: {error}"
             return
-        cast(Any, tar).members.clear()  # `tarfile` stores every member with a copy of the global headers
+        cast(Any, tar).members.clear()  # saves memory, because `tarfile` stores all members
         if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
             yield f"after byte {end}: more than {MAX_GLOBAL_HEADERS} global headers"
             return
@@ -309,15 +308,15 @@ def _read_members(tar: tarfile.TarFile, file: _BoundedFile, window: _Window) -> 
             yield f"{info.name} ends at byte {end}, but the file ends at byte {size}"
             return
         if info.isreg() and not info.issparse():
-            yield _Member(info.name, info.offset_data, info.size)
+            yield _TarMember(info.name, info.offset_data, info.size)
     file.seek(tar.offset)
     file.bytes_left = MAX_TAR_HEADER_BYTES
     if file.read(512) != bytes(512):
         yield f"no end-of-archive marker at byte {tar.offset}"
 
 
-def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
-    """Parse the headers of a regular file. Return None for all other headers, which require `tarfile`.
+def _parse_plain_headers(window: _ReadBuffer, position: int) -> _TarMember | None:
+    """Parse the headers of a regular file in a tar file. Return None for all other headers, which require `tarfile`.
 
     The headers may start with a PAX header that contains only timestamps, as in files written by webdataset.
     """
@@ -325,7 +324,7 @@ def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
     fields = _parse_plain_block(header)
     if fields is not None and fields[1] == b"x":
         records = window.read(position + tarfile.BLOCKSIZE, tarfile.BLOCKSIZE).rstrip(b"\0")
-        if fields[0] != len(records) or not _has_only_times(records):
+        if fields[0] != len(records) or not _has_only_timestamps(records):
             return None
         position += 2 * tarfile.BLOCKSIZE
         header = window.read(position, tarfile.BLOCKSIZE)
@@ -335,9 +334,9 @@ def _parse_plain_headers(window: _Window, position: int) -> _Member | None:
     name = header[:100].partition(b"\0")[0]
     if header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
-    if name.endswith(b"/"):  # folder in an old tar file
+    if name.endswith(b"/"):  # a folder in an old tar format
         return None
-    return _Member(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
+    return _TarMember(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
 
 
 def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
@@ -345,12 +344,12 @@ def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
         return None
-    # Adler-32 contains 1 plus the sum of the bytes, modulo 65,521. The checksum field itself counts as spaces.
+    # Adler-32 contains 1 plus the sum of all bytes, modulo 65,521. The checksum field counts as eight spaces.
     checksum = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 
 
-def _has_only_times(records: bytes) -> bool:
+def _has_only_timestamps(records: bytes) -> bool:
     """Return True if all PAX records in a header are timestamps with correct lengths."""
     lines = records.splitlines(keepends=True)
     return _TIME_RECORDS.fullmatch(records) is not None and all(int(line.split()[0]) == len(line) for line in lines)

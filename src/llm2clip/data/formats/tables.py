@@ -1,6 +1,6 @@
 """Readers for Parquet files and for datasets on the Hugging Face Hub.
 
-Only the columns selected by `ReadOptions.choose` are read.
+Only the columns chosen by `ReadOptions.choose` are read.
 """
 
 import os
@@ -29,7 +29,7 @@ class Parquet(SourceFormat):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         row = total = part.first_row - 1
         try:
-            # The file stays open, so that it is not evicted from the cache of remote files.
+            # The file stays open, because an open file is not removed from the cache of remote files.
             with open_file(part.path) as source, pq.ParquetFile(source.name, memory_map=True) as file:
                 total = file.metadata.num_rows
                 row_groups = None
@@ -44,7 +44,7 @@ class Parquet(SourceFormat):
                         yield part.path, part.first_row, BadRow(UNREADABLE_FILE, problem, max(1, total - row))
                         return
                 image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
-                columns = _list_leaves(schema, selected, image_columns, options.image_bytes)
+                columns = _list_leaf_columns(schema, selected, image_columns, options.image_bytes)
                 if options.image_bytes and image_columns:
                     check_row_group_sizes(file.metadata)
                 batch_size = choose_parquet_batch_size(file.metadata)
@@ -59,10 +59,10 @@ class Parquet(SourceFormat):
         except (pa.ArrowException, OSError, MemoryError) as error:
             yield part.path, row + 1, BadRow(UNREADABLE_FILE, describe_error(error), max(1, total - row))
 
-    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the first row groups of parts with at least `target_bytes` of uncompressed data each."""
+    def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the first row group and the first row of each part of at least `target_bytes` of uncompressed data."""
         yield 0, 1
-        if is_remote(path):  # not split, so that it is downloaded only when it is read
+        if is_remote(path):  # splitting a remote file would require a download
             return
         metadata = pq.read_metadata(path)
         num_bytes, row = 0, 1
@@ -78,9 +78,9 @@ class Parquet(SourceFormat):
 
 
 class HubDataset(SourceFormat):
-    """Dataset on the Hugging Face Hub: its name, optionally followed by `:CONFIG`. No code from the Hub is run.
+    """Dataset on the Hugging Face Hub, given by `NAME` or `NAME:CONFIG`. No code from the Hub is executed.
 
-    The dataset is streamed: only the selected splits are downloaded, and their images are kept in memory.
+    The dataset is streamed, so only the selected splits are downloaded. The images are kept in memory.
     """
 
     name = "hf"
@@ -110,7 +110,7 @@ class HubDataset(SourceFormat):
                 yield file, row + 1, fields
 
     def compute_version(self, path: str) -> str:
-        """Return the commit of the dataset, or "offline" if the Hub cannot be reached."""
+        """Return the commit hash of the dataset, or "offline" if the Hub cannot be reached."""
         from huggingface_hub import HfApi
 
         repository = path.partition(":")[0]
@@ -118,12 +118,12 @@ class HubDataset(SourceFormat):
             return super().compute_version(repository)
         try:
             return str(HfApi().dataset_info(repository).sha)
-        except Exception:  # reported when the dataset is read, unless it is cached locally
+        except Exception:  # if the dataset is not in the local cache, reading reports the error
             return "offline"
 
 
-def _list_leaves(schema: pa.Schema, names: Sequence[str], images: Set[str], image_bytes: bool) -> list[str]:
-    """Return the Parquet columns to read. Unless `image_bytes`, only the paths in image columns are read."""
+def _list_leaf_columns(schema: pa.Schema, names: Sequence[str], images: Set[str], image_bytes: bool) -> list[str]:
+    """Return the Parquet columns to read. If `image_bytes` is False, only the paths in image columns are read."""
     leaves = []
     for name in names:
         if image_bytes or name not in images:
@@ -140,7 +140,7 @@ def _is_image_type(kind: pa.DataType) -> bool:
 
 
 def _convert_image_cell(image: ParquetImage, value: Any, bytes_skipped: bool) -> Any:
-    """Convert a cell's value to None, the path of an image file, or a `LoadedImage`. `image` refers to the cell."""
+    """Convert the value of the cell `image` to None, the path of an image file, or a `LoadedImage`."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None

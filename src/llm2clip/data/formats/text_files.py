@@ -1,6 +1,6 @@
-"""Text file reading, and readers for JSON Lines and JSON, including the JSON formats of COCO, Flickr30k and Flickr8k.
+"""Readers for text, JSON Lines and JSON files, including the JSON formats of COCO, Flickr30k and Flickr8k.
 
-Text files must be UTF-8 or UTF-16. Decoding with a guessed encoding could corrupt letters, so an error message explains
+Text files must be UTF-8 or UTF-16. Decoding with a guessed encoding could corrupt the text, so error messages explain
 how to convert other files to UTF-8.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
@@ -48,16 +48,16 @@ _LIKELY_ENCODINGS = (
     "big5", "euc_kr",
 )  # fmt: skip
 MAX_LISTED_ENCODINGS = 3  # maximum number of likely encodings listed in a message
-MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample for guessing the encoding
-MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for text that is not UTF-8
-MAX_SKIPPED_CHARACTERS = 1 << 30  # a file with a longer line is rejected as corrupt or sparse
+MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
+MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes in which to search for invalid UTF-8
+MAX_SKIPPED_CHARACTERS = 1 << 30  # files with longer lines are rejected as corrupt or sparse
 # Possible image folders, relative to the caption file. COCO's `annotations/` is next to its image folders.
 IMAGE_FOLDERS = (
     "", "images", "Images", "..", "../images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset",
     "Flickr8k_Dataset",
 )  # fmt: skip
 MAX_SEARCHED_IMAGES = 50  # number of images to look for in each candidate folder
-MAX_SEARCHED_REMOTE_IMAGES = 3  # fewer, because each lookup takes a request
+MAX_SEARCHED_REMOTE_IMAGES = 3  # fewer images in a remote folder, because each lookup takes a request
 CHUNK_BYTES = 1 << 20
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
@@ -70,10 +70,10 @@ def open_text(
 ) -> TextIO:
     """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). To read lines, use `BoundedLines`.
 
-    Undecodable bytes become lone surrogates; see `find_undecodable`. UTF-16 files are recorded in `log`. `newline` is
-    passed to the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
+    Undecodable bytes become lone surrogates; see `reject_undecodable`. UTF-16 files are recorded in `log`. `newline` is
+    the argument of the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
     """
-    stream = _open_binary(path, start, stop)
+    stream = _open_decompressed(path, start, stop)
     try:
         encoding = "utf-8" if start else detect_encoding(stream.read(4))
         stream.seek(0)
@@ -92,7 +92,7 @@ class LineTooLong(ValueError):
 
 
 class BoundedLines:
-    """Iterator over the lines of a text file that limits the length of rows.
+    """Iterator over the lines of a text file, with a limit on the length of rows.
 
     If a row is too long, `LineTooLong` is raised, and iteration can continue after the row. For formats in which a row
     can span several lines, call `start_row` before each row.
@@ -141,22 +141,22 @@ def read_lines(
             except LineTooLong as error:
                 yield BadRow("malformed row", str(error))
                 continue
-            yield find_undecodable(line, path, log) or line
+            yield reject_undecodable(line, path, log) or line
 
 
-def find_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
-    """Return None for a fully decoded text. Otherwise, log the file's likely encodings and return a `BadRow`."""
+def reject_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
+    """Return a `BadRow` if a text has undecodable bytes, otherwise None. Record the likely encodings in `log`."""
     if is_valid_unicode(text):
         return None
     if log is not None:
-        log.add_note(describe_encoding(path), path)
+        log.add_note(describe_encoding_problem(path), path)
     return BadRow(NOT_UTF8, to_valid_unicode(text.strip()))
 
 
 @functools.lru_cache(maxsize=64)
-def describe_encoding(path: str) -> str:
+def describe_encoding_problem(path: str) -> str:
     """Return a message that shows an undecodable line in each likely encoding and explains how to convert the file."""
-    with _open_binary(path) as stream:
+    with _open_decompressed(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
         return f"contains bytes that are not valid {encoding.upper()}"
@@ -179,7 +179,7 @@ def describe_encoding(path: str) -> str:
     return f"{description}. Convert the file from the encoding that shows this text correctly: `{command}`"
 
 
-def _open_binary(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
+def _open_decompressed(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
     if start or stop is not None:
         size = (get_file_size(path) if stop is None else stop) - start
         return io.BufferedReader(FileSlice(path, start, size))
@@ -189,10 +189,10 @@ def _open_binary(path: str, start: int = 0, stop: int | None = None) -> BinaryIO
 
 
 def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
-    """Return the first lines that are not valid UTF-8, joined, and the first of these lines."""
+    """Return the first lines that are not valid UTF-8, as one byte string, and the very first of these lines."""
     sample = first = b""
     num_searched = 0
-    with _open_binary(path) as stream:
+    with _open_decompressed(path) as stream:
         while len(sample) <= MAX_SAMPLE_BYTES and num_searched <= MAX_SEARCHED_BYTES:
             line = stream.readline(1 << 20)
             if not line:
@@ -230,14 +230,14 @@ class JsonLines(SourceFormat):
                 if isinstance(line, BadRow):
                     yield part.path, number, line
                 elif line.strip():
-                    yield part.path, number, _require_object(parse_json(line))
+                    yield part.path, number, _require_json_object(parse_json(line))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield part.path, number + 1, BadRow("truncated file", str(error))
 
-    def find_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte offsets and numbers of the first lines at or after each multiple of `target_bytes`.
+    def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the byte offset and number of the first line at or after each multiple of `target_bytes`.
 
-        Stop at a line that is too long, as in sparse files.
+        Stop at an overlong line, as in sparse files.
         """
         start, number = 0, 1
         yield start, number
@@ -274,7 +274,7 @@ class JsonFile(SourceFormat):
             check_json_size(path, file.buffer)
             text = file.read()
         if not is_valid_unicode(text):
-            raise DataFormatError(f"{path}: {describe_encoding(path)}")
+            raise DataFormatError(f"{path}: {describe_encoding_problem(path)}")
         is_object = text.lstrip().startswith("{")
         try:
             rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
@@ -289,18 +289,18 @@ class JsonFile(SourceFormat):
         if not isinstance(rows, list):
             raise DataFormatError(f"{path}: a .json file must contain a list of objects (got {type(rows).__name__})")
         for number, row in enumerate(rows, 1):
-            yield path, number, _require_object(row)
+            yield path, number, _require_json_object(row)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON, or return a `BadRow` if it is malformed."""
+    """Parse JSON. Return a `BadRow` if the text is malformed."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return BadRow("malformed row", f"{error}: {text[:200]!r}")
 
 
-def _require_object(value: Any) -> dict[str, Any] | BadRow:
+def _require_json_object(value: Any) -> dict[str, Any] | BadRow:
     if isinstance(value, dict | BadRow):
         return value
     return BadRow("malformed row", f"not a JSON object: {value!r}")
@@ -308,7 +308,7 @@ def _require_object(value: Any) -> dict[str, Any] | BadRow:
 
 @dataclass(frozen=True)
 class KarpathyImage:
-    """Image with its captions from a file with Karpathy's splits."""
+    """Image and its captions, parsed from a JSON file in Karpathy's format."""
 
     id: str  # COCO image id, or the file name without its suffix
     name: str  # path relative to the dataset's image folder
@@ -325,7 +325,7 @@ class KarpathyImage:
 
 
 def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove large unused keys. Used as `object_hook` of `json.loads`, this more than halves memory use."""
+    """Remove unused keys. As the `object_hook` of `json.loads`, it more than halves the memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
     return fields
@@ -365,11 +365,11 @@ def _read_karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Itera
 
 
 def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequence[Any]) -> Iterator[RawRow]:
-    captions: dict[Any, list[Any]] = {_read_id(image, "id"): [] for image in images}
+    captions: dict[Any, list[Any]] = {_get_valid_id(image, "id"): [] for image in images}
     num_bad = 0
     example = ""
     for annotation in annotations:
-        image_id = _read_id(annotation, "image_id") if isinstance(annotation, dict) else None
+        image_id = _get_valid_id(annotation, "image_id") if isinstance(annotation, dict) else None
         if image_id is None or image_id not in captions:
             num_bad += 1
             example = example or repr(annotation)
@@ -378,7 +378,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
     folder = find_image_folder(path, [str(image.get("file_name")) for image in images], guess_folders(path, images))
     for number, image in enumerate(images, 1):
         name = image.get("file_name")
-        image_id = _read_id(image, "id")
+        image_id = _get_valid_id(image, "id")
         if not isinstance(name, str) or image_id is None:
             yield path, number, BadRow("malformed row", f"an image has no id or no file_name: {dict(image)!r}")
             continue
@@ -389,8 +389,8 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
         yield path, len(images) + 1, BadRow("malformed row", problem, num_bad)
 
 
-def _read_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
-    """Return an id, or None if it is missing or is neither text nor a number."""
+def _get_valid_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
+    """Return an id that is a text or a number, or None if the id is missing or has another type."""
     value = fields.get(key)
     return value if isinstance(value, str | int | float) else None
 
@@ -406,7 +406,7 @@ def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the first folder that contains one of the images, or the caption file's folder if none does."""
+    """Return the first folder that contains one of the images, or else the folder of the caption file `path`."""
     parent = get_parent(path)
     for name in names[: MAX_SEARCHED_REMOTE_IMAGES if is_remote(path) else MAX_SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:
