@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -25,7 +25,7 @@ STEPS = ((512, 512), (512, 128), (2048, 2048), (2048, 128), (16384, 128))  # (ba
 IMAGE_SIZE, TEXT_DIM = 64, 576
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def measure_step(batch_size: int, micro_batch_size: int) -> tuple[float, float]:
     """Return the peak memory of a step in MB, and the speed in images per second."""
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from llm2clip.data.noun_phrases import add_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.models.clip_models import find_visual_projection, load_clip_text_encoder
+from llm2clip.models.clip_models import get_image_projection, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
 from llm2clip.models.pretrained import resolve_pretrained
@@ -139,7 +139,7 @@ def sample_text(record: Record, rng: random.Random) -> str:
 def measure_drift(args: argparse.Namespace) -> None:
     records = list(open_records(args.images))
     pretrained = VisionTower.from_pretrained(f"timm:{args.clip}")
-    projection = find_visual_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
+    projection = get_image_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
     assert projection is not None
     before = compute_image_features(pretrained, records, args.clip / "drift-features")
     print("| model | features | embeddings |\n|" + " --- |" * 3)

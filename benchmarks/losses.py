@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
 
@@ -60,7 +60,7 @@ def time_pass(name: str, inputs: list[Tensor]) -> float:
     return time.perf_counter() - start
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def measure_peak(name: str, n: int, device: str) -> float:
     """Return the peak memory of one pass in MB, not including the inputs. Must be called in a new process."""
     time_pass(name, make_inputs(64, device))  # load the libraries before measuring
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    with onednn_matmul():
+    with use_onednn_matmul():
         print("| N | loss | seconds, median (range) | time ratio | peak MB | working MB | working memory ratio |")
         print("|---|---|---|---|---|---|---|")
         for n in args.sizes:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.metrics import compute_percentile_interval, draw_bootstrap_counts
@@ -327,7 +327,7 @@ def _resample_means(values: Tensor, seed: int) -> Tensor:
 # ---- duration of training steps --------------------------------------------------------------------------------------
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def measure_steps(experiments: Experiments, name: str) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Measure training steps with each source of text embeddings, using the caption encoder called `name`.
 

@@ -16,18 +16,6 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("Location", "Each item of a hit's `images`:", schemas.ImageLocation),
     ("Embeddings", "Fields of `/embed` and `/v1/embeddings`:", schemas.EmbedRequest),
 ]
-# Descriptions of fields that have none in the models.
-DESCRIPTIONS = {
-    "filter": "see [Filter](#filter)",
-    "hits": "see [Hit](#hit)",
-    "id": "id of the image, for `like`, `/image/ID` and `/thumbnail/ID`",
-    "name": "path of the image file",
-    "captions": "captions of the image",
-    "input": "a text or a data URI, or a list of them",
-    "encoding_format": "`float` or `base64`",
-    "model": "ignored, because a server has only one model",
-    "user": "ignored",
-}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -44,7 +32,7 @@ def render_section(heading: str, introduction: str, model: type[BaseModel]) -> s
     for name, schema in model.model_json_schema()["properties"].items():
         if model is schemas.SearchRequest and name in schemas.QueryRequest.model_fields:
             continue
-        meaning = schema.get("description") or DESCRIPTIONS[name]
+        meaning = schema["description"]
         if limit := _find_limit(schema):
             meaning += f" (at most {limit:,})"
         cells = [f"`{name}`", _format_default(schema.get("default")), meaning]

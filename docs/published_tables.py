@@ -16,12 +16,13 @@ def render_page(page: str) -> str:
     before, start, _ = page.partition(START)
     if not start:
         raise ValueError(f"{METHOD} does not contain the line {START}")
-    sections = [_render_section(table) for table in TABLES.values() if table.heading]
-    return "\n\n".join([before + START, *sections]) + "\n"
+    tables = [table for table in TABLES.values() if table.heading]
+    (source,) = {table.source for table in tables}
+    return "\n\n".join([before + START, f"Source: {source}.", *map(_render_section, tables)]) + "\n"
 
 
 def _render_section(table: PublishedTable) -> str:
-    parts = [f"### {table.heading}", f"{table.title}. Source: {table.source}."]
+    parts = [f"### {table.heading}", f"{table.title}."]
     if table.note:
         parts.append(table.note)
     lines = [f"| | {' | '.join(table.columns)} |", "|---|" + "---|" * len(table.columns)]

@@ -44,7 +44,7 @@ from llm2clip.data.skip_log import SkipLog, TooManySkipped
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval import build_dual_encoder_from_store, make_validator
+from llm2clip.evaluate.retrieval import build_dual_encoder_from_store, create_validation_function
 from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -455,7 +455,7 @@ def test_align_resumes_exactly(
     held_out = {"captions": read_split(image_folder, "val")}
 
     def run(name: str) -> LLM2CLIP:
-        validate = make_validator(held_out, SkipLog(max_skipped=1.0), store)
+        validate = create_validation_function(held_out, SkipLog(max_skipped=1.0), store)
         return train(tmp_path / name, config, validate, tower=tower, dropout=0.1)
 
     uninterrupted = run("uninterrupted")

@@ -200,5 +200,5 @@ def test_state_of_other_weights_is_rejected(tmp_path: Path) -> None:
     run, other = Run(), Run()
     save_training_state(tmp_path, *run.parts())
     other.model[0].requires_grad_(True)
-    with pytest.raises(ValueError, match="are not those that this run trains"):
+    with pytest.raises(ValueError, match="are not the weights that this run trains"):
         load_training_state(tmp_path, *other.parts())

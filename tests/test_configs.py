@@ -179,16 +179,30 @@ def test_llm_configs_have_the_settings_of_the_paper() -> None:
 
 def recipe_rows() -> list[tuple[list[str], str, Any]]:
     """Return the config names, the setting and our value of each row in the tables of docs/recipes.md."""
-    groups = {"all LLMs": LLMS, "all encoders": ENCODERS, "all towers": TOWERS}
+    groups = {"All LLM configs:": LLMS, "All encoder configs:": ENCODERS, "All tower configs:": TOWERS}
+    group: list[str] = []
     rows = []
     for line in RECIPES.read_text(encoding="utf-8").splitlines():
+        group = groups.get(line, group)
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == 6 and re.fullmatch(r"`(encoder|tune|align)\.\w+`", cells[1]):
-            value = cells[4].strip("`").replace("\\|", "|").replace("\\n", "\n")
-            names = groups.get(cells[0]) or cells[0].split(", ")
-            is_text = cells[1].endswith((".path`", ".template`", ".tower`"))
-            rows.append((names, cells[1].strip("`"), value if is_text else yaml.safe_load(value)))
+        setting = next(
+            (cell.strip("`") for cell in cells[:2] if re.fullmatch(r"`(encoder|tune|align)\.\w+`", cell)), None
+        )
+        if setting is None:
+            continue
+        value = cells[-1].split("`")[1].replace("\\|", "|").replace("\\n", "\n")
+        names = group if len(cells) == 4 else select_configs(cells[0], group)
+        is_text = setting.endswith((".path", ".template", ".tower"))
+        rows.append((names, setting, value if is_text else yaml.safe_load(value)))
     return rows
+
+
+def select_configs(text: str, group: list[str]) -> list[str]:
+    """Return the configs that the first cell of a row describes."""
+    if text.startswith("all except "):
+        return [name for name in group if name not in text.removeprefix("all except ").split(" and ")]
+    openai = ", ".join(name for name in group if "openai" in name)
+    return text.replace("OpenAI towers", openai).split(", ")
 
 
 def test_recipes_page_has_the_values_of_the_configs() -> None:

@@ -23,7 +23,7 @@ from llm2clip.models.official_checkpoint import (
     save_official_checkpoint,
 )
 from llm2clip.models.official_layout import HF, OfficialCheckpoint, get_official_name
-from llm2clip.models.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_encoders
+from llm2clip.models.published_encoders import TEMPLATE_TOKENS, find_published_template, suggest_published_encoders
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -525,7 +525,7 @@ def test_suggest_encoders_tells_the_llms_of_width_4096_apart() -> None:
     llama_3, llama_3_1 = "Llama-3-8B-Instruct-CC-Finetuned", "LLM2CLIP-Llama-3.1-8B"
 
     def suggest(source: str, dim: int, tower: dict[str, Any]) -> list[str]:
-        return [name.removeprefix("microsoft/") for name in suggest_encoders(source, dim, tower)]
+        return [name.removeprefix("microsoft/") for name in suggest_published_encoders(source, dim, tower)]
 
     assert suggest("microsoft/LLM2CLIP-Openai-L-14-336", 4096, clip) == [f"LLM2CLIP-{llama_3}"]
     assert suggest("LLM2CLIP-EVA02-B-16.pt", 4096, clip) == [f"LLM2CLIP-{llama_3}"]

@@ -35,7 +35,7 @@ def precision(clear_cache: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, s
 def test_onednn_matmul_has_float32_accuracy(clear_cache: None) -> None:
     a, b = torch.randn(300, 400), torch.randn(400, 500)
     before = torch.get_float32_matmul_precision()
-    with cpu_tuning.onednn_matmul():
+    with cpu_tuning.use_onednn_matmul():
         result = a @ b
     assert torch.get_float32_matmul_precision() == before
     exact = a.double() @ b.double()
@@ -51,7 +51,7 @@ def test_onednn_matmul_is_used_on_amd_with_avx512(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu_name, "avx512_f": avx512})
     precisions = []
-    with pytest.raises(KeyError), cpu_tuning.onednn_matmul():
+    with pytest.raises(KeyError), cpu_tuning.use_onednn_matmul():
         precisions.append(precision["name"])
         raise KeyError
     assert precisions == [expected] and precision["name"] == "highest"

@@ -21,7 +21,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate import encoder_choice
 from llm2clip.evaluate.encoder_choice import (
-    choose_candidate,
+    choose_caption_encoder,
     compute_mutual_knn_alignment,
     describe_choice,
     resolve_auto_encoder,
@@ -156,7 +156,7 @@ def test_only_images_with_captions_that_can_be_decoded_are_compared(
 
     monkeypatch.setattr(encoder_choice, "compute_mutual_knn_alignment", record_shapes)
     table = [broken, without_captions, Record("x", None, ("a dog",)), long_only, *records[3:]]
-    choice = choose_candidate(RecordTable.from_records(table), vision_tower, candidates)
+    choice = choose_caption_encoder(RecordTable.from_records(table), vision_tower, candidates)
     assert choice["encoder"] == asdict(candidates[0]), "the first candidate is chosen if the scores are equal"
     assert shapes == [[len(records) - 2] * 2] * 2 and choice["images"] == len(records) - 2
 
@@ -167,13 +167,13 @@ def test_too_few_images_are_not_compared(
     candidates: tuple[EncoderConfig, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    choice = choose_candidate(train[:4], vision_tower, candidates)
+    choice = choose_caption_encoder(train[:4], vision_tower, candidates)
     assert (choice["encoder"], choice["images"], choice["scores"]) == (asdict(candidates[0]), 4, {})
     description = describe_choice(choice)
     assert "No other encoder was evaluated" in description and "within a minute (4)" in description
-    assert choose_candidate(train[:0], vision_tower, candidates)["images"] == 0
+    assert choose_caption_encoder(train[:0], vision_tower, candidates)["images"] == 0
     monkeypatch.setattr(encoder_choice, "MAX_SECONDS", -1)  # as with a slow tower
-    assert choose_candidate(train, vision_tower, candidates)["images"] == 0
+    assert choose_caption_encoder(train, vision_tower, candidates)["images"] == 0
 
 
 def test_candidates_that_cannot_be_downloaded_are_skipped(
@@ -187,11 +187,11 @@ def test_candidates_that_cannot_be_downloaded_are_skipped(
         return name
 
     monkeypatch.setattr(encoder_choice, "resolve_pretrained", resolve)
-    assert encoder_choice.find_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
+    assert encoder_choice.find_available_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
     assert "Skipped all-minilm-l6-v2 as a candidate for the caption encoder: no network" in capsys.readouterr().out
     missing.add("smollm2-135m")
     with pytest.raises(AssetUnavailableError, match=r"set --encoder\.path to a local folder"):
-        encoder_choice.find_candidates()
+        encoder_choice.find_available_candidates()
 
 
 def test_settings_that_auto_would_ignore_are_errors() -> None:

@@ -26,7 +26,7 @@ from conftest import HANG_TIMEOUT, redirect_errors, run_in_process, start_fork_s
 from format_fixtures import encode
 from llm2clip.data import image_header, images, transforms
 from llm2clip.data.image_refs import FileImage, MemoryImage
-from llm2clip.data.images import ImageError, decode_image, decode_or_error, iter_image_batches, load_image
+from llm2clip.data.images import ImageError, decode_image, decode_or_return_error, iter_image_batches, load_image
 from llm2clip.data.transforms import MIN_CROP_SCALE, EvalTransform, Preprocess, TrainTransform
 from llm2clip.search.images import load_request_image
 
@@ -433,7 +433,7 @@ def test_decode_or_error_reports_any_exception(step: str, monkeypatch: pytest.Mo
 
     if step == "decoder":
         monkeypatch.setattr(images, "_decode_with_torchvision", fail)
-    assert "MemoryError: no memory" in decode_or_error(MemoryImage(encode(photo(), "JPEG")), fail)
+    assert "MemoryError: no memory" in decode_or_return_error(MemoryImage(encode(photo(), "JPEG")), fail)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from llm2clip.config import AlignConfig
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
-from llm2clip.models.clip_models import find_visual_projection, read_pretrained_logits
+from llm2clip.models.clip_models import get_image_projection, read_pretrained_logit_scale_and_bias
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.loading import hash_weights
 from llm2clip.store.layout import StoreError, make_caption_keys
@@ -120,7 +120,7 @@ def test_projection_of_open_clips_own_vision_transformer() -> None:
     text = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
     clip = open_clip.CLIP(12, vision, text).eval()
     images = torch.randn(2, 3, 32, 32)
-    projection = find_visual_projection(clip)
+    projection = get_image_projection(clip)
     assert projection is not None
     with torch.no_grad():
         expected = clip.encode_image(images)
@@ -278,12 +278,12 @@ def save_clip(folder: Path, kind: str, scale: float) -> str:
 
 def test_logit_scale_of_a_clip_checkpoint_is_inherited(store: EmbeddingStore, tmp_path: Path) -> None:
     clip = save_clip(tmp_path / "clip", "clip", 80)
-    assert read_pretrained_logits(clip) == (pytest.approx(80, rel=1e-6), None)
+    assert read_pretrained_logit_scale_and_bias(clip) == (pytest.approx(80, rel=1e-6), None)
     *_, scale, bias = create_initial_model(config_for(clip, inherit=False, logit_scale="inherit"), store)()
     assert scale.item() == pytest.approx(80, rel=1e-5) and bias.item() == 0
     AutoModel.from_pretrained(clip).save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert (tmp_path / "shards/model.safetensors.index.json").is_file()
-    assert read_pretrained_logits(str(tmp_path / "shards"))[0] == pytest.approx(80, rel=1e-6)
+    assert read_pretrained_logit_scale_and_bias(str(tmp_path / "shards"))[0] == pytest.approx(80, rel=1e-6)
 
 
 def test_siglip_scale_is_clamped_and_its_bias_is_inherited_with_the_sigmoid_loss(
@@ -300,13 +300,13 @@ def test_logit_scale_of_a_timm_tower_is_read_from_the_open_clip_file(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"visual.trunk.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     save_file({"logit_scale": torch.tensor(math.log(50.0))}, tmp_path / "open_clip_model.safetensors")
-    assert read_pretrained_logits(f"timm:{tmp_path}")[0] == pytest.approx(50, rel=1e-6)
+    assert read_pretrained_logit_scale_and_bias(f"timm:{tmp_path}")[0] == pytest.approx(50, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["folder", "test_vit", "no_such_model"])
 def test_tower_without_logit_scale_is_an_error_that_suggests_a_number(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="contains no logit scale"):
-        read_pretrained_logits(str(make_tower(tmp_path, "test_vit")) if name == "folder" else name)
+        read_pretrained_logit_scale_and_bias(str(make_tower(tmp_path, "test_vit")) if name == "folder" else name)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from transformers import (
 from align_fixtures import ALIGN, fresh_model
 from conftest import run_distributed
 from llm2clip.config import AlignConfig
-from llm2clip.models.precision import tf32_matmul
+from llm2clip.models.precision import use_tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.runs.ranks import full_tensor
 from llm2clip.train.optim import (
@@ -144,7 +144,7 @@ def test_tf32_matmul_is_limited_to_the_block_and_to_gpus(monkeypatch: pytest.Mon
     before = torch.get_float32_matmul_precision()
     for available, expected in ((False, before), (True, "high")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        with tf32_matmul():
+        with use_tf32_matmul():
             assert torch.get_float32_matmul_precision() == expected
         assert torch.get_float32_matmul_precision() == before
 

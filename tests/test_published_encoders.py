@@ -23,9 +23,9 @@ from llm2clip.models.loading import fingerprint
 from llm2clip.models.official_checkpoint import load_official_checkpoint
 from llm2clip.models.published_encoders import (
     LLAMA_3_1_8B,
-    find_adapter,
+    find_lora_adapter,
     is_nv_embed,
-    load_adapter_encoder,
+    load_encoder_with_lora,
     load_nv_embed,
 )
 from llm2clip.models.text import latent_attention
@@ -64,10 +64,10 @@ def test_chain_of_adapters_matches_the_authors_class(base: Path, adapter: Path, 
     names = ["short", "longer", "other script", "spaces at the end"]
     expected = torch.tensor([reference[name] for name in names])
     for sources in ([adapter, second], [base, adapter, second]):
-        encoder = load_adapter_encoder(sources)
+        encoder = load_encoder_with_lora(sources)
         assert encoder.st.max_seq_length == MAX_LENGTH
         torch.testing.assert_close(encoder.encode([TEXTS[name] for name in names]), expected, atol=1e-5, rtol=0)
-    other_order = load_adapter_encoder([base, second]).encode([TEXTS["short"]])
+    other_order = load_encoder_with_lora([base, second]).encode([TEXTS["short"]])
     assert not torch.allclose(other_order, expected[:1], atol=1e-2)
 
 
@@ -75,23 +75,23 @@ def test_adapter_whose_base_is_an_adapter(base: Path, adapter: Path, tmp_path: P
     second = save_lora(tmp_path / "supervised", adapter, "supervised")
     captions = list(TEXTS.values())
     assert torch.equal(
-        load_adapter_encoder([second]).encode(captions), load_adapter_encoder([adapter, second]).encode(captions)
+        load_encoder_with_lora([second]).encode(captions), load_encoder_with_lora([adapter, second]).encode(captions)
     )
     loop = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(adapter)}
     (adapter / "adapter_config.json").write_text(json.dumps(loop))
     with pytest.raises(ValueError, match="as its own base model"):
-        load_adapter_encoder([adapter])
+        load_encoder_with_lora([adapter])
 
 
 def test_adapter_of_a_causal_lm(base: Path, adapter: Path) -> None:
     """Its tensor names contain the decoder's name, and its task type requires an LM head."""
-    expected = load_adapter_encoder([adapter]).encode(["a dog"])
+    expected = load_encoder_with_lora([adapter]).encode(["a dog"])
     tensors = load_file(adapter / "adapter_model.safetensors")
     renamed = {name.replace("model.layers", "model.model.layers"): tensor for name, tensor in tensors.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert torch.equal(load_adapter_encoder([adapter]).encode(["a dog"]), expected)
+    assert torch.equal(load_encoder_with_lora([adapter]).encode(["a dog"]), expected)
 
 
 def test_adapters_that_do_not_match_are_rejected(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_adapters_that_do_not_match_are_rejected(base: Path, adapter: Path, tmp_
 
     def check(message: str, error: type[Exception] = ValueError) -> None:
         with pytest.raises(error, match=message):
-            load_adapter_encoder([adapter])
+            load_encoder_with_lora([adapter])
 
     save_file({n: t for n, t in tensors.items() if n != name}, adapter / "adapter_model.safetensors")
     check(rf"does not match the LLM .*shaped tensors: 1, including {name}.*was trained on: {base}")
@@ -122,7 +122,7 @@ def test_adapters_that_do_not_match_are_rejected(base: Path, adapter: Path, tmp_
     )
     check("must be a LoRA adapter")
     with pytest.raises(ValueError, match=r"is not a PEFT adapter: it has no adapter_config\.json"):
-        load_adapter_encoder([base, base])
+        load_encoder_with_lora([base, base])
 
 
 def test_find_adapter_downloads_a_subfolder_of_a_repository(
@@ -139,8 +139,8 @@ def test_find_adapter_downloads_a_subfolder_of_a_repository(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
-    assert find_adapter(LLAMA_3_1_8B) == tmp_path / subfolder
-    assert find_adapter(Path("weights.pt")) is None and find_adapter("C:\\weights\\model.pt") is None
+    assert find_lora_adapter(LLAMA_3_1_8B) == tmp_path / subfolder
+    assert find_lora_adapter(Path("weights.pt")) is None and find_lora_adapter("C:\\weights\\model.pt") is None
 
 
 def test_convert_command_merges_adapters(
@@ -152,7 +152,7 @@ def test_convert_command_merges_adapters(
     assert f"Caption encoder: {out}" in output
     assert f"llm2clip fit DATA --out RUN --encoder.path {out}" in output
     captions = list(TEXTS.values())
-    expected = load_adapter_encoder([adapter, second]).encode(captions)
+    expected = load_encoder_with_lora([adapter, second]).encode(captions)
     assert torch.equal(CaptionEncoder.from_pretrained(out, device="cpu").encode(captions), expected)
     assert main(["convert", str(adapter), "--out", str(out)]) == 1
     assert "exists" in capsys.readouterr().err
@@ -344,7 +344,7 @@ def test_bge_en_icl_is_the_normalized_state_of_the_end_token(tmp_path: Path, add
 def test_llm2vec_template_is_the_template_of_the_converted_encoder(tmp_path: Path) -> None:
     base = save_llm(tmp_path / "llm")
     adapters = [save_lora(tmp_path / name, base, name) for name in ("mntp", "supervised")]
-    converted = load_adapter_encoder(adapters)
+    converted = load_encoder_with_lora(adapters)
     converted.save_pretrained(tmp_path / "encoder")
     encoder = open_with_config(tmp_path / "encoder", "llm2vec-llama-3-8b")
     assert encoder.tokenize(CAPTIONS) == converted.tokenize(CAPTIONS)

@@ -70,7 +70,7 @@ def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 @contextmanager
-def onednn_matmul() -> Iterator[None]:
+def use_onednn_matmul() -> Iterator[None]:
     """Compute float32 matmuls on the CPU with oneDNN instead of MKL if oneDNN is faster. Also works as a decorator.
 
     On AMD CPUs, MKL does not use AVX-512. oneDNN does, and is more than twice as fast. PyTorch uses oneDNN for float32
@@ -113,6 +113,6 @@ def is_onednn_faster() -> bool:
     return bool((result - exact).norm() < FLOAT32_TOLERANCE * exact.norm())
 
 
-def flex_attention_is_correct() -> bool:
+def is_flex_attention_correct() -> bool:
     """Return False on CPUs without AVX-512, where compiled flex attention returns NaN for a batch size of 1."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -255,7 +255,7 @@ def hide_url_secrets(text: str) -> str:
     return _URL_QUERY.sub(r"\1", _URL_PASSWORD.sub(r"\1", text))
 
 
-def install_command(*extras: str) -> str:
+def format_install_command(*extras: str) -> str:
     """Return the pip command that installs llm2clip with the given extras."""
     return f"pip install 'llm2clip[{','.join(extras)}]'" if extras else "pip install llm2clip"
 
@@ -264,7 +264,9 @@ def check_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoun
     """Raise an error if a package of an extra (a key of `EXTRAS`) is not installed. The packages are not imported."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        raise error(f"{feature} requires additional packages ({', '.join(missing)}). Run {install_command(extra)}")
+        raise error(
+            f"{feature} requires additional packages ({', '.join(missing)}). Run {format_install_command(extra)}"
+        )
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------

@@ -39,21 +39,26 @@ from llm2clip.config import AUTO, AlignConfig, DistillConfig, EncoderConfig, Eva
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import DataSplits, open_table, read_splits
 from llm2clip.data.noun_phrases import add_phrases
-from llm2clip.data.pairs import CaptionItems, TuningItems, check_pairable, read_tuning_sources
+from llm2clip.data.pairs import CaptionItems, TuningItems, check_has_caption_pairs, read_tuning_sources
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.encoder_choice import choose_candidate, describe_choice, find_candidates, resolve_auto_encoder
+from llm2clip.evaluate.encoder_choice import (
+    choose_caption_encoder,
+    describe_choice,
+    find_available_candidates,
+    resolve_auto_encoder,
+)
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
     build_dual_encoder_from_store,
     collect_example_searches,
     compute_field_metrics,
     compute_field_ranks,
+    create_validation_function,
     evaluate_caption_fields,
-    make_validator,
 )
 from llm2clip.evaluate.short_queries import ShortQueryResult, choose_query_templates
 from llm2clip.evaluate.training_report import write_distill_report, write_fit_report
@@ -68,7 +73,7 @@ from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, latest_checkpoint, run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
-from llm2clip.runs.run_description import StageClock
+from llm2clip.runs.run_description import StageTimer
 from llm2clip.store.encode import embed as embed_locally
 from llm2clip.store.encode import embed_with_ray
 from llm2clip.store.layout import check_identity, make_caption_keys
@@ -133,7 +138,7 @@ class Run:
             self.parts = load_pretrained_parts(self.config.align)
         if self.command in ("fit", "tune") and not (self.get_stage_folder("tune") / "encoder").exists():
             if self.config.encoder.path == AUTO:
-                self.encoders = find_candidates()
+                self.encoders = find_available_candidates()
             else:
                 check_encoder(self.config.encoder)
 
@@ -152,7 +157,7 @@ class Run:
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
         tune, is_tuned = config.tune, (self.get_stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
-            check_pairable(CaptionItems(data.train))  # so that errors occur before the LLM is loaded
+            check_has_caption_pairs(CaptionItems(data.train))  # so that errors occur before the LLM is loaded
         return data
 
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
@@ -228,20 +233,20 @@ def fit(run: Run) -> Path:
         TooManySkipped: The fraction of skipped rows exceeds `config.max_skipped`.
         ValueError: The dataset is too small for the settings, or contains no captions to train on.
     """
-    data, clock = run.data, StageClock(run.out)
+    data, timer = run.data, StageTimer(run.out)
     if run.config.encoder.path == AUTO:
-        clock.start("1/4 tune: skipped; choosing a caption encoder")
+        timer.start("1/4 tune: skipped; choosing a caption encoder")
         choose_encoder(run)
     else:
-        clock.start("1/4 tune: contrastive training of the language model on captions")
+        timer.start("1/4 tune: contrastive training of the language model on captions")
     encoder = EncoderConfig(path=str(tune(run)))
-    clock.start("2/4 embed: encoding every caption into the store")
+    timer.start("2/4 embed: encoding every caption into the store")
     store = embed(run, encoder)
-    clock.start("3/4 align: training the vision tower against the store")
+    timer.start("3/4 align: training the vision tower against the store")
     model_dir = align(run, store, encoder)
-    clock.start("4/4 evaluate: retrieval on held-out images")
+    timer.start("4/4 evaluate: retrieval on held-out images")
     trained = evaluate(run, store)
-    clock.stop()
+    timer.stop()
     if process_state().is_main_process:
         write_fit_report(run.out, trained, f"{data.summary}. {run.log.summary()}.", run.config.encoder)
         write_model_card(model_dir, run.out.resolve().name)
@@ -262,7 +267,10 @@ def choose_encoder(run: Run) -> None:
 
     def choose() -> dict[str, Any]:
         parts = run.parts or load_pretrained_parts(config)
-        return {**tower, **choose_candidate(run.data.train, parts.tower, run.encoders or find_candidates())}
+        return {
+            **tower,
+            **choose_caption_encoder(run.data.train, parts.tower, run.encoders or find_available_candidates()),
+        }
 
     choice = load_or_compute_json(file, choose)
     run.config = resolve_auto_encoder(run.config, EncoderConfig(**choice["encoder"]))
@@ -361,7 +369,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
                 (evaluations / "untrained.json").unlink(missing_ok=True)  # written by a run with other `align` settings
         untrained = ModelEmbeddings(build_dual_encoder_from_store(model, store), run.log)
         load_or_compute_json(evaluations / "untrained.json", lambda: evaluate_caption_fields(untrained, held_out))
-        validate = make_validator(held_out, run.log, store)
+        validate = create_validation_function(held_out, run.log, store)
     model = train_align(train, store, model, config, out, run.log, validate, features)
     if process_state().is_main_process:
         rotate_embedding_space(model, train, store, config)

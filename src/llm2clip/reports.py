@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from llm2clip.io_utils import atomic_write_text, escape_control_characters, install_command
+from llm2clip.io_utils import atomic_write_text, escape_control_characters, format_install_command
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell, shown as a colour
 LONG_CELL = 30  # maximum length of a table cell without line breaks, in characters
@@ -112,7 +112,7 @@ def write_report(
         atomic_write_text(html_file.with_suffix(".md"), markdown)
     atomic_write_text(html_file, render_html(title, blocks, verdict))
     if _lacks_plots(blocks):
-        print(f"{html_file} has no plots. To add plots, run {install_command('reports')}", file=sys.stderr)
+        print(f"{html_file} has no plots. To add plots, run {format_install_command('reports')}", file=sys.stderr)
 
 
 def _lacks_plots(blocks: Sequence[Block]) -> bool:
@@ -240,7 +240,7 @@ def _format_inline_html(text: str) -> str:
 def _add_text_alternative(figure: Figure) -> str:
     """Add a text alternative to a figure's SVG, because screen readers would otherwise read out each axis label."""
     if figure.svg is None:
-        command = install_command("reports")
+        command = format_install_command("reports")
         return f"<p>Matplotlib is not installed. To add plots to reports, run <code>{command}</code></p>"
     return figure.svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(figure.caption)}"', 1)
 

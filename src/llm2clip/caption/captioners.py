@@ -18,8 +18,8 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
-from llm2clip.caption.options import Prompt, describe_missing_server
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.caption.options import Prompt, format_missing_server_error
+from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.storage import compute_backoff, is_temporary_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
 from llm2clip.models.loading import get_name_with_hash, load_vision_language_model
@@ -144,7 +144,7 @@ class EndpointCaptioner:
                     continue
                 self._was_connected |= error.was_connected
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
-                    raise EndpointError(describe_missing_server(self.url.netloc.decode(), error)) from None
+                    raise EndpointError(format_missing_server_error(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
                     return self._handle_failure(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
@@ -381,7 +381,7 @@ class LocalCaptioner:
         """Do nothing, because `generate_answers` never waits before a retry."""
 
     @torch.inference_mode()
-    @onednn_matmul()
+    @use_onednn_matmul()
     def _generate_batch(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         inputs = self.processor.apply_chat_template(
             [self._build_messages(request) for request in requests],

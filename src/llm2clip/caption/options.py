@@ -61,7 +61,7 @@ class CaptionOptions:
         require_fraction(self, "", "check_max_rank", "max_skipped")
 
 
-def describe_missing_server(address: str, error: Exception) -> str:
+def format_missing_server_error(address: str, error: Exception) -> str:
     return f"no server responds at {address} ({error}). Start the server, or check the URL"
 
 

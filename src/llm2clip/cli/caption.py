@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from jsonargparse import Namespace
 
-from llm2clip.caption.options import CaptionOptions, describe_missing_server
+from llm2clip.caption.options import CaptionOptions, format_missing_server_error
 from llm2clip.cli.checks import check_can_create, check_data, resolve_model
 from llm2clip.cli.commands import (
     ArgumentParser,
@@ -69,7 +69,7 @@ def _check_server(endpoint: str | None, out: Path) -> None:
     try:
         socket.create_connection((url.hostname, url.port or 80), timeout=3).close()
     except (OSError, ValueError) as error:  # ValueError: the port is not a number
-        raise OSError(describe_missing_server(url.netloc.rpartition("@")[2], error)) from error
+        raise OSError(format_missing_server_error(url.netloc.rpartition("@")[2], error)) from error
 
 
 def _run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:

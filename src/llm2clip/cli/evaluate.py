@@ -55,9 +55,9 @@ def _run_evaluate(args: Namespace) -> list[str]:
     models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
     args.encoder.path = resolve_encoder(args.encoder.path)
     options = make_options(EvaluateOptions, args)
-    from llm2clip.evaluate.arguments import check_arguments
+    from llm2clip.evaluate.arguments import check_evaluation_arguments
 
-    check_arguments(models, args.data or [], options)
+    check_evaluation_arguments(models, args.data or [], options)
     from llm2clip.evaluate.runner import evaluate_models
 
     lines = evaluate_models(models, args.data or [], options, encoder=args.encoder, config=args.evaluate)

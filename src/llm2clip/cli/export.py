@@ -102,11 +102,11 @@ def _run_convert(args: Namespace) -> list[str]:
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.model_folder import is_model_folder
     from llm2clip.models.official_checkpoint import load_official_checkpoint, save_official_checkpoint
-    from llm2clip.models.published_encoders import find_adapter, is_nv_embed, load_adapter_encoder, load_nv_embed
+    from llm2clip.models.published_encoders import find_lora_adapter, is_nv_embed, load_encoder_with_lora, load_nv_embed
 
     source = args.source[0]
-    if len(args.source) > 1 or find_adapter(source) is not None:
-        return _convert_encoder(args, "LoRA adapters", lambda: load_adapter_encoder(args.source))
+    if len(args.source) > 1 or find_lora_adapter(source) is not None:
+        return _convert_encoder(args, "LoRA adapters", lambda: load_encoder_with_lora(args.source))
     if is_nv_embed(source):
         return _convert_encoder(args, "NV-Embed-v2", lambda: load_nv_embed(source))
     if args.to is not None:
@@ -159,12 +159,12 @@ def _add_caption_encoder(source: str, text: str | None) -> LLM2CLIP:
 
 
 def _format_closing_lines(model: LLM2CLIP, folder: Path, source: str) -> list[str]:
-    from llm2clip.models.published_encoders import suggest_encoders
+    from llm2clip.models.published_encoders import suggest_published_encoders
 
     if model.has_encoder:
         return [f"Model: {folder}", f"Next: {format_command('evaluate', folder, 'DATA')}"]
     text_dim = model.config.text_dim
-    suggested = suggest_encoders(source, text_dim, model.config.tower)
+    suggested = suggest_published_encoders(source, text_dim, model.config.tower)
     encoder = " or ".join(suggested) or f"an encoder whose embeddings have {text_dim} dimensions"
     return [
         f"Model: {folder}",

@@ -178,7 +178,7 @@ def _run_index(args: Namespace) -> list[str]:
     args.model = _choose_model(args.out) if args.model is None else resolve_model(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.models.llm2clip import check_dim
+    from llm2clip.models.llm2clip import check_truncate_dim
     from llm2clip.models.text_graph import save_text_graph
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.build import IndexOptions, build_index
@@ -187,7 +187,7 @@ def _run_index(args: Namespace) -> list[str]:
     recognize = open_recognizer() if args.ocr else None
     model = open_dual_encoder(args.model)  # loaded before --out is created, because loading may fail
     if args.dim is not None:
-        check_dim(args.dim, model.embed_dim, model.name)
+        check_truncate_dim(args.dim, model.embed_dim, model.name)
     backend = open_backend(args.out, write=True)
     skipped_file = None if "://" in args.out else Path(args.out) / "skipped.jsonl"
     if skipped_file is not None and not skipped_file.exists():

@@ -100,7 +100,7 @@ def _describe_data(args: Namespace) -> list[str]:
     if page is not None:
         check_can_create(page, "--report")
     from llm2clip.reports import render_text
-    from llm2clip.tools.data_report import build_blocks, describe_data, inspect_data, write_page
+    from llm2clip.tools.data_report import build_blocks, describe_data_quality, inspect_data, write_data_report
 
     overview, table = inspect_data(args.data, args.columns, args.max_skipped)
     data = [*args.data, *format_column_flags(args.columns)]
@@ -110,9 +110,9 @@ def _describe_data(args: Namespace) -> list[str]:
             format_command("caption", *data, "--model", "MODEL", "--out", "captions.jsonl"),
             f"{format_command('index', *data, '--out', 'INDEX')}   # search does not require captions",
         ]
-    lines = [render_text(build_blocks(overview), describe_data(overview))]
+    lines = [render_text(build_blocks(overview), describe_data_quality(overview))]
     if page is not None:
-        write_page(page, overview, table, "\n".join(commands))
+        write_data_report(page, overview, table, "\n".join(commands))
         lines.append(f"Report: {page}")
     else:
         lines.append("To see plots and example images, add --report data.html")
@@ -132,7 +132,7 @@ def _list_configs(args: Namespace) -> list[str]:
 
 
 def make_plan(args: Namespace) -> Plan:
-    from llm2clip.tools.plan import measure_captions, plan_fit
+    from llm2clip.tools.plan import estimate_data_size, plan_fit
 
     check_sources(args.data)
     data: dict[str, Any] = {"images": None, "captions_per_image": 2.0, "tokens_per_caption": 84.0}
@@ -141,7 +141,7 @@ def make_plan(args: Namespace) -> Plan:
         from llm2clip.data.skip_log import SkipLog
 
         log = SkipLog(max_skipped=args.max_skipped)
-        data |= measure_captions(read_splits(args.data, EvaluateConfig(), args.columns, log).train)
+        data |= estimate_data_size(read_splits(args.data, EvaluateConfig(), args.columns, log).train)
     data |= {name: args[name] for name in data if args[name] is not None}
     if data["images"] is None:
         raise ValueError("pass DATA with captions, or the number of training images with --images")

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from PIL import Image
 
-from llm2clip.io_utils import install_command
+from llm2clip.io_utils import format_install_command
 
 # Images with more pixels are rejected before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
@@ -181,8 +181,8 @@ def _register_heic() -> None:
         import pillow_heif
     except ImportError as error:
         raise ImageFormatError(
-            f"HEIC images require the package pillow-heif ({error}). Run {install_command('photos')}, or convert the "
-            "image to JPEG"
+            f"HEIC images require the package pillow-heif ({error}). Run {format_install_command('photos')}, or "
+            "convert the image to JPEG"
         ) from error
     # Thumbnails, depth maps and other auxiliary images are not read, to save memory.
     pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)

@@ -256,7 +256,7 @@ def _apply_orientation(pixels: Tensor, orientation: int) -> Tensor:
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def decode_or_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
+def decode_or_return_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T | str:
     """Decode and transform an image. Return an error message if decoding fails or memory runs out."""
     try:
         return transform(load_image(ref))
@@ -311,7 +311,7 @@ class _DecodedImages(Dataset):
         return len(self.refs)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, decode_or_error(self.refs[index], self.transform)
+        return index, decode_or_return_error(self.refs[index], self.transform)
 
 
 def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class SkipLog:
         return self._num_rows + sum(sum(splits.values()) for splits in self._source_rows.values())
 
     @property
-    def num_copies(self) -> int:
+    def num_duplicate_images(self) -> int:
         """Number of duplicate images that were merged."""
         return len(self._copies)
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
-from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets, install_command
+from llm2clip.io_utils import FatalDataError, describe_error, format_install_command, hide_url_secrets
 
 T = TypeVar("T")
 
@@ -223,7 +223,7 @@ def get_filesystem(scheme: str) -> Any:
             _filesystems[key] = _open_filesystem(scheme)
         except ImportError as error:
             raise ImportError(
-                f"{scheme}:// requires additional packages ({error}). Run {install_command('remote')}"
+                f"{scheme}:// requires additional packages ({error}). Run {format_install_command('remote')}"
             ) from error
     return _filesystems[key]
 

@@ -7,7 +7,7 @@ from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
 from llm2clip.models.prompts import check_templates
 
 
-def check_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:
+def check_evaluation_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:
     """Raise ValueError if there is nothing to evaluate, a benchmark is unknown, or an option has no effect."""
     has_images = bool(data or options.benchmarks)
     if has_images and not models:

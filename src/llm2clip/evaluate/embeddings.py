@@ -19,7 +19,7 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.metrics import check_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
+from llm2clip.models.llm2clip import check_truncate_dim, truncate_and_normalize
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.prompts import NO_TEMPLATES
 from llm2clip.progress import ProgressBar
@@ -207,7 +207,7 @@ class PrecomputedEmbeddings:
         return None
 
     def truncate(self, dim: int) -> PrecomputedEmbeddings:
-        check_dim(dim, self._images.shape[1], str(self.file))
+        check_truncate_dim(dim, self._images.shape[1], str(self.file))
         truncated = copy.copy(self)
         truncated._images = truncate_and_normalize(self._images, dim)
         truncated._texts = truncate_and_normalize(self._texts, dim)

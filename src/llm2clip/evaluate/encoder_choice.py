@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.config import AUTO, EncoderConfig, FitConfig
-from llm2clip.cpu_tuning import free_memory, onednn_matmul
+from llm2clip.cpu_tuning import free_memory, use_onednn_matmul
 from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -50,7 +50,7 @@ def describe_encoder(encoder: EncoderConfig) -> str:
     return f"{encoder.path}{layers}"
 
 
-def find_candidates() -> list[EncoderConfig]:
+def find_available_candidates() -> list[EncoderConfig]:
     """Download the candidates if necessary, and return the available candidates.
 
     Raises:
@@ -68,7 +68,9 @@ def find_candidates() -> list[EncoderConfig]:
     return candidates
 
 
-def choose_candidate(train: RecordTable, tower: VisionTower, candidates: Sequence[EncoderConfig]) -> dict[str, Any]:
+def choose_caption_encoder(
+    train: RecordTable, tower: VisionTower, candidates: Sequence[EncoderConfig]
+) -> dict[str, Any]:
     """Score all candidates on a random sample of the training records, and choose the best one.
 
     Args:
@@ -111,7 +113,7 @@ def _draw_sample(train: RecordTable) -> list[Record]:
     return list(train.select(np.concatenate([usable[:0], *sample])))
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def _encode_images(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
     """Return the records whose images were encoded within `MAX_SECONDS`, and their features of shape (records, D)."""
     encoder, log = TowerEncoder(tower.to(process_state().device), FP32), SkipLog(max_skipped=1.0)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 
 KS = (1, 5, 10)
 TILE = 512  # images per tile, so that the float32 scores of a tile (512 images, 2048 texts) fit in the CPU cache
@@ -28,7 +28,7 @@ LEVEL = 0.95  # confidence level of all intervals
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def compute_positive_ranks(
     queries: Tensor,
     items: Tensor,
@@ -76,7 +76,7 @@ def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
     return negatives_before + torch.arange(len(positives))
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def two_way_ranks(
     images: Tensor,
     texts: Tensor,

@@ -28,7 +28,7 @@ from llm2clip.models.loading import get_name_with_hash, read_config, split_revis
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.official_checkpoint import attach_caption_encoder, load_official_checkpoint
 from llm2clip.models.official_layout import download_checkpoint
-from llm2clip.models.published_encoders import suggest_encoders
+from llm2clip.models.published_encoders import suggest_published_encoders
 
 
 class MTEBModel(AbsEncoder):
@@ -102,7 +102,7 @@ def load_model(
     if is_model_folder(source if Path(source).exists() else download_checkpoint(source)):
         return MTEBModel(open_dual_encoder(source, device))
     model = load_official_checkpoint(source)
-    encoders = [text] if text else suggest_encoders(source, model.config.text_dim, model.config.tower)
+    encoders = [text] if text else suggest_published_encoders(source, model.config.text_dim, model.config.tower)
     if len(encoders) != 1:
         raise ValueError(
             f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the "

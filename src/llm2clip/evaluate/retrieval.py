@@ -142,7 +142,7 @@ def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
     return "words", words
 
 
-def make_validator(
+def create_validation_function(
     fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
     """Create a function that evaluates a model during training with the stored caption embeddings.

@@ -19,7 +19,7 @@ from llm2clip.data.build_table import open_table, read_splits
 from llm2clip.data.image_facts import count_training_images, load_training_image_hashes
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.arguments import check_arguments
+from llm2clip.evaluate.arguments import check_evaluation_arguments
 from llm2clip.evaluate.benchmarks import get_benchmarks
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
@@ -94,7 +94,7 @@ def evaluate_models(
     """
     start = time.time()
     encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
-    check_arguments(models, data, options)
+    check_evaluation_arguments(models, data, options)
     _check_output_folder_and_variants(options)
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, SegmentationData
 from llm2clip.evaluate.classification import count_prompts, encode_class_names
@@ -166,7 +166,7 @@ def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult
     return blocks
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def _segment_and_count(
     scores: PixelScores, labels: np.ndarray, data: SegmentationData, logit_scale: float
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from llm2clip.config import require_at_least, require_fraction
 
 @dataclass
 class LlavaConfig:
-    """Settings of the two training stages: first the projector alone, then the projector and the LLM.
+    """Settings of both training stages: the projector alone, then the projector and the LLM.
 
     The defaults follow LLaVA-1.5 (arXiv 2310.03744).
     """
@@ -26,9 +26,9 @@ class LlavaConfig:
     batch_size: int = 128
     """Number of conversations per optimizer step in the second stage, over all devices."""
     micro_batch_size: int = 16
-    """Maximum number of conversations per forward pass on each device. Gradient accumulation gives the batch size."""
+    """Maximum number of conversations per forward pass and device. Gradients of several passes are accumulated."""
     lora_r: int = 0
-    """LoRA rank for the LLM. LoRA weights are merged after training. 0 means full fine-tuning."""
+    """LoRA rank for the LLM, or 0 for full fine-tuning. LoRA weights are merged after training."""
     lora_alpha: int = 256
     """LoRA alpha. The outputs of LoRA layers are scaled by alpha divided by the rank."""
     max_length: int = 2048
@@ -39,7 +39,7 @@ class LlavaConfig:
     """Maximum size in GB of the cache for the frozen tower's patch features. If the features do not fit, they are
     recomputed in every step. 0 disables caching."""
     warmup_ratio: float = 0.03
-    """Fraction of steps for linear warm-up, after which the learning rate decays to zero on a cosine schedule."""
+    """Fraction of training steps for linear warm-up, after which the learning rate decays to 0 on a cosine."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Training precision: fp32, bf16, or auto for bf16 if the hardware supports it."""
     gradient_checkpointing: bool = False
@@ -49,7 +49,7 @@ class LlavaConfig:
     save_steps: int = 200
     """Number of steps between checkpoints."""
     seed: int = 0
-    """Seed for the data order, generated questions and LoRA initialisation."""
+    """Random seed for the data order, generated questions and LoRA initialisation."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of range."""

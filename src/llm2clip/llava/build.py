@@ -4,8 +4,7 @@ As in LLaVA-1.5 (arXiv 2310.03744), patch features come from the tower's second-
 maps them to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the tower:
 
 - Towers from transformers: `LlavaForConditionalGeneration`.
-- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which uses the tower's last feature map. The
-  projector and LLM are the same as for other towers.
+- Convolutional towers from timm: `FastVlmForConditionalGeneration`, which uses the tower's last feature map.
 - Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. Without
   llm2clip, loading such a model requires `trust_remote_code=True`.
 
@@ -49,8 +48,8 @@ def load_tower(name: str, image_size: int | None = None) -> VisionTower:
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
     """Build an untrained LLaVA model, save it and return its folder. Only the projector is randomly initialised.
 
-    The tower is converted to the dtype of the LLM. The model is saved to a temporary folder and reloaded to check that
-    its logits for a sample text match the LLM's logits. Then the folder is renamed to `out`.
+    The tower is converted to the LLM's dtype. The saved model is reloaded to check that its logits for a sample text
+    match the LLM's logits. If the check fails, `out` is not created.
 
     Args:
         llm: Folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
@@ -60,7 +59,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
     Raises:
         ValueError: The LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
-            the head.
+            the LLM's head.
         FileExistsError: `out` already exists.
     """
     from transformers import AutoTokenizer
@@ -84,7 +83,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM in the checkpoint's dtype. Raise ValueError if weights, such as the head, are missing."""
+    """Load a causal LLM in its checkpoint's dtype. Raise ValueError if weights, such as the head's, are missing."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,12 +92,12 @@ def load_causal_llm(name: str) -> Any:
     llm, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])
     if missing:
-        raise ValueError(f"{name} is not a complete causal LLM: the checkpoint is missing {', '.join(missing[:3])}")
+        raise ValueError(f"{name} is not a complete causal LLM: its checkpoint lacks {', '.join(missing[:3])}")
     return llm
 
 
 def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
-    """Return a LLaVA model and its processor. The LLM and the tokenizer are modified in place."""
+    """Build a LLaVA model and its processor. The LLM and the tokenizer are modified in place."""
     modeling_patches.register_classes()
     vision = _convert_tower(tower)
     num_patches, num_registers = _count_image_tokens(vision, tower.preprocess.size)
@@ -207,7 +206,7 @@ def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: i
         if isinstance(vision, modeling_patches.PatchTower):
             config_class, model_class = modeling_patches.PatchLlavaConfig, modeling_patches.PatchLlava
     config = config_class(**arguments)
-    with torch.device("meta"):  # meta tensors take no memory; every part is replaced below
+    with torch.device("meta"):  # meta tensors take no memory, and every part is replaced below
         model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()

@@ -45,7 +45,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # maximum number of present objects per image, and of absent objects (k in POPE)
+OBJECTS_PER_IMAGE = 3  # maximum number of present, and of absent, objects to ask about per image (k in POPE)
 
 _FLATTEN_CONTENT = Path(__file__).with_name("flatten_content.jinja").read_text(encoding="utf-8")
 _VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ _VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Question-answer pairs, optionally about an image. The image precedes the first question."""
+    """Conversation of question-answer pairs, optionally about an image. The image precedes the first question."""
 
     id: str
     image: ImageRef | None
@@ -61,7 +61,7 @@ class Conversation:
 
 
 class LabeledTokens(NamedTuple):
-    """Token ids of a conversation, and labels: the token ids within answers, and IGNORE_INDEX elsewhere."""
+    """Token ids and labels of a conversation. A token's label is its id within answers and IGNORE_INDEX elsewhere."""
 
     ids: list[int]
     labels: list[int]
@@ -89,7 +89,7 @@ def read_conversations(
         if is_llava_file(source):
             conversations += read_llava(source, images, log)
         else:
-            # Merge rows with the same image, because an object is present if any row mentions it.
+            # Rows with the same image are merged, because an object counts as present if any row mentions it.
             try:
                 records = open_table([source], columns or {}, log)
             except DataFormatError as error:
@@ -111,9 +111,9 @@ def is_llava_file(name: str) -> bool:
 def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
-    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. `image`
-    is optional. It is a path relative to the folder `images`, by default the folder of the file. Invalid rows and rows
-    whose image file is missing are skipped and logged.
+    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. The
+    optional `image` is a path relative to the folder `images`, which defaults to the folder of the file. Invalid rows
+    and rows whose image file is missing are skipped and logged.
 
     Raises:
         ValueError: A .json file does not contain a list.
@@ -179,7 +179,7 @@ def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> l
 
 
 def make_instruction_conversations(records: Sequence[Record], seed: int = 0) -> list[Conversation]:
-    """Make captioning conversations and a conversation per image with yes-or-no questions about objects."""
+    """Make captioning conversations and, for each image, a conversation with yes-or-no questions about objects."""
     return make_captioning_conversations(records, seed) + make_object_conversations(records, seed)
 
 
@@ -191,7 +191,7 @@ def make_object_conversations(
     Records without an image, and records whose captions mention no objects, are ignored.
     """
     names = read_objects(objects_file)
-    objects_in_images = []  # (record, its objects) for each image whose captions mention objects
+    objects_in_images = []  # (record, mentioned objects) for each image whose captions mention objects
     for record in records:
         objects = sorted(find_mentioned_objects(record.texts, names))
         if record.image is not None and objects:
@@ -304,7 +304,7 @@ def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
 
 
 def clean_text(text: str) -> str:
-    """Strip whitespace and remove `<image>` tokens. The chat template inserts its own `<image>` tokens.
+    """Strip whitespace, and remove `<image>` tokens because the chat template inserts its own.
 
     Raises:
         ValueError: The text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
@@ -372,8 +372,8 @@ def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_im
             ids += [token] * num_image_tokens
             labels += [IGNORE_INDEX] * num_image_tokens
             continue
-        # Only the end of the token counts, because some tokenizers merge the space before an answer into its first
-        # token.
+        # A token belongs to an answer if its last character does, because some tokenizers merge the space before an
+        # answer into the first token of the answer.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)

@@ -1,7 +1,7 @@
 """Training data of LLaVA models: patch features of the frozen vision tower, dataset, collator and sampler.
 
-During training, `PrecomputedVision` replaces the vision tower. It returns patch features that were read from a store or
-computed just before the forward pass.
+During training, `PrecomputedVisionTower` replaces the vision tower. It returns patch features that were read from a
+store or computed just before the forward pass.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import resize
 
-from llm2clip.data.images import decode_or_error
+from llm2clip.data.images import decode_or_return_error
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
 from llm2clip.models.loading import describe_config, hash_weights
@@ -27,7 +27,7 @@ from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-MAX_SCALE = 8  # maximum longer side of an image before padding, as a multiple of the input size
+MAX_SCALE = 8  # maximum length of an image's longer side before padding, as a multiple of the input size
 MEGABATCH = 50  # number of batches per length-sorted group, as in LLaVA's sampler
 MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
 MAX_REPLACEMENTS = 1000  # maximum number of consecutive conversations to try if some are unusable
@@ -65,14 +65,14 @@ def get_patch_feature_size(config: Any) -> int:
     return size
 
 
-class PatchFeatures:
+class PatchFeatureEncoder:
     """Callable that runs a LLaVA model's vision tower and returns the projector's input.
 
     Implements the `ImageEncoder` protocol from `store/encode.py`.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
-        """With `bf16`, run the tower under bfloat16 autocast. The tower stays on its current device."""
+        """If `bf16` is True, run the tower under bfloat16 autocast. The tower stays on its current device."""
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
         self.transform = LlavaTransform(processor)
@@ -116,11 +116,11 @@ class PatchFeatures:
         return self(torch.stack(images)).float().flatten(1).cpu()
 
 
-class PrecomputedVision(nn.Module):
+class PrecomputedVisionTower(nn.Module):
     """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. With `feature_maps`, the features
-    are channels-first, as FastVLM expects.
+    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is
+    True, the features are channels-first, as FastVLM expects.
     """
 
     def __init__(self, feature_maps: bool) -> None:
@@ -173,7 +173,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def estimate_lengths(self) -> list[int]:
-        """Estimate the length of each conversation in tokens from its characters, because tokenizing is slow."""
+        """Estimate the number of tokens in each conversation from its number of characters, without slow tokenizing."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -208,7 +208,7 @@ class ConversationDataset(Dataset):
         if self.store is not None:
             features = self.store.take([self.store_rows[index]])[0]
             return item | {"vision": torch.from_numpy(features).view(self.num_image_tokens, -1)}
-        pixels = decode_or_error(conversation.image, self.transform)
+        pixels = decode_or_return_error(conversation.image, self.transform)
         if isinstance(pixels, str):
             return f"{conversation.image} cannot be decoded ({pixels})"
         return item | {"vision": pixels}
@@ -218,7 +218,7 @@ class LlavaCollator:
     """Collator that right-pads conversations to the length of the longest conversation in the batch."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, empty_image: Tensor) -> None:
-        """`empty_image` is the pixels or patch features of a blank image, for batches without images."""
+        """`empty_image` contains the pixels or patch features of a blank image, for batches without images."""
         self.pad_id: int = tokenizer.pad_token_id
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens
@@ -252,7 +252,7 @@ class LlavaCollator:
             "logits_to_keep": labels.shape[1] - start,
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             "pixel_values": torch.stack(vision),
-            # PrecomputedVision returns a single layer that contains only the selected tokens.
+            # PrecomputedVisionTower returns a single layer that contains only the selected tokens.
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         }

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.images import load_image
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
 from llm2clip.llava.dataset import LlavaTransform
@@ -73,7 +73,7 @@ class AnswerGenerator:
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
                 inputs = self._prepare_inputs([questions[n] for n in batch])
-                with torch.inference_mode(), onednn_matmul():
+                with torch.inference_mode(), use_onednn_matmul():
                     output = self.model.generate(
                         **inputs,
                         max_new_tokens=max_new_tokens,
@@ -88,10 +88,10 @@ class AnswerGenerator:
         return answers
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
-        """Return the log-likelihood of an answer and its end-of-turn token, and True if greedy decoding produces it."""
+        """Return the log-likelihood of an answer, with its end-of-turn token, and whether it is the greedy answer."""
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
-        with torch.inference_mode(), onednn_matmul():
+        with torch.inference_mode(), use_onednn_matmul():
             logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
         labels = torch.tensor(labeled.labels[1:])
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")

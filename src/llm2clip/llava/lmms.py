@@ -12,7 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
-CHUNK_SIZE = 256  # maximum number of requests with images in memory
+CHUNK_SIZE = 256  # maximum number of requests whose images are in memory
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
@@ -53,7 +53,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each answer, and True if greedy decoding produces it."""
+        """Return, for each request, the answer's log-likelihood and whether it is the greedy answer."""
         results = []
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args

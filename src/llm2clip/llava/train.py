@@ -1,9 +1,9 @@
 """LLaVA-1.5's two-stage training (arXiv 2310.03744): first the projector alone, then the projector and the LLM.
 
-The vision tower is frozen. Both stages use transformers' Trainer, so `torchrun` and `accelerate launch` with DDP and
-FSDP2 work as usual. The second stage starts from the weights of the first stage.
+The vision tower is frozen. Both stages use transformers' Trainer, which supports `torchrun` and `accelerate launch`
+with DDP or FSDP2. The second stage starts from the weights of the first stage.
 
-    RUN/features/     cached patch features of the vision tower, if they are small enough
+    RUN/features/     cached patch features of the vision tower, unless they would exceed `--llava.cache_gb`
     RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors
     RUN/instruct/     second stage: same files as in RUN/pretrain/
     RUN/model/        trained model for AutoModelForImageTextToText.from_pretrained
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.image_facts import get_distinct_image_hashes, load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import atomic_dir, atomic_path
@@ -33,8 +33,8 @@ from llm2clip.llava.dataset import (
     ConversationDataset,
     LengthGroupedSampler,
     LlavaCollator,
-    PatchFeatures,
-    PrecomputedVision,
+    PatchFeatureEncoder,
+    PrecomputedVisionTower,
     get_patch_feature_size,
 )
 from llm2clip.llava.modeling_patches import register_classes
@@ -58,14 +58,14 @@ def train_llava(
     out: Path,
     log: SkipLog,
 ) -> Path:
-    """Run both stages, save the trained model to `out/model` and return this folder. Interrupted runs are resumed.
+    """Run both stages, save the trained model to `out/model` and return that folder. Interrupted runs are resumed.
 
     Args:
         source: Folder or hub id of a LLaVA model, such as a folder written by `build_llava`.
         pretrain: Conversations for training the projector. May be empty. Conversations without an image are ignored.
         instruct: Conversations for training the projector and the LLM. May be empty.
-        log: Skip log for images that cannot be decoded while features are cached. Without caching, they only cause
-            warnings.
+        log: Skip log for images that cannot be decoded while features are cached. Without caching, such images only
+            cause warnings.
 
     Raises:
         ValueError: There are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
@@ -88,7 +88,7 @@ def train_llava(
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory(state.device)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    with folder_lock(out) if state.is_main_process else nullcontext(), onednn_matmul():
+    with folder_lock(out) if state.is_main_process else nullcontext(), use_onednn_matmul():
         all_conversations = [*conversations["pretrain"], *conversations["instruct"]]
         store = _cache_features(source, all_conversations, processor, config, out / "features", log)
         for stage in STAGES:
@@ -112,7 +112,7 @@ def train_llava(
 def _save_model(
     source: str, conversations: Sequence[Conversation], processor: Any, config: LlavaConfig, out: Path
 ) -> None:
-    """Save the model with the hashes of all images that it, or its vision tower, was trained on."""
+    """Save the model and the hashes of all images on which the model or its vision tower was trained."""
     hashes = get_distinct_image_hashes(conversation.image for conversation in conversations)
     earlier = load_training_image_hashes(source)
     with atomic_dir(out / "model") as folder:
@@ -145,7 +145,7 @@ def _cache_features(
         return None
     model = load_llava(source)
     model.model.vision_tower.to(process_state().device)  # the LLM is not used, so it stays on the CPU
-    features = PatchFeatures(model, processor)
+    features = PatchFeatureEncoder(model, processor)
     del model
     print_once(f"Caching the vision tower's features in {folder} (images: {len(images):,}, {gigabytes:.1f} GB)")
     log.count_rows(len(images))
@@ -177,10 +177,10 @@ def _train_stage(
     empty_image = torch.zeros(num_image_tokens, get_patch_feature_size(model.config))
     if store is None:
         model.model.vision_tower.to(state.device)
-        features = PatchFeatures(model, processor, bf16=bf16_on_gpu)
+        features = PatchFeatureEncoder(model, processor, bf16=bf16_on_gpu)
         size = features.transform.preprocess.size
         empty_image = torch.zeros(3, size, size)
-    model.model.vision_tower = PrecomputedVision(feature_maps=model.config.model_type == "fast_vlm")
+    model.model.vision_tower = PrecomputedVisionTower(feature_maps=model.config.model_type == "fast_vlm")
     model.config.get_text_config().use_cache = False
     set_fsdp_wrap_policy(model.model.language_model.layers)
     model = _set_trainable_parts(model, stage, config, out)
@@ -243,7 +243,7 @@ def _make_training_arguments(
         num_train_epochs=config.pretrain_epochs if pretrain else config.epochs,
         learning_rate=config.pretrain_lr if pretrain else config.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of all steps
+        warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of all training steps
         bf16=precision == "bf16",
         use_cpu=state.device.type == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,
@@ -266,7 +266,7 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
     """Trainer that groups batches by length and runs the vision tower outside the model."""
 
     def __init__(
-        self, *, sampler: LengthGroupedSampler | None, features: PatchFeatures | None, **arguments: Any
+        self, *, sampler: LengthGroupedSampler | None, features: PatchFeatureEncoder | None, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self.sampler = sampler  # None means the Trainer's default sampler

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.io_utils import check_extra
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import check_model_source, find_file, hide_loading_bars, load_config, requires_remote_code
@@ -78,7 +78,7 @@ class ClipTextEncoder:
             self.embed_dim = self._encode_batch(["a"]).shape[-1]
 
     @torch.inference_mode()
-    @onednn_matmul()
+    @use_onednn_matmul()
     def encode(self, captions: Sequence[str], *, progress: bool = False, batch_size: int = 64) -> Tensor:
         """Encode N texts. Return unnormalised embeddings of shape (N, embed_dim), float32, on the CPU."""
         order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))
@@ -238,7 +238,7 @@ _WEIGHT_FILES = (
 MIN_SIMILARITY = 0.99  # minimum cosine similarity between two implementations of the same image tower
 
 
-def read_pretrained_logits(tower: str) -> tuple[float, float | None]:
+def read_pretrained_logit_scale_and_bias(tower: str) -> tuple[float, float | None]:
     """Read the logit scale and the logit bias of the CLIP model that a vision tower comes from.
 
     `tower` is a name for `VisionTower.from_pretrained`. Return the logit scale as a factor, not as a logarithm, and the
@@ -274,7 +274,7 @@ def _read_named_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]
     return {name: state_dict[name] for name in names if name in state_dict}
 
 
-def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -> ClipTextEncoder:
+def load_clip_to_inherit(tower: str, inherit: bool | str, device: torch.device) -> ClipTextEncoder:
     """Load the CLIP model whose embedding space an LLM2CLIP model inherits.
 
     `inherit` is the name of a CLIP model, as in `load_clip_text_encoder`, or True for the CLIP model that the vision
@@ -295,7 +295,7 @@ def load_inherited_clip(tower: str, inherit: bool | str, device: torch.device) -
     )
 
 
-def find_visual_projection(clip: Any) -> nn.Linear | None:
+def get_image_projection(clip: Any) -> nn.Linear | None:
     """Return the image projection of a transformers or open_clip model, or None if the model has none, as in SigLIP.
 
     Raise ValueError if the projection is not a linear layer.
@@ -326,7 +326,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. Raise
     ValueError if `tower` is not the vision tower of the CLIP model.
     """
-    projection = find_visual_projection(clip.model)
+    projection = get_image_projection(clip.model)
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(

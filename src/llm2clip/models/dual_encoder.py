@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2.functional import to_pil_image
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.transforms import EvalTransform, Preprocess
 from llm2clip.models.clip_models import (
     OPEN_CLIP_PREFIX,
@@ -33,7 +33,7 @@ from llm2clip.models.clip_models import (
     has_text_tower,
     load_clip_text_encoder,
 )
-from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, check_dim
+from llm2clip.models.llm2clip import LLM2CLIP, MAX_LOGIT_SCALE, check_truncate_dim
 from llm2clip.models.loading import (
     DEFAULT_FILES,
     DEFAULT_MODEL,
@@ -92,7 +92,7 @@ class DualEncoder:
     llm2clip: LLM2CLIP | None = None
 
     @torch.inference_mode()
-    @onednn_matmul()
+    @use_onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
         """Encode N outputs of `transform`. Return embeddings like those of `encode_texts`."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
@@ -115,7 +115,7 @@ class DualEncoder:
 
     def truncate(self, dim: int) -> DualEncoder:
         """Return a model that truncates embeddings to the first `dim` dimensions and normalises the result."""
-        check_dim(dim, self.embed_dim, self.name)
+        check_truncate_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
 

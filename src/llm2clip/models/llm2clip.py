@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.transforms import EvalTransform
@@ -203,7 +203,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
             )
 
     @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
-    @onednn_matmul()
+    @use_onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
         """Encode N images. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU.
 
@@ -410,7 +410,7 @@ def truncate_and_normalize(embeddings: Tensor, dim: int) -> Tensor:
     return F.normalize(embeddings[..., :dim], dim=-1)
 
 
-def check_dim(dim: int, embed_dim: int, name: str) -> None:
+def check_truncate_dim(dim: int, embed_dim: int, name: str) -> None:
     if not 1 <= dim <= embed_dim:
         raise ValueError(
             f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "
@@ -442,7 +442,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     The weights of the last linear layer of each tower are truncated to the first `dim` rows. Without an image
     projection, a projection to the first `dim` features is added. Without an adapter, the caption encoder is truncated.
     """
-    check_dim(dim, model.config.embed_dim, "the model")
+    check_truncate_dim(dim, model.config.embed_dim, "the model")
     if dim == model.config.embed_dim:
         return model
     config = dataclasses.replace(model.config, embed_dim=dim, projection=True)

@@ -31,10 +31,10 @@ from llm2clip.models.official_layout import (
     read_checkpoint,
 )
 from llm2clip.models.published_encoders import (
-    find_adapter,
+    find_lora_adapter,
     find_published_template,
-    load_adapter_encoder,
-    suggest_encoders,
+    load_encoder_with_lora,
+    suggest_published_encoders,
 )
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
@@ -98,13 +98,13 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     `path` is the folder or hub id of a caption encoder, or of a PEFT LoRA adapter, which is merged into its base LLM.
     LLMs released with LLM2CLIP use the published template. Raise ValueError if the embedding size is wrong.
     """
-    if find_adapter(path) is not None:
-        encoder = load_adapter_encoder([path], model.device)
+    if find_lora_adapter(path) is not None:
+        encoder = load_encoder_with_lora([path], model.device)
     else:
         encoder = CaptionEncoder.from_pretrained(path, template=find_published_template(path), device=model.device)
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
-        suggested = suggest_encoders(checkpoint, expected, model.config.tower)
+        suggested = suggest_published_encoders(checkpoint, expected, model.config.tower)
         advice = f"Pass the published encoder that the adapter was trained with: {' or '.join(suggested)}"
         if not suggested:
             advice = "Pass the encoder that the adapter was trained with. No published encoder has this embedding size"

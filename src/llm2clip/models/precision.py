@@ -179,7 +179,7 @@ def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
     layer.to(device)  # the layer is not returned, because a hook's result would replace the layer's inputs or outputs
 
 
-def tf32_matmul() -> AbstractContextManager[None]:
+def use_tf32_matmul() -> AbstractContextManager[None]:
     """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Do not use TF32 for cosine similarities."""
     return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 

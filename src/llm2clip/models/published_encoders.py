@@ -79,7 +79,7 @@ _LLM_SETTINGS = (
 )
 
 
-def suggest_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
+def suggest_published_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
     """Return the published caption encoders that a checkpoint may have been trained with.
 
     If several encoders have embeddings of size `text_dim`, select one by the vision tower or the checkpoint's name. For
@@ -111,7 +111,7 @@ def find_published_template(path: str | Path) -> str | None:
 # ---- LoRA adapters --------------------------------------------------------------------------------------------------
 
 
-def find_adapter(source: str | Path) -> Path | None:
+def find_lora_adapter(source: str | Path) -> Path | None:
     """Return the local folder of a PEFT adapter (folder, hub id or OWNER/NAME/SUBFOLDER), or None for other sources."""
     folder = Path(source)
     if not folder.is_dir():
@@ -121,11 +121,11 @@ def find_adapter(source: str | Path) -> Path | None:
     return folder if is_adapter else None
 
 
-def load_adapter_encoder(sources: Sequence[str | Path], device: str | torch.device = "cpu") -> CaptionEncoder:
+def load_encoder_with_lora(sources: Sequence[str | Path], device: str | torch.device = "cpu") -> CaptionEncoder:
     """Load a caption encoder in float32 and merge a chain of LoRA adapters into its LLM.
 
-    `sources` are the adapters (see `find_adapter`), in the order in which they were trained. The base LLM may precede
-    the adapters. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
+    `sources` are the adapters (see `find_lora_adapter`), in the order in which they were trained. The base LLM may
+    precede the adapters. Otherwise, the base LLM is taken from the first adapter's adapter_config.json.
     """
     base, adapters = _resolve_adapter_chain(sources)
     try:
@@ -171,17 +171,17 @@ def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
 def _resolve_adapter_chain(sources: Sequence[str | Path]) -> tuple[str, list[Path]]:
     """Return the base LLM, and the adapter folders in the order in which the adapters must be merged."""
     base = None
-    if len(sources) > 1 and find_adapter(sources[0]) is None:
+    if len(sources) > 1 and find_lora_adapter(sources[0]) is None:
         base, sources = str(sources[0]), sources[1:]
     chain: list[Path] = []
     for source in sources:
-        folder = find_adapter(source)
+        folder = find_lora_adapter(source)
         if folder is None:
             raise ValueError(f"{source} is not a PEFT adapter: it has no {ADAPTER_CONFIG}")
         chain.append(folder)
     while base is None:
         parent_name = str(read_json(chain[0] / ADAPTER_CONFIG)["base_model_name_or_path"])
-        parent = find_adapter(parent_name)  # an adapter's base model can itself be an adapter
+        parent = find_lora_adapter(parent_name)  # an adapter's base model can itself be an adapter
         if parent is None:
             base = parent_name
         elif parent in chain:

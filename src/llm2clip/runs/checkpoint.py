@@ -85,9 +85,9 @@ class Checkpoints:
         self.step = 0 if latest is None else parse_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
-        """Return the resumed run's items per step over all ranks. Print a message if the number of ranks has changed.
+        """Return the resumed run's number of items per step, over all ranks, or None if there is no checkpoint.
 
-        Return None if there is no checkpoint. `name` is the signature key of the number of items.
+        If the number of ranks has changed, print a message. `name` is the key of the number of items in the signature.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -114,7 +114,7 @@ class Checkpoints:
         return None if self.latest is None else self._marker["signature"].get(name)
 
     def check_signature(self, signature: Mapping[str, Any]) -> None:
-        """Raise ValueError if the latest checkpoint has another signature. Save the signature in all later checkpoints.
+        """Raise ValueError if the latest checkpoint has another signature. Save `signature` in all later checkpoints.
 
         The signature consists of properties that must not change when the run is resumed, such as the learning rate and
         a hash of the data. The values must be JSON-serialisable.
@@ -150,8 +150,8 @@ class Checkpoints:
 class TrainingLog(TrainerCallback):
     """Callback for transformers' Trainer that logs metrics, marks complete checkpoints and shows a progress bar.
 
-    It stops training if the loss or gradient norm is not finite. It replaces the Trainer's own callbacks, which print a
-    dict every few steps.
+    Training stops if the loss or gradient norm is not finite. `add_to` removes the Trainer's own callbacks, which print
+    a dict every few steps.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
 def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
     """Return the latest intact checkpoint, and an error message if all checkpoints are corrupt.
 
-    Remove incomplete checkpoints. Rename corrupt checkpoints that are later than the returned one.
+    Remove incomplete checkpoints. Rename corrupt checkpoints that are later than the returned checkpoint.
     """
     damages: dict[Path, str] = {}
     latest = None
@@ -267,7 +267,7 @@ def _describe_corruption(checkpoint: Path) -> str:
     except ValueError:
         return f"{COMPLETE_MARKER} is not valid JSON"
     if marker.get("format_version") != FORMAT_VERSION:
-        return ""  # unknown; `Checkpoints` raises FormatVersionError
+        return ""  # unknown format; `Checkpoints` raises FormatVersionError
     for name, size in marker.get("files", {}).items():
         path = checkpoint / name
         if not path.is_file():
@@ -323,7 +323,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     weights = {f"model/{name}": weight for name, weight in _iterate_trained_tensors(model)}
     if {name for name in file_of if name.startswith("model/")} != weights.keys():
         raise ValueError(
-            f"the tensors in {folder} are not those that this run trains. Use the same settings, or delete "
+            f"the weights in {folder} are not the weights that this run trains. Use the same settings, or delete "
             f"{folder.parent} to start this stage over"
         )
     for name, weight in weights.items():

@@ -40,7 +40,7 @@ class FormatVersionError(ValueError):
 
 
 def check_format_version(path: str | Path, version: Any, supported: int, advice: str) -> None:
-    """Raise FormatVersionError if the format version that a file states is not `supported`.
+    """Raise FormatVersionError if the format version of the file at `path` is not `supported`.
 
     `advice` is the part of the error message that explains how to replace a file of an older version.
     """
@@ -210,7 +210,7 @@ class MetricsLog:
     """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop the lines for steps after `resume_step`, which are repeated."""
+        """Prepare the file for appending. Drop lines for steps after `resume_step`, because training repeats them."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)

@@ -40,7 +40,7 @@ def wait_for_everyone() -> None:
     """Wait until all ranks have called this function, for example while the main process evaluates the model.
 
     The barrier uses Gloo, which fails immediately if another rank exits or is killed, because its connection closes.
-    NCCL would fail only after a timeout, which would have to be short.
+    NCCL would fail only after a timeout.
 
     Raises:
         RuntimeError: Another rank exited, or did not call this function within `WAIT_TIMEOUT`.
@@ -200,7 +200,7 @@ def set_mixed_precision(precision: str) -> str:
 def enable_fp32_gradient_reduction(accelerator: Accelerator) -> None:
     """Make FSDP sum gradients in float32, both over ranks and over the passes of gradient caching.
 
-    By default, Accelerate sums gradients in the forward pass's precision. Call this before `accelerator.prepare`.
+    By default, Accelerate sums gradients in the forward pass's precision. Must be called before `accelerator.prepare`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:

@@ -54,7 +54,7 @@ def describe_run(seconds: float) -> dict[str, Any]:
 def build_run_section(
     run: Mapping[str, Any], note: str = "", settings: str = "", code: str | None = None
 ) -> list[Block]:
-    """Return the last section of a report, on how it was made. `code`, such as the sources, replaces the command."""
+    """Return the last section of a report, which describes the run. `code` replaces the command in this section."""
     date = datetime.fromisoformat(run["date"])
     text = f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
     text = f"{text}{run['machine']}. {note}".rstrip()
@@ -64,8 +64,8 @@ def build_run_section(
     return blocks
 
 
-class StageClock:
-    """Printer of `fit` stage titles that saves each stage's duration in RUN/durations.json."""
+class StageTimer:
+    """Timer that prints the title of each `fit` stage and saves its duration in RUN/durations.json."""
 
     def __init__(self, run_dir: Path) -> None:
         self._file = run_dir / DURATIONS_FILE

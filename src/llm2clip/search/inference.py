@@ -27,7 +27,7 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import Backend
 from llm2clip.search.images import load_query_image, open_original_image
@@ -285,7 +285,7 @@ class InferenceService:
             return list(model.encode_texts_raw(texts, False).float().cpu())
 
         @torch.inference_mode()
-        @onednn_matmul()
+        @use_onednn_matmul()
         def encode_images(images: list[Any]) -> list[Tensor]:
             return list(model.encode_images_raw(images).float().cpu())
 
@@ -293,7 +293,7 @@ class InferenceService:
         image_batcher = self._add_batcher("image", encode_images)
         dense = model.dense
         if dense is not None:
-            features = torch.inference_mode()(onednn_matmul()(dense.features))
+            features = torch.inference_mode()(use_onednn_matmul()(dense.features))
             # Images are not batched, because their sizes differ.
             dense_batcher = self._add_batcher("heatmap", lambda items: [features(*item) for item in items])
             dense = dataclasses.replace(

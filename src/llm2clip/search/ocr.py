@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm2clip.data.images import iter_image_batches, shrink_image
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import check_extra, describe_error, install_command
+from llm2clip.io_utils import check_extra, describe_error, format_install_command
 from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import Backend
 
@@ -76,7 +76,7 @@ def _find_weights() -> dict[str, str]:
     for part in ("det", "cls", "rec"):
         files = sorted(folder.glob(f"*_{part}_*.onnx"))
         if not files:
-            raise ImportError(f"{folder} does not contain PP-OCR weights. Run {install_command('ocr')}")
+            raise ImportError(f"{folder} does not contain PP-OCR weights. Run {format_install_command('ocr')}")
         weights[part.capitalize()] = str(files[-1])
     return weights
 

@@ -169,7 +169,7 @@ class SearchRequest(QueryRequest):
         description="number of hits to skip, counting similar images: `next_offset` of the previous page",
     )
     show_weak: bool = Field(default=False, description="also return hits if no image is close to the query")
-    filter: FilterRequest = FilterRequest()  # pydantic copies defaults
+    filter: FilterRequest = Field(default=FilterRequest(), description="conditions that every hit must meet")
     words: bool = Field(
         default=True,
         description="rank an image higher if each word of `texts` occurs in its captions, recognised text, file name, "
@@ -193,15 +193,15 @@ def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) 
 class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type: ignore[misc]
     """A location of an image, with the captions and the metadata of the location."""
 
-    name: str
+    name: str = Field(description="path of the image file")
     file_name: str = Field(description="file name without folders")
-    captions: list[str]
+    captions: list[str] = Field(description="captions of the image")
 
 
 class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # type: ignore[misc]
     """A search result: an image, its metadata and its locations."""
 
-    id: str
+    id: str = Field(description="id of the image, for `like`, `/image/ID` and `/thumbnail/ID`")
     score: float | None = Field(description="cosine similarity to the query; null if there is no query")
     relevance: float | None = Field(
         description="estimated probability that the image is an answer to the query, from 0 to 1; null if the query "
@@ -222,7 +222,7 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
 class SearchResponse(BaseModel):
     """Search results, best first, or newest first if there is no query."""
 
-    hits: list[HitResponse]
+    hits: list[HitResponse] = Field(description="one page of results")
     nothing_close: bool = Field(
         description="true if no image that matches the filter is close to the query; the response then has no hits, "
         "unless `show_weak` is true or the request has a filter"
@@ -289,19 +289,19 @@ class EmbedRequest(BaseModel):
     input: Annotated[
         TextOrDataUri | Inputs | None,  # pydantic would report the errors of all these types
         WrapValidator(lambda value, _: parse_inputs(value) if isinstance(value, list) else parse_input(value)),
-    ] = None
+    ] = Field(None, description="a text, an image as a data URI, or a list of texts and images")
     messages: (
         Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
     ) = Field(None, description="conversations to embed instead of `input`, each with a single message")
     modality: Literal["text", "image"] | None = Field(
         None, description="modality of all items of `input`; default: data URIs are images, all other items are texts"
     )
-    model: AnyText | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    model: AnyText | None = Field(None, description="ignored, because the server has only one model")
+    encoding_format: Literal["float", "base64"] = Field("float", description="`float` or `base64`")
     dimensions: int | None = Field(
         default=None, description="number of dimensions to which embeddings are truncated; default: all dimensions"
     )
-    user: AnyText | None = None
+    user: AnyText | None = Field(None, description="ignored")
 
     def to_inputs(self) -> list[list[str | RequestImage]]:
         """Return the texts and images of each input. Raise ValueError if an input is not of the requested modality."""

@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from llm2clip import __version__
 from llm2clip.cpu_tuning import limit_malloc_arenas
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.llm2clip import check_dim, truncate_and_normalize
+from llm2clip.models.llm2clip import check_truncate_dim, truncate_and_normalize
 from llm2clip.search.backends import Backend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.images import RequestImage
@@ -253,7 +253,7 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 
     def embed_inputs(request: EmbedRequest) -> EmbedResponse:
         dim = encoder.model.embed_dim if request.dimensions is None else request.dimensions
-        check_dim(dim, encoder.model.embed_dim, "the model")
+        check_truncate_dim(dim, encoder.model.embed_dim, "the model")
         inputs = request.to_inputs()
         starts = np.cumsum([0, *(len(parts) for parts in inputs[:-1])])
         parts = list(chain.from_iterable(inputs))

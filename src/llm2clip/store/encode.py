@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm2clip.cpu_tuning import free_memory, keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import free_memory, keep_freed_memory, use_onednn_matmul
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
@@ -37,7 +37,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
-MAX_SHARD_BYTES = 1 << 30  # a shard with large patch features contains fewer items
+MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings, so shards with large patch features have fewer items
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -174,7 +174,7 @@ def write_shard(
     for name, rows in (("truncated", truncated), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            # The file exists if an earlier run was killed before it had written the shard.
+            # The file already exists if an earlier run was killed before it had written the shard.
             old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
             by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
             atomic_write_jsonl(file, by_caption.values())
@@ -202,7 +202,7 @@ class TowerEncoder:
     """Image encoder made of a vision tower without a projection, for caching the features of a frozen tower."""
 
     def __init__(self, tower: VisionTower, precision: Precision) -> None:
-        """Set the tower to eval mode. It runs in fp32, or with autocast if `precision` is bf16 or fp16."""
+        """Set the tower to eval mode. If `precision` is bf16 or fp16, the tower runs under autocast."""
         self.tower, self.precision, self.embed_dim = tower.eval(), precision, tower.feature_dim
         self.transform: Callable[[Tensor], Any] = EvalTransform(tower.preprocess)
         keep_freed_memory(next(tower.parameters()).device)
@@ -221,7 +221,7 @@ class TowerEncoder:
             return self.tower(torch.stack(images).to(device)).float().cpu()
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def store_image_features(
     refs: Sequence[ImageRef],
     encoder: ImageEncoder,
@@ -248,7 +248,7 @@ def store_image_features(
     """
     keys = make_image_keys(refs)
     shard_size = max(1, min(SHARD_SIZE, MAX_SHARD_BYTES // (DTYPES[dtype].itemsize * encoder.embed_dim)))
-    indices = map(str, range(len(refs)))  # stored in temporary files instead of image names
+    indices = map(str, range(len(refs)))  # image numbers, which are stored in temporary files instead of image names
     with open_for_writing(
         indices, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size, keys=keys
     ) as plan:
@@ -260,7 +260,7 @@ def store_image_features(
                 names = [str(shard_refs[i]) for i in decoded]
                 plan.writer.write(number, names, [0] * len(names), features.numpy(), keys[shard_rows[decoded]])
     store = EmbeddingStore(folder)
-    # All processes check the limit at the end: if one process raised an error earlier, the others would wait forever.
+    # All processes check the limit on failures at the end. If one failed earlier, the others would wait forever.
     # The log already contains this process's failures. Add the images that failed in other processes.
     failed = np.flatnonzero(store.find_keys(keys) < 0)
     first_of_image = np.unique(keys[failed].view(f"V{KEY_BYTES}")[:, 0], return_index=True)[1]

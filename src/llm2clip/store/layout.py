@@ -45,13 +45,13 @@ FORMAT_VERSION = 1
 NEW_STORE_ADVICE = "Delete the store and create it again with `llm2clip embed`"
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
-LOOKUP_CHUNK_SIZE = 1 << 18  # keys to compute or look up at once
-NUM_KEY_PARTS = 16  # keys are sorted in this many parts, which limits the memory for sorting
+LOOKUP_CHUNK_SIZE = 1 << 18  # maximum number of keys to compute or look up at once
+NUM_KEY_PARTS = 16  # number of parts in which keys are sorted, to limit the memory for sorting
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions raised by corrupt JSON, Parquet and .npy files.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
-_stat_cached = lru_cache(maxsize=65536)(os.stat)  # for tar files and tables, which may contain many images
+_stat_cached = lru_cache(maxsize=65536)(os.stat)  # for tar files and tables, each of which may contain many images
 
 
 class StoreError(ValueError):
@@ -63,7 +63,7 @@ class Shard:
     """Shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # row number of the shard's first row in the store
+    start: int  # number of the shard's first row in the store
     rows: int
     sha256: str  # see `compute_shard_checksum`
 
@@ -229,7 +229,7 @@ def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path 
     """Check that the embeddings in `path` were created by the expected encoder, by comparing encoder identities.
 
     Raises:
-        StoreError: The encoders differ. The message lists the different settings with both values.
+        StoreError: The encoders differ. The message lists the settings that differ, with stored and expected values.
     """
     if fingerprint(stored) == fingerprint(expected):
         return
@@ -289,7 +289,7 @@ class KeyIndex:
 
     The file contains a uint64 array of shape (3, N), sorted by key. Each 16-byte key is split into two uint64 halves.
     The three rows of the array contain the first halves of the keys, the second halves, and the row numbers in the
-    store. A lookup touches only a few pages of the file, which takes 24 bytes per caption.
+    store. The file takes 24 bytes per caption. A lookup reads only a few pages of the file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -322,7 +322,7 @@ class KeyIndex:
         return rows
 
     def is_index_of(self, keys: np.ndarray) -> bool:
-        """Return True if the file is an intact index of these keys, the keys of all rows in the store."""
+        """Return True if the file is an intact index. `keys` must contain the keys of all rows in the store."""
         start = 0
         for records in sort_keys(keys):
             stop = start + records.shape[1]
@@ -333,10 +333,10 @@ class KeyIndex:
 
 
 def build_key_index(file: Path, keys: np.ndarray) -> int:
-    """Write the index of all rows' keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
+    """Write the index of a store's keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
     with atomic_path(file) as temporary:
         index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, len(keys)))
-        _allocate_on_disk(temporary)
+        _allocate_disk_space(temporary)
         start = num_repeated = 0
         for records in sort_keys(keys):
             index[:, start : start + records.shape[1]] = records
@@ -348,7 +348,7 @@ def build_key_index(file: Path, keys: np.ndarray) -> int:
 
 
 def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Sort keys of shape (N, 16), uint8. Memory: one byte per key, and 64 bytes per key of one part.
+    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, and 64 bytes per key in one of the parts.
 
     Yields:
         `NUM_KEY_PARTS` uint64 arrays of shape (3, n), which together contain all keys: their first halves, their second
@@ -376,8 +376,8 @@ def _split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return halves[:, 0], halves[:, 1]
 
 
-def _allocate_on_disk(file: Path) -> None:
-    """Allocate disk space for a file, so that a full disk raises OSError here instead of causing SIGBUS later."""
+def _allocate_disk_space(file: Path) -> None:
+    """Allocate disk space for a file, because writing to a memory map on a full disk would cause SIGBUS."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, file.stat().st_size)
@@ -395,6 +395,6 @@ def remove_temp_files(folder: Path) -> list[str]:
 
 
 def read_refused_captions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the captions that the tokenizer could not encode, each with its row (keys "caption" and "why")."""
+    """Map each caption that the tokenizer could not encode to its log entry (keys "caption" and "why")."""
     rows = (row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file))
     return {row["caption"]: row for row in rows}

@@ -40,13 +40,13 @@ def repair_store(folder: str | Path) -> list[str]:
         except StoreError as error:
             if not specs:
                 raise StoreError(
-                    f"{folder} has no intact manifest and no intact shard. Delete it and run `llm2clip embed`"
+                    f"{folder} has no intact manifest and no intact shard. Delete the folder and run `llm2clip embed`"
                 ) from error
             spec = max(specs, key=specs.count)  # the most common spec
         for number in unreadable:
-            deleted.append(_delete_keys(folder, number))
+            deleted.append(_delete_keys_file(folder, number))
         for number in find_corrupt_shards(folder, layout.read_shards(folder), spec):
-            deleted.append(_delete_keys(folder, number))
+            deleted.append(_delete_keys_file(folder, number))
         deleted += layout.remove_temp_files(folder) + _delete_incomplete_shards(folder)
         for index in folder.glob("index-*.npy"):
             index.unlink()
@@ -64,7 +64,7 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
     return specs, unreadable
 
 
-def _delete_keys(folder: Path, number: int) -> str:
+def _delete_keys_file(folder: Path, number: int) -> str:
     """Delete a shard's keys file, which marks the shard as incomplete. Return the file's name."""
     path = layout.keys_path(folder, number)
     path.unlink()
@@ -89,10 +89,10 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
     """Add the shards of `sources` to the store at `out`. Files are hard-linked if possible, otherwise copied.
 
     Shards that are already in `out` are skipped, so a merge can be repeated. If several stores contain the same
-    caption, lookups return the embedding from the first of them.
+    caption, lookups return the embedding from the first of these stores.
 
     Raises:
-        StoreError: A source is corrupt, or the sources differ in encoder, dimension or dtype.
+        StoreError: A source is corrupt, or the stores differ in encoder, dimension or dtype.
     """
     out, folders = Path(out), [Path(source) for source in sources]
     identity, embed_dim, dtype = _check_sources(folders)

@@ -33,24 +33,24 @@ from llm2clip.runs.ranks import print_once
 from llm2clip.store import layout
 from llm2clip.store.layout import KeyIndex, Shard, StoreError, StoreSpec
 
-MAX_OPEN_FILES = 256  # maximum number of open files per cache; a process can usually open about a thousand
+MAX_OPEN_FILES = 256  # maximum number of open files per cache; a process can usually open about 1,000 files
 CACHED_CHUNK = 1 << 18  # bytes per read of cached pages; fits in the CPU's cache
 UNCACHED_CHUNK = 1 << 24  # bytes per read from disk; large, so that the disk can reorder the reads
-CAPTION_ROWS_VERSION = 1  # increase it if the files of `find_caption_rows` change
+CAPTION_ROWS_VERSION = 1  # format version of the files that `find_caption_rows` writes
 MIN_PARALLEL_CAPTIONS = 4_000_000  # looking up fewer captions takes less time than starting processes
 TASKS_PER_CORE = 4
 
 
 class EmbeddingStore:
-    """Read access to a complete store. A pickled store contains only the folder and `read_ahead`, and is reopened."""
+    """Read access to a complete store. Pickling saves only `folder` and `read_ahead`. Unpickling reopens the store."""
 
     def __init__(self, folder: str | Path, read_ahead: bool | None = None) -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_ahead: Ask the operating system to read exactly the pages that contain the rows of a chunk, all at
-                once. If the store is larger than memory, this is several times faster: otherwise, the operating system
-                reads the rows one at a time, together with surrounding pages that it evicts before they are used.
+            read_ahead: Ask the operating system to read all pages that contain the rows of a chunk at once. For stores
+                larger than memory, reading ahead is several times faster than reading the rows one at a time, each with
+                surrounding pages that are evicted before they are used.
                 Default: True if the embeddings take at least half of the available memory.
 
         Raises:
@@ -60,7 +60,7 @@ class EmbeddingStore:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, then the total
+        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, and the total
         self._dtype = layout.DTYPES[self.manifest["dtype"]]
         if read_ahead is None:
             size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
@@ -157,11 +157,11 @@ class EmbeddingStore:
         return embeddings
 
     def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
-        """Fill `out` with the stored values of the rows. Return their scale factors, or None if the store has none."""
+        """Read rows into `out` in the store's dtype. For int8, return the scale factor of each row, otherwise None."""
         cuts = np.searchsorted(sorted_rows, self._bounds)
         parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
         scales = []
-        for first in range(0, len(parts), MAX_OPEN_FILES):  # at most as many files as the cache keeps open
+        for first in range(0, len(parts), MAX_OPEN_FILES):  # open at most as many files as the cache holds
             group = parts[first : first + MAX_OPEN_FILES]
             for shard, start, stop in group if self._uses_madvise else ():
                 self._request_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
@@ -270,7 +270,7 @@ class CaptionSource(Protocol):
 
 @dataclass(frozen=True)
 class CaptionRows:
-    """Row numbers of each record's captions of one kind, as two flat arrays.
+    """Row numbers of the captions in one field of each record, as two flat arrays.
 
     Attributes:
         rows: Row numbers of all captions, uint32 or int64. The row numbers of each record are sorted and distinct.
@@ -290,8 +290,8 @@ def find_caption_rows(
 ) -> dict[str, CaptionRows]:
     """Find the captions of each record in the store, for each field that has captions.
 
-    Looking up a caption takes about 2 microseconds, mostly for its hash. All captions of a table are therefore looked
-    up once, in parallel, and their row numbers are saved in the table's folder and memory-mapped by all processes.
+    Looking up a caption takes about 2 microseconds, mostly to compute its hash. All captions of a table are therefore
+    looked up once, in parallel. Their row numbers are saved in the table's folder and memory-mapped by all processes.
     Captions that the tokenizer could not encode and phrases without an embedding are skipped.
 
     Args:
@@ -334,7 +334,7 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
             size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
             tables = table.split(size) if in_processes else [table]
             parts = map_in_processes(partial(_look_up, field=field, source=source), tables)
-            captions[field] = _concatenate(list(parts))
+            captions[field] = _concatenate_rows(list(parts))
     if "phrases" in captions and not len(captions["phrases"].rows) and isinstance(source, EmbeddingStore):
         print_once(
             f"No short phrases are used: {source.folder} has no phrase embeddings. To add them, run `llm2clip embed` "
@@ -359,7 +359,7 @@ def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRo
         record_of_row = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
         is_found = rows >= 0
         parts.append(_sort_rows(rows[is_found], record_of_row[is_found], len(lists)))
-    return _concatenate(parts)
+    return _concatenate_rows(parts)
 
 
 def _look_up_phrases(phrases: pa.Array, store: EmbeddingStore, row_of_phrase: dict[str, int]) -> np.ndarray:
@@ -392,7 +392,7 @@ def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) ->
     return CaptionRows(rows.astype(np.uint32) if base < 1 << 32 else rows, starts)
 
 
-def _concatenate(parts: Sequence[CaptionRows]) -> CaptionRows:
+def _concatenate_rows(parts: Sequence[CaptionRows]) -> CaptionRows:
     offsets = np.cumsum([0, *(len(part.rows) for part in parts)])
     starts = [np.zeros(1, np.int64), *(part.starts[1:] + offset for part, offset in zip(parts, offsets, strict=False))]
     return CaptionRows(np.concatenate([part.rows for part in parts]), np.concatenate(starts))

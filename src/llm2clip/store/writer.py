@@ -7,8 +7,8 @@ captions that have no embedding yet to a folder:
       captions.parquet   all captions, in input order; deleted once all duplicates have been found
       00012.parquet      captions of shard 12, which has not been encoded yet
 
-Input order is preserved, so captions of the same image stay together. Memory: 17 bytes per caption for the keys (2 GB
-for 120 million captions), and the captions of a few shards.
+Input order is preserved, so captions of the same image stay together. Memory use: 17 bytes per caption for the keys
+(2 GB for 120 million captions), and the captions of a few shards.
 """
 
 import json
@@ -32,7 +32,7 @@ from llm2clip.store import layout
 from llm2clip.store.layout import StoreError
 from llm2clip.store.store import EmbeddingStore
 
-CHUNK_SIZE = 1 << 14  # captions to hash at once
+CHUNK_SIZE = 1 << 14  # number of captions to hash at once
 TEXTS_FILE = "captions.parquet"
 
 # ---- shards --------------------------------------------------------------------------------------------------------
@@ -50,7 +50,6 @@ class StoreWriter:
 
         Args:
             identity: All properties of the encoder that affect the embeddings; see `fingerprint`.
-            embed_dim: Embedding dimension.
             dtype: Storage dtype: float16, float32 or int8. int8 uses one scale factor per row.
 
         Raises:
@@ -91,7 +90,7 @@ class StoreWriter:
         keys = layout.make_caption_keys(captions) if keys is None else keys
         self._check_shapes(keys, token_counts, embeddings)
         self._check_values(keys, embeddings, captions)
-        stored, scales = quantize_rows(embeddings, self.dtype)
+        stored, scales = convert_to_dtype(embeddings, self.dtype)
         with atomic_path(layout.embeddings_path(self.folder, number)) as temporary:
             np.save(temporary, stored, allow_pickle=False)
         if scales is not None:
@@ -124,8 +123,9 @@ class StoreWriter:
             or len(token_counts) != count
         ):
             raise StoreError(
-                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with key and token count (got "
-                f"embeddings of shape {embeddings.shape}, keys of shape {keys.shape}, {len(token_counts)} token counts)"
+                f"{self.folder} requires {self.embed_dim}-dimensional embeddings, each with a key and a token count "
+                f"(got embeddings of shape {embeddings.shape}, keys of shape {keys.shape} and "
+                f"{len(token_counts)} token counts)"
             )
 
     def _check_values(self, keys: np.ndarray, embeddings: np.ndarray, captions: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
         old_index.unlink()
 
 
-def quantize_rows(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+def convert_to_dtype(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:

@@ -34,8 +34,8 @@ from llm2clip.io_utils import (
     format_bytes,
     format_count,
     format_duration,
+    format_install_command,
     hide_url_secrets,
-    install_command,
     to_valid_unicode,
 )
 from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
@@ -163,7 +163,7 @@ def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def describe_data(overview: DataOverview) -> str:
+def describe_data_quality(overview: DataOverview) -> str:
     """Return a sentence that states the worst problem of the data, or that the data can be used for training."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
@@ -208,7 +208,7 @@ def _build_summary_blocks(overview: DataOverview) -> list[Block]:
         *((FIELD_LABELS[name], texts.words.count) for name, texts in statistics.texts.items() if texts.num_records),
         ("rows read", log.rows_seen),
         ("rows skipped", log.skipped.total()),
-        ("duplicate images merged", log.num_copies),
+        ("duplicate images merged", log.num_duplicate_images),
     ]
     splits = list(statistics.splits.items())
     split_rows = [(name, f"{records:,}", f"{images:,}") for name, (records, images) in splits[:MAX_LISTED]]
@@ -255,7 +255,11 @@ def _format_quantiles(histogram: Histogram) -> list[str]:
 
 def _build_language_blocks(languages: dict[str, Counter[str]]) -> list[Block]:
     if not languages:
-        return [Paragraph(f"To identify the languages of captions, install py3langid: `{install_command('reports')}`.")]
+        return [
+            Paragraph(
+                f"To identify the languages of captions, install py3langid: `{format_install_command('reports')}`."
+            )
+        ]
     sampled = {name: counts for name, counts in languages.items() if counts}
     total: Counter[str] = sum(sampled.values(), Counter())
     listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]
@@ -329,7 +333,7 @@ def _format_percent(count: int, total: int) -> str:
 # ---- page ------------------------------------------------------------------------------------------------------------
 
 
-def write_page(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
+def write_data_report(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
     cards = [_make_record_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
@@ -340,7 +344,7 @@ def write_page(file: Path, overview: DataOverview, table: RecordTable, next_comm
     if next_commands:
         blocks += [Heading("Next"), Code(to_valid_unicode(next_commands), "bash")]
     blocks += build_run_section(describe_run(overview.seconds), code=sources)
-    write_report(file, "Dataset overview", describe_data(overview), blocks, with_markdown=False)
+    write_report(file, "Dataset overview", describe_data_quality(overview), blocks, with_markdown=False)
 
 
 def _make_record_card(record: Record) -> Example:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from llm2clip.io_utils import hide_url_secrets, install_command
+from llm2clip.io_utils import format_install_command, hide_url_secrets
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def check_package_versions() -> Iterator[CheckResult]:
         if extra in DEVELOPER_EXTRAS:
             continue
         problems = [problem for item in packages.items() if (problem := find_version_problem(*item))]
-        command = install_command(extra) if extra else install_command()
+        command = format_install_command(extra) if extra else format_install_command()
         fix = f"{sys.executable} -m {command}" if problems else ""
         if extra:
             yield CheckResult(f"extra: {extra}", ", ".join(problems or packages), fix)

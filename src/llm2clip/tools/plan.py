@@ -275,7 +275,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
         images = config.align.batch_size * process_state().num_processes  # a single step
         data = {"images": images, "captions_per_image": 1.0, "tokens_per_caption": 1.0}
     else:
-        data = measure_captions(records)
+        data = estimate_data_size(records)
         if not data:
             return []
     try:
@@ -293,7 +293,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
     return warnings
 
 
-def measure_captions(records: RecordTable) -> dict[str, Any]:
+def estimate_data_size(records: RecordTable) -> dict[str, Any]:
     """Return the arguments of `plan_fit` that describe the data, or {} if there are no images or no captions."""
     images = int(records.has_image.sum())
     texts = list(records[:SAMPLED_RECORDS].iterate_texts(CAPTION_FIELDS))

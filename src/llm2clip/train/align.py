@@ -20,13 +20,13 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_count
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import fingerprint
-from llm2clip.models.precision import tf32_matmul
+from llm2clip.models.precision import use_tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
 from llm2clip.parallel import prefetch
 from llm2clip.runs.ranks import (
@@ -52,7 +52,7 @@ from llm2clip.train.optim import (
 from llm2clip.train.sampling import AlignBatches, Batch, resolve_decoding_workers
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def align(
     records: RecordTable,
     store: CaptionSource,
@@ -175,11 +175,11 @@ def _compute_gradients(loop: TrainingLoop, pretrained_tower: VisionTower | None,
     batch = batch.to(loop.device)
     pretrained_features = None
     if pretrained_tower is not None:
-        with torch.no_grad(), loop.accelerator.autocast(), tf32_matmul():
+        with torch.no_grad(), loop.accelerator.autocast(), use_tf32_matmul():
             parts = batch.images.split(config.micro_batch_size or config.batch_size)
             pretrained_features = torch.cat([pretrained_tower(part).float() for part in parts])  # (N, feature_dim)
     loss, logit_scale = _compute_loss(loop.net, batch, pretrained_features, config, loop.accelerator)
-    with tf32_matmul():
+    with use_tf32_matmul():
         loop.accelerator.backward(loss)
     metrics = {"logit_scale": logit_scale}
     return StepResult(loss.detach(), len(batch.images), metrics, batch.image_refs, batch.failures)
@@ -206,7 +206,7 @@ def _compute_loss(
 
     def forward(start: int, stop: int) -> tuple[Tensor, ...]:
         texts = embeddings[batch.first_caption[start] : batch.first_caption[stop]]
-        with accelerator.autocast(), tf32_matmul():
+        with accelerator.autocast(), use_tf32_matmul():
             image, text, scale, bias, *features = net(
                 **{image_argument: images[start:stop], "embeddings": texts},
                 return_features=pretrained_features is not None,

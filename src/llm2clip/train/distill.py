@@ -27,7 +27,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from torch import Tensor, nn
 
 from llm2clip.config import DistillConfig
-from llm2clip.cpu_tuning import free_memory, onednn_matmul
+from llm2clip.cpu_tuning import free_memory, use_onednn_matmul
 from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_count, iterate_lines
@@ -227,7 +227,7 @@ def decode_vocabulary(student: CaptionEncoder) -> list[str]:
 
 
 @torch.no_grad()
-@onednn_matmul()
+@use_onednn_matmul()
 def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "DistillTexts") -> None:
     """Initialise the new layers of a student.
 
@@ -451,7 +451,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def distill(
     student: CaptionEncoder, teacher: Teacher, data: DistillTexts, config: DistillConfig, run_dir: Path
 ) -> CaptionEncoder:

@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm2clip.config import AlignConfig
-from llm2clip.cpu_tuning import free_memory, onednn_matmul
+from llm2clip.cpu_tuning import free_memory, use_onednn_matmul
 from llm2clip.data.records import Record
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.clip_models import (
     ClipTextEncoder,
     build_model_in_clip_space,
-    load_inherited_clip,
-    read_pretrained_logits,
+    load_clip_to_inherit,
+    read_pretrained_logit_scale_and_bias,
 )
 from llm2clip.models.llm2clip import LLM2CLIP, needs_projection_bias
 from llm2clip.models.loading import fingerprint, hash_weights
@@ -73,10 +73,10 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
     """
     torch.manual_seed(config.seed)
     tower = VisionTower.from_pretrained(config.tower, image_size=config.image_size)
-    clip = load_inherited_clip(config.tower, config.inherit, torch.device("cpu")) if config.inherit else None
+    clip = load_clip_to_inherit(config.tower, config.inherit, torch.device("cpu")) if config.inherit else None
     random_state = torch.get_rng_state()
     _check_tower_supports_config(tower, config)
-    logits = read_pretrained_logits(config.tower) if config.logit_scale == "inherit" else None
+    logits = read_pretrained_logit_scale_and_bias(config.tower) if config.logit_scale == "inherit" else None
     return PretrainedParts(tower, clip, logits, random_state)
 
 
@@ -154,7 +154,7 @@ def make_model_config(
 # ---- representation inheritance --------------------------------------------------------------------------------------
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def inherit_text_space(
     model: LLM2CLIP,
     clip: ClipTextEncoder,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from llm2clip.config import AlignConfig
 from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
 from llm2clip.data.image_order import EpochOrders, ImageOrder
-from llm2clip.data.images import build_worker_options, decode_or_error
+from llm2clip.data.images import build_worker_options, decode_or_return_error
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
 from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
 from llm2clip.data.transforms import Preprocess, TrainTransform
@@ -270,7 +270,7 @@ class _ImageDataset(Dataset):
             samples, refs, hash_counters(self.seed, epochs, images, _CROP).tolist(), strict=True
         ):
             transform = partial(self.transform, generator=generator.manual_seed(seed))
-            items.append((str(ref), decode_or_error(ref, transform), sample))
+            items.append((str(ref), decode_or_return_error(ref, transform), sample))
         return items
 
 

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from llm2clip.config import TuneConfig
-from llm2clip.cpu_tuning import keep_freed_memory, onednn_matmul
+from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.pairs import TuningItems, iter_pair_batches, resolve_pairs_per_step
 from llm2clip.io_utils import atomic_dir, check_extra, make_text_key
 from llm2clip.models.precision import Precision, get_layers, resolve_precision
@@ -158,7 +158,7 @@ def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tu
     return precision, lora
 
 
-@onednn_matmul()
+@use_onednn_matmul()
 def _train(
     pairs: pa.Table,
     encoder: CaptionEncoder,

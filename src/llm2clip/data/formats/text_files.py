@@ -375,7 +375,9 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
             example = example or repr(annotation)
         else:
             captions[image_id].append(annotation.get("caption"))
-    folder = find_image_folder(path, [str(image.get("file_name")) for image in images], guess_folders(path, images))
+    folder = find_image_folder(
+        path, [str(image.get("file_name")) for image in images], guess_image_folders(path, images)
+    )
     for number, image in enumerate(images, 1):
         name = image.get("file_name")
         image_id = _get_valid_id(image, "id")
@@ -395,7 +397,7 @@ def _get_valid_id(fields: Mapping[str, Any], key: str) -> str | int | float | No
     return value if isinstance(value, str | int | float) else None
 
 
-def guess_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
+def guess_image_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
     """Guess the image folder of a COCO split, such as train2017, from the file name and `coco_url`."""
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
     names = [match[1]] if match else []

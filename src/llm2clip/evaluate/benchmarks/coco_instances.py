@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.formats.text_files import drop_unused_keys, find_image_folder, guess_folders
+from llm2clip.data.formats.text_files import drop_unused_keys, find_image_folder, guess_image_folders
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.evaluate.benchmarks.base import (
@@ -108,7 +108,7 @@ def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[Ima
     for image in images:
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
         names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
-    folder = Path(find_image_folder(str(file), names, guess_folders(str(file), images)))
+    folder = Path(find_image_folder(str(file), names, guess_image_folders(str(file), images)))
     refs: list[ImageRef] = [resolve_image(folder, name) for name in names]
     check_image_files(refs, file)
     return refs

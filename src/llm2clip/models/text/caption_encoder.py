@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 from torch import Tensor, nn
 
-from llm2clip.cpu_tuning import flex_attention_is_correct, onednn_matmul
+from llm2clip.cpu_tuning import is_flex_attention_correct, use_onednn_matmul
 from llm2clip.io_utils import atomic_write_text, check_texts, read_json
 from llm2clip.models.loading import (
     check_model_source,
@@ -156,7 +156,7 @@ class CaptionEncoder(nn.Module):
             return
         # An encoder loaded on the CPU may be moved to a GPU later.
         cpu_only = self.device.type == "cpu" and not torch.cuda.is_available()
-        if attention == "flex_attention" and cpu_only and not flex_attention_is_correct():
+        if attention == "flex_attention" and cpu_only and not is_flex_attention_correct():
             raise ValueError(
                 "flex_attention returns NaN on CPUs without AVX-512 (torch 2.13): use another attention implementation"
             )
@@ -279,7 +279,7 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     @torch.no_grad()
-    @onednn_matmul()
+    @use_onednn_matmul()
     def encode(
         self,
         captions: str | Sequence[str] | TokenizedTexts,

@@ -35,7 +35,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.models.precision import FP32, Precision
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -87,7 +87,7 @@ class DenseEncoder:
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
-    @onednn_matmul()
+    @use_onednn_matmul()
     def encode(self, pixels: Tensor, variant: str = "plain") -> Tensor:
         """Encode the cells of N images of shape (N, 3, H, W), uint8 or float from 0 to 1, on any device.
 

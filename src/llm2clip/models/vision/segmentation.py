@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from llm2clip.cpu_tuning import onednn_matmul
+from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.images import load_image, to_image_list
 from llm2clip.models.vision.dense import (
     DenseEncoder,
@@ -174,7 +174,7 @@ def encode_windows(
     for indices in indices_by_window.values():
         windows = [extract_windows(images[i][0], *axes[i]) for i in indices]
         batches = torch.cat(windows).split(WINDOWS_PER_BATCH)
-        with onednn_matmul():
+        with use_onednn_matmul():
             scores = torch.cat([dense.encode(batch, variant) @ queries.T for batch in batches])  # (windows, h, w, K)
         for i, part in zip(indices, scores.split([len(group) for group in windows]), strict=True):
             rows, columns = axes[i]
@@ -307,7 +307,7 @@ class DenseMethods:
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
     @torch.no_grad()
-    @onednn_matmul()
+    @use_onednn_matmul()
     def segment(
         self,
         image: Any,
