@@ -92,8 +92,8 @@ def make_shards(folder: str, num_shards: int, images_per_shard: int = 3) -> Reco
 
 def test_number_shards_counts_the_containers_of_all_batches() -> None:
     first, second = make_shards("/a", 2), make_shards("/b", 2)
-    batches = [*first.blocks.batches, *second.blocks.batches, *first.blocks.batches]
-    containers = [*first.blocks.containers, *second.blocks.containers, *first.blocks.containers]
+    batches = [*first.record_batches.batches, *second.record_batches.batches, *first.record_batches.batches]
+    containers = [*first.record_batches.containers, *second.record_batches.containers, *first.record_batches.containers]
     table = RecordTable(RecordBatches(batches, containers), np.array([0, 5, 7, 9, 12, 17]))
     numbers, paths = compute_shard_indices(table)
     assert numbers.dtype == np.int32

@@ -364,5 +364,5 @@ def test_split_tables_contain_only_the_files_of_their_records(tmp_path: Path) ->
         parts = table.split(40)
         assert [record for part in parts for record in part] == list(table)
         assert [len(part) for part in parts[:-1]] == [40] * (len(parts) - 1)
-    assert len(dict(records.blocks.paths)) == 3
-    assert [len(dict(part.blocks.paths)) for part in records.split(75)] == [1, 1, 1]
+    assert len(dict(records.record_batches.paths)) == 3
+    assert [len(dict(part.record_batches.paths)) for part in records.split(75)] == [1, 1, 1]

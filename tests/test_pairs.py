@@ -150,7 +150,7 @@ def make_items(images: list[ImageCaptions], rows_per_batch: int = 16) -> Caption
         captions, short, long = images[n].short[:1], images[n].short[1:], images[n].long
         records.append(Record(str(n), None, captions, short, long))
     tables = [RecordTable.from_records(records[n : n + rows_per_batch]) for n in range(0, len(records), rows_per_batch)]
-    blocks = RecordBatches([table.blocks.batches[0] for table in tables], [[] for _ in tables])
+    blocks = RecordBatches([table.record_batches.batches[0] for table in tables], [[] for _ in tables])
     return CaptionItems(RecordTable(blocks, np.argsort(positions).astype(np.int32)))
 
 

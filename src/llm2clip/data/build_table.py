@@ -283,8 +283,8 @@ def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: I
             return table_folder
         log.add_note(CORRUPT_FILE, str(table_folder))
     remove_path(table_folder)
-    blocks = RecordBatches.open([str(task.file) for task in tasks])
-    table = RecordTable(blocks, np.arange(blocks.num_rows))
+    record_batches = RecordBatches.open([str(task.file) for task in tasks])
+    table = RecordTable(record_batches, np.arange(record_batches.num_rows))
     num_rows = [summary.num_records for summary in summaries]
     source_of_row = np.repeat(np.array([task.source_index for task in tasks], np.int16), num_rows)
     first = find_first_occurrences(table.numeric_column("key_high"), table.numeric_column("key_low"))

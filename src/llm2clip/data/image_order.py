@@ -119,23 +119,23 @@ def list_upcoming_shards(
 
 def compute_shard_indices(records: RecordTable) -> tuple[np.ndarray, list[str]]:
     """Return the shard index of each record's image, of shape (N,), int32, and the paths of all shards."""
-    blocks, paths = records.blocks, _list_container_paths(records)
+    record_batches, paths = records.record_batches, _list_container_paths(records)
     number_of_path = {path: number for number, path in enumerate(paths)}
     # shard index of each container, concatenated over the batches
-    shard_of_container = np.array([number_of_path[path] for path in chain(*blocks.containers)], np.int32)
-    first_container = np.cumsum([0, *map(len, blocks.containers)])
+    shard_of_container = np.array([number_of_path[path] for path in chain(*record_batches.containers)], np.int32)
+    first_container = np.cumsum([0, *map(len, record_batches.containers)])
     parts = [np.empty(0, np.int32)]
     start = 0
     for batch in records.iterate_batches(["container"]):
         rows = records.rows[start : start + batch.num_rows]
-        batch_of_row = np.searchsorted(blocks.starts, rows, side="right") - 1
+        batch_of_row = np.searchsorted(record_batches.starts, rows, side="right") - 1
         parts.append(shard_of_container[first_container[batch_of_row] + batch.column(0).to_numpy()])
         start += batch.num_rows
     return np.concatenate(parts), paths
 
 
 def _list_container_paths(records: RecordTable) -> list[str]:
-    return list(dict.fromkeys(chain(*records.blocks.containers)))
+    return list(dict.fromkeys(chain(*records.record_batches.containers)))
 
 
 # ---- choice of the order ---------------------------------------------------------------------------------------------

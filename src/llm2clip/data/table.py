@@ -58,19 +58,19 @@ BATCH_ROWS = 1 << 16  # default number of rows per batch
 class RecordTable(Sequence[Record]):
     """Sequence of records in memory-mapped batches. Selecting records does not copy columns.
 
-    `rows` contains the row number in `blocks` of each record, of shape (N,). `folder` contains files derived
+    `rows` contains the row number in `record_batches` of each record, of shape (N,). `folder` contains files derived
     from the table, and is None for a table in memory.
     """
 
     def __init__(
         self,
-        blocks: RecordBatches,
+        record_batches: RecordBatches,
         rows: np.ndarray,
         folder: Path | None = None,
         caption_field: str | None = None,
         phrases: _PhraseLists | None = None,
     ) -> None:
-        self.blocks, self.rows, self.folder = blocks, rows, folder
+        self.record_batches, self.rows, self.folder = record_batches, rows, folder
         self._caption_field, self._phrases = caption_field, phrases
 
     @classmethod
@@ -104,7 +104,7 @@ class RecordTable(Sequence[Record]):
         phrases = self._phrases
         if phrases is not None:
             phrases = _PhraseLists(phrases.lists, phrases.rows[positions])
-        return RecordTable(self.blocks, self.rows[positions], self.folder, self._caption_field, phrases)
+        return RecordTable(self.record_batches, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
         """Split the table into tables of `size` records. A process that receives a table maps only the files it needs.
@@ -113,19 +113,19 @@ class RecordTable(Sequence[Record]):
         """
         tables = []
         for start in range(0, len(self), size):
-            blocks, rows = self.blocks.drop_unused_files(self.rows[start : start + size])
-            tables.append(RecordTable(blocks, rows, self.folder, self._caption_field))
+            record_batches, rows = self.record_batches.drop_unused_files(self.rows[start : start + size])
+            tables.append(RecordTable(record_batches, rows, self.folder, self._caption_field))
         return tables
 
     def use_as_captions(self, field: str) -> RecordTable:
         """Return a table in which the texts of one field are the records' only captions."""
-        return RecordTable(self.blocks, self.rows, self.folder, self.resolve_field(field), self._phrases)
+        return RecordTable(self.record_batches, self.rows, self.folder, self.resolve_field(field), self._phrases)
 
     def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
         """Return a copy of the table with the given phrases. `phrases` contains one list of strings per record."""
         assert len(phrases) == len(self)
         lists = _PhraseLists(phrases, np.arange(len(phrases), dtype=np.int32))
-        return RecordTable(self.blocks, self.rows, self.folder, self._caption_field, lists)
+        return RecordTable(self.record_batches, self.rows, self.folder, self._caption_field, lists)
 
     def resolve_field(self, field: str) -> str | None:
         """Return the column that contains the texts of a field, or None if the records have no such texts."""
@@ -169,7 +169,7 @@ class RecordTable(Sequence[Record]):
         return self.numeric_column("image_kind") != NO_IMAGE
 
     def get_images(self) -> ImageList:
-        return ImageList(self.blocks, self.rows)
+        return ImageList(self.record_batches, self.rows)
 
     def get_distinct_image_hashes(self) -> np.ndarray:
         """Return the sorted hashes of all distinct images, of shape (N,), uint64."""
@@ -185,7 +185,7 @@ class RecordTable(Sequence[Record]):
                 for part in _iter_value_buffers(batch.column(name)):
                     digest.update(part)
         if "container" in columns:
-            for containers in self.blocks.containers:
+            for containers in self.record_batches.containers:
                 digest.update(json.dumps(containers).encode())
         return digest.hexdigest()
 
@@ -196,7 +196,7 @@ class RecordTable(Sequence[Record]):
         if self._phrases is not None and "phrases" in fields:
             fields["phrases"] = None
         stored = [field for field in fields.values() if field is not None]
-        batch = self.blocks.take(self.rows[start:stop], stored)
+        batch = self.record_batches.take(self.rows[start:stop], stored)
         arrays = []
         for name, field in fields.items():
             if field is not None:
@@ -209,7 +209,7 @@ class RecordTable(Sequence[Record]):
 
     def _make_records(self, start: int, stop: int) -> Iterator[Record]:
         values = self._take_columns(["id", "id_from_source", "split", *TEXT_FIELDS], start, stop).to_pydict()
-        images = self.blocks.get_images(self.rows[start:stop])
+        images = self.record_batches.get_images(self.rows[start:stop])
         for name, from_source, split, *texts, image in zip(*values.values(), images, strict=True):
             yield Record(
                 id=decode_name(name),
@@ -237,8 +237,8 @@ class _PhraseLists:
 class ImageList(Sequence[ImageRef | None]):
     """Image references of the records in a table. Worker processes that receive the list memory-map the same files."""
 
-    def __init__(self, blocks: RecordBatches, rows: Any) -> None:
-        self.blocks, self.rows = blocks, np.asarray(rows)
+    def __init__(self, record_batches: RecordBatches, rows: Any) -> None:
+        self.record_batches, self.rows = record_batches, np.asarray(rows)
         self._shared_rows: Any = None
 
     def __len__(self) -> int:
@@ -251,7 +251,7 @@ class ImageList(Sequence[ImageRef | None]):
         return self.take([index])[0]
 
     def take(self, positions: Any) -> list[Any]:
-        return self.blocks.get_images(self.rows[positions])
+        return self.record_batches.get_images(self.rows[positions])
 
     def __iter__(self) -> Iterator[ImageRef | None]:
         for start in range(0, len(self), 4096):
@@ -264,7 +264,7 @@ class ImageList(Sequence[ImageRef | None]):
         # The attribute keeps the shared memory alive until the workers have mapped it.
         if self._shared_rows is None:
             self._shared_rows = torch.from_numpy(np.array(self.rows))
-        return ImageList, (self.blocks, self._shared_rows)
+        return ImageList, (self.record_batches, self._shared_rows)
 
 
 def _count_list_items(lists: pa.ListArray) -> np.ndarray:
@@ -340,12 +340,12 @@ class RecordBatches:
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
         files = {self.paths[n][0] for n in np.unique(batch_of_row).tolist()}
         numbers = [n for n, (file, _) in enumerate(self.paths) if file in files]
-        blocks = RecordBatches(
+        record_batches = RecordBatches(
             [self.batches[n] for n in numbers], [self.containers[n] for n in numbers], [self.paths[n] for n in numbers]
         )
         shifts = np.zeros(len(self.batches), np.int64)
-        shifts[numbers] = blocks.starts[:-1] - self.starts[numbers]
-        return blocks, (rows + shifts[batch_of_row]).astype(rows.dtype)
+        shifts[numbers] = record_batches.starts[:-1] - self.starts[numbers]
+        return record_batches, (rows + shifts[batch_of_row]).astype(rows.dtype)
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.RecordBatch:
         """Return columns of the given rows. Adjacent rows of a batch are not copied."""

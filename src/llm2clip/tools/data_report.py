@@ -113,7 +113,7 @@ def inspect_data(
         log=log,
         skipped=skipped,
         unsupported_files=count_unsupported_files(sources),
-        table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.blocks.paths}),
+        table_bytes=sum(os.path.getsize(file) for file in {file for file, _ in table.record_batches.paths}),
         seconds=seconds,
     )
     return overview, table

@@ -192,7 +192,7 @@ class AlignBatches:
             phrases=None if self.phrases is None else torch.from_numpy(_list_caption_rows(self.phrases, image_numbers)),
             first_caption=np.searchsorted(image_of_caption, np.arange(len(images) + 1)).tolist(),
             all_distinct=all_distinct and self.phrases is None,
-            image_refs=ImageList(self.images.refs.blocks, self.images.refs.rows[image_numbers]),
+            image_refs=ImageList(self.images.refs.record_batches, self.images.refs.rows[image_numbers]),
             failures=failures,
         )
 
