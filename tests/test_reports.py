@@ -281,4 +281,4 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
     )
     assert describe_distillation({**result, "fields": []}).endswith("measure the recall of the student.")
     few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
-    assert "98%" not in few and few.endswith("With 4 held-out images, the recall of the student cannot be judged.")
+    assert "98%" not in few and few.endswith("50 held-out images (4), the recall of the student cannot be judged.")

@@ -66,8 +66,8 @@ def get_published_recalls(benchmark: str) -> dict[str, tuple[float | None, ...]]
     """Return the authors' results on a retrieval benchmark. For xm3600, the results are means over all languages.
 
     Returns:
-        R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I, keyed by "YEAR: MODEL", such as "2026:
-        Llama-3-8B-CC". R@5 and R@10 are None if only R@1 was published. The dict may be empty.
+        R@1, R@5 and R@10 for I2T and then for T2I, keyed by "YEAR: MODEL", such as "2026: Llama-3-8B-CC". R@5 and R@10
+            are None if only R@1 was published. The dict may be empty.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_retrieval_tables(benchmark):

@@ -25,7 +25,7 @@ from rich.text import Text
 from llm2clip.io_utils import atomic_write_text, escape_control_characters, format_install_command
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell, shown as a colour
-LONG_CELL = 30  # maximum length of a table cell without line breaks, in characters
+LONG_CELL = 30  # table cells with more characters may wrap
 
 
 @dataclass(frozen=True)

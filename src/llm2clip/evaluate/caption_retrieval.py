@@ -31,7 +31,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
 
     Raises:
-        ValueError: The model has no separate text encoder, or is a CLIP text tower that does not support the settings.
+        ValueError: The model has no separate text encoder, or a CLIP text tower does not support settings of `encoder`.
     """
     device = process_state().device
     if model is not None:
@@ -50,7 +50,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
-        raise ValueError(f"{path} is a CLIP text tower and does not support all settings: remove {', '.join(changed)}")
+        raise ValueError(f"the CLIP text tower {path} does not support some settings: remove {', '.join(changed)}")
     return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
 

@@ -198,8 +198,8 @@ def build_mean_recall_table(
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a metrics table for a benchmark of any kind except "retrieval".
 
-    The table has rows for the published results, the chance level, each model and method, and the differences between
-    the first model and each baseline. If the chance level is a metric, it has no row. Empty columns are omitted.
+    The table has rows for the published results, the chance level (unless it is a metric), each model and method, and
+    the differences between the first model and each baseline. Unused columns "method" and "logit scale" are omitted.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))

@@ -252,8 +252,8 @@ def compute_average_precision(ranks: Tensor) -> float:
 def compute_chance_average_precision(num_relevant: int, num_images: int) -> float:
     """Return the expected average precision of a random ranking.
 
-    If P of N images and the image at rank r are relevant, each of the r - 1 images before rank r is relevant with
-    probability (P - 1) / (N - 1), so the expected precision at rank r is (1 + (r - 1) (P - 1) / (N - 1)) / r. The
+    If P of N images are relevant, including the image at rank r, each of the r - 1 images before rank r is relevant
+    with probability (P - 1) / (N - 1), so the expected precision at rank r is (1 + (r - 1) (P - 1) / (N - 1)) / r. The
     expected average precision is the mean of the expected precision over all ranks.
     """
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
@@ -340,7 +340,7 @@ class BootstrapMetrics:
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Call `compute`, which returns metrics for image weights of shape (images,), in the order of `names`."""
+        """Call `compute(weights)`, which counts image i `weights[i]` times and returns metrics in `names` order."""
         samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))

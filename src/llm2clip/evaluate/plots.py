@@ -80,7 +80,7 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
 
 
 def create_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Create a figure with one plot. `width` and `height` are in inches."""
+    """Return a figure with one plot, and the axes of the plot. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -17,7 +17,7 @@ from llm2clip.models.loading import load_config
 
 GROUND_TRUTH = "ground-truth"
 MAX_COORDINATE = 1 << 24  # limit for pixel coordinates, up to which float32 represents all integers exactly
-MAX_PROPOSALS = 300  # maximum number of proposals per image
+MAX_PROPOSALS = 300  # maximum number of proposals per image (the highest-scoring proposals are used)
 
 
 @dataclass

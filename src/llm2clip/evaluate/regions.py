@@ -4,7 +4,6 @@ Methods:
 
 - "crop": The region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
     factor of 1.5 around its centre, clipped to the image, and padded with black to a square.
-
 - Dense variants: The entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
     RoIAlign (arXiv 1703.06870) at an adaptive sampling ratio, and the mean is L2-normalised.
 

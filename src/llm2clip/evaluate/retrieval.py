@@ -305,7 +305,7 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
         svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
     if first.examples:
-        text = f"Evenly spaced captions, and the images that {name} retrieves. Correct images are marked."
+        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
         text = "Captions whose correct images rank lowest."

@@ -251,7 +251,7 @@ def build_queries(
     caption, ignoring case and punctuation, are relevant.
 
     Args:
-        max_queries: Maximum number of queries per length, above which a random sample is used.
+        max_queries: Maximum number of queries per length. Larger sets of queries are sampled at random.
 
     Returns:
         Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.

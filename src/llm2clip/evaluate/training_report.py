@@ -138,7 +138,7 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
 def build_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
-    """Return a table of the main metrics of a `fit` run. `cra` has one result, or two if the encoder was tuned."""
+    """Return a table of the main metrics of a `fit` run. `cra` has results before and (if run) after `tune`."""
     rows: list[list[Any]] = []
     if len(cra) == 2:
         name = f"CRA ({format_count(cra[0]['images'], 'image')})"
@@ -303,8 +303,8 @@ def describe_distillation(result: Mapping[str, Any]) -> str:
         return f"The student {speed_text}. No images were held out to measure the recall of the student."
     entry = result["fields"][0]
     if entry["images"] < MIN_IMAGES:
-        held_out_images = format_count(entry["images"], "held-out image")
-        return f"The student {speed_text}. With {held_out_images}, the recall of the student cannot be judged."
+        few = f"fewer than {MIN_IMAGES} held-out images ({entry['images']:,})"
+        return f"The student {speed_text}. With {few}, the recall of the student cannot be judged."
     teacher, student = (entry[side]["T2I"]["R@1"] for side in ("teacher", "student"))
     quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images (teacher: {teacher:.1f}%)"
     if teacher:

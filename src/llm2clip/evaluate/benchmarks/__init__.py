@@ -84,7 +84,7 @@ def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines that list all public benchmarks, and where to download those that are missing in `root`."""
+    """Return lines that list all public benchmarks, and the sources of benchmarks that are missing in `root`."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:

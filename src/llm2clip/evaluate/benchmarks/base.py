@@ -107,7 +107,8 @@ class Benchmark:
     """A public benchmark, or a benchmark on the user's data.
 
     Args:
-        kind: Kind of benchmark, which determines the metrics and the data type that `read` returns.
+        kind: Kind of benchmark, which determines the metrics and the type that `read` returns: `CaptionFields` for
+            "retrieval", a list of `CompositionalExample` for "compositional", or a data class such as `RegionData`.
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         source: Names and download locations of the required files.

@@ -94,7 +94,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
 
             print_once(
                 f"{file}: {count} categories have the name {name!r}. The model cannot distinguish the "
-                "categories, and always predicts the first category"
+                "categories, so the metrics are too low. Rename or merge the categories"
             )
     return names
 

@@ -42,7 +42,7 @@ _INVALID = -1  # label table entry for invalid pixel values
 # Ids of Cityscapes' 19 evaluated classes, in the order of the train ids.
 # Source: helpers/labels.py in github.com/mcordts/cityscapesScripts
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# Category ids, minus one, of the object classes that COCO removed and that do not occur in COCO-Stuff's PNGs.
+# Pixel values (category ids minus one) that do not occur in COCO-Stuff's PNGs, because COCO removed the classes.
 # Source: labels.txt in github.com/nightrome/cocostuff
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
