@@ -514,7 +514,7 @@ def test_load_official_attaches_the_caption_encoder(llm: Path, tmp_path: Path) -
 def test_load_official_rejects_an_encoder_of_another_size(llm: Path, tmp_path: Path) -> None:
     tensors = random_tensors(official_shapes("hf", text=48, **CLIP_SIZES))
     with pytest.raises(
-        ValueError, match=r"size 32, but the adapter's input size is 48.*No published encoder has this embedding size"
+        ValueError, match=r"size 32, but the adapter's input size is 48.*no published encoder has embeddings of size 48"
     ):
         load_official_checkpoint(write_checkpoint(tensors, "hf", tmp_path), text=llm)
 

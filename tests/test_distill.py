@@ -254,7 +254,7 @@ def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> No
     store = embed(TEXTS, CaptionEncoder.from_pretrained(model_folder, device="cpu"), tmp_path / "embedded")
     assert len(store) == len(TEXTS)
     assert open_dual_encoder(str(model_folder), "cpu", "bf16").encode_texts(TEXTS).shape == (len(TEXTS), 16)
-    with pytest.raises(ValueError, match="is a static encoder, which does not support layers"):
+    with pytest.raises(ValueError, match=r"is a static encoder: omit the unsupported options \(layers\)"):
         CaptionEncoder.from_pretrained(model_folder, layers=1, device="cpu")
     with pytest.raises(ValueError, match="this format does not support static text encoders"):
         export_model(model, "transformers", tmp_path / "exported")

@@ -60,7 +60,7 @@ class ClipTextEncoder:
 
     Attributes:
         model: CLIP model with image and text towers.
-        context_length: Maximum text length in tokens, or None if only the model's own code knows the maximum.
+        context_length: Maximum text length in tokens, or None if it is defined only in the model's own code.
         tokenize: Function that tokenizes and truncates N texts, and returns keyword arguments for `forward`.
         forward: Function that returns embeddings of shape (N, embed_dim).
         count_tokens: Function that counts the tokens of an untruncated text, or None if tokens cannot be counted.

@@ -1,4 +1,4 @@
-"""Common interface to image-text models: llm2clip models, and CLIP models from other libraries.
+"""Common interface to image-text models from llm2clip and other libraries.
 
 A model name has one of these forms:
 
@@ -94,7 +94,7 @@ class DualEncoder:
     @torch.inference_mode()
     @use_onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N outputs of `transform`. Return embeddings like those of `encode_texts`."""
+        """Encode N `transform` outputs. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
@@ -186,7 +186,7 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
     """Wrap an LLM2CLIP model, and switch the model to eval mode. The caption encoder is loaded on first use.
 
     `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of
-    the stage. On GPUs, the vision tower uses the dtype of the same precision.
+    the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)

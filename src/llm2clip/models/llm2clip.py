@@ -154,7 +154,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """Load the caption encoder with weights cast for encoding in `precision`. Return the encoder's precision.
 
         If the caption encoder is already loaded, its weights are unchanged. `auto` selects a precision for the stage
-        (see `models/precision.py`). If the model was trained on bf16 embeddings, calibration is skipped.
+        (see `models/precision.py`). If the model was trained on bf16 embeddings, their precision replaces calibration.
         """
         encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))
@@ -292,7 +292,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         return texts @ images.T
 
     def save_pretrained(self, folder: str | Path, encoder: CaptionEncoder | str | Path | None = None) -> Path:
-        """Save the model, without a model card, to a folder. An existing model folder is replaced atomically.
+        """Save the model to a folder atomically, without a model card. An existing model folder is replaced.
 
         Args:
             encoder: Caption encoder to save, or folder of a saved caption encoder. Default: the model's caption

@@ -224,7 +224,7 @@ def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> P
 
 
 def describe_hub_error(error: BaseException, access_problem: str = "it does not exist, or you lack access") -> str:
-    """Return an error message with an explanation of an exception from huggingface_hub and advice."""
+    """Return an error message that explains an exception from huggingface_hub and gives advice."""
     from huggingface_hub.errors import HTTPError
 
     causes = [error]

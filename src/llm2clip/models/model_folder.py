@@ -1,4 +1,4 @@
-"""Model config, and files of a model folder:
+"""Model config and layout of a model folder.
 
 MODEL/
   config.json                model config (`LLM2CLIPConfig`)
@@ -141,5 +141,5 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the local folder of a model. If `path` is a hub id, download the model."""
+    """Return the local folder of a model. Download hub models. Raise FileNotFoundError if the download fails."""
     return Path(path) if Path(path).is_dir() else download_snapshot(str(path), MODEL_FILES)

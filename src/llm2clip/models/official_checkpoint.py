@@ -105,11 +105,10 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     expected = model.config.text_dim
     if encoder.embed_dim != expected:
         suggested = suggest_published_encoders(checkpoint, expected, model.config.tower)
-        advice = f"Pass the published encoder that the adapter was trained with: {' or '.join(suggested)}"
-        if not suggested:
-            advice = "Pass the encoder that the adapter was trained with. No published encoder has this embedding size"
+        published = " or ".join(suggested) or f"no published encoder has embeddings of size {expected}"
         raise ValueError(
-            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. {advice}"
+            f"{path} has embeddings of size {encoder.embed_dim}, but the adapter's input size is {expected}. Pass the "
+            f"encoder that the adapter was trained with ({published})"
         )
     model.set_encoder(encoder)
 
@@ -283,9 +282,7 @@ def save_official_checkpoint(model: LLM2CLIP, out: str | Path, layout_name: str)
         raise ValueError(f"layout must be one of {', '.join(SAVED_LAYOUTS)} (got {layout_name!r})")
     _check_layout_supports_model(model, layout)
     if layout is EVA and out.suffix != ".pt":
-        raise ValueError(
-            f"the name of a checkpoint in the 'eva' layout, which is a single file, must end in .pt (got {out})"
-        )
+        raise ValueError(f"a checkpoint in the 'eva' layout is a single file, whose name must end in .pt (got {out})")
     if out.exists():
         raise FileExistsError(f"{out} already exists: choose another path")
 

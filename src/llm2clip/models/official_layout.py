@@ -42,10 +42,10 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
-    """Read a checkpoint. Return (tensors, contents of config.json, preprocessing).
+    """Read a checkpoint. Return (tensors, contents of config.json or {}, preprocessing or None).
 
     `source` is a folder, hub id or weight file. A folder or repository must contain model.safetensors or
-    pytorch_model.bin, possibly sharded, or a single .pt file. Missing JSON files result in {} and None.
+    pytorch_model.bin, possibly sharded, or a single .pt file. For a weight file, no JSON files are read.
     """
     path = Path(source)
     if path.is_file():
@@ -91,8 +91,8 @@ def _load_weights(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # corrupt files can make torch raise almost any type of exception
         raise ValueError(
-            f"{path} is corrupt, incomplete or a TorchScript archive. If the file is a TorchScript archive, save its "
-            f"state dict with safetensors.torch.save_file ({_get_first_line(error)})"
+            f"{path} is corrupt, incomplete or a TorchScript archive. Download the file again or, for a TorchScript "
+            f"archive, save its state dict with safetensors.torch.save_file ({_get_first_line(error)})"
         ) from error
     for key in ("state_dict", "module", "model"):  # keys under which training checkpoints store the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

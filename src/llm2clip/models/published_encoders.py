@@ -116,7 +116,7 @@ def find_lora_adapter(source: str | Path) -> Path | None:
     folder = Path(source)
     if not folder.is_dir():
         folder = _download_adapter(str(source)) or folder
-    # If sentence-transformers saved the folder, it also loads the adapter.
+    # A folder with a modules.json was saved by sentence-transformers, which loads the adapter itself.
     is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "modules.json").is_file()
     return folder if is_adapter else None
 

@@ -9,7 +9,7 @@ uses the graph instead of the model if all of the following conditions are met:
 
 The graph is stored with the sizes and modification times of all model files that affect text embeddings or
 fingerprints, so an outdated graph is never used. The identities of the model's encoders are also stored, so an index
-accepts the graph exactly if the index accepts the model.
+accepts the graph if and only if the index accepts the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing
 
 @dataclass(frozen=True)
 class TextGraph:
-    """Text encoder with the same names of attributes and methods as `DualEncoder`.
+    """Text encoder whose attributes and methods have the same names as those of `DualEncoder`.
 
     Attributes:
         identities: Result of `DualEncoder.part_identities()`.
@@ -88,7 +88,7 @@ def open_text_graph(name: str) -> TextGraph | None:
 
 
 def save_text_graph(model: DualEncoder) -> None:
-    """Save the graph of a model's text encoder, unless the graph exists or the encoder is too large.
+    """Save a graph of a model's text encoder, unless a graph exists or a condition in the module docstring is not met.
 
     If the model cannot be exported, the error is printed and saved, so that the export is not attempted again.
     """

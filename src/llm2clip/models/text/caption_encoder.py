@@ -113,7 +113,7 @@ class CaptionEncoder(nn.Module):
         if encoder.is_static:
             invalid = [name for name, value in options.items() if value is not None and name != "truncate_dim"]
             if invalid:
-                raise ValueError(f"{path} is a static encoder, which does not support {', '.join(invalid)}")
+                raise ValueError(f"{path} is a static encoder: omit the unsupported options ({', '.join(invalid)})")
         encoder._set_options(path, **options)
         return encoder.eval()
 

@@ -382,7 +382,7 @@ def can_use_varlen(query: Tensor, dropout: float) -> bool:
 
 @lru_cache
 def load_varlen_attn() -> Callable[..., Any] | None:
-    """Import `varlen_attn` from PyTorch. Return None if PyTorch is too old for all required arguments."""
+    """Import `varlen_attn` from PyTorch. Return None if the function or a required argument is missing."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -135,7 +135,7 @@ def set_template(st: Any, template: str) -> None:
         if not has_consistent_prompt_length(st, prefix):
             raise ValueError(
                 f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: the prefix must "
-                f"not end in a space, or in a special token unless a special token follows {CAPTION_PLACEHOLDER}"
+                f"not end in a space, and a final special token requires a special token after {CAPTION_PLACEHOLDER}"
             )
 
 

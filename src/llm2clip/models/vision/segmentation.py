@@ -86,8 +86,8 @@ class WindowAxis:
 class ResizeForWindows:
     """Transform that resizes an image of shape (3, H, W), uint8, before the image is split into windows.
 
-    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window, unless the longer
-    side would exceed `MAX_SCALE` times the window.
+    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window, and is reduced if
+    the longer side would exceed `MAX_SCALE` times the window.
     """
 
     window: int  # side length in pixels, a multiple of `cell_size`

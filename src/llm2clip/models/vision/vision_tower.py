@@ -284,7 +284,7 @@ def _create_timm_backbone(architecture: str, args: dict[str, Any]) -> nn.Module:
     """Create a timm model with random weights from a saved architecture and arguments.
 
     Because a model folder may come from an untrusted source, architecture names that trigger downloads, such as
-    `hf-hub:OWNER/NAME`, are rejected, and arguments of `timm.create_model`, such as `checkpoint_path`, are ignored.
+    `hf-hub:OWNER/NAME`, are rejected, and arguments that are not for the model, such as `checkpoint_path`, are ignored.
     """
     if not timm.is_model(architecture):
         raise ValueError(f"timm {timm.__version__} has no architecture {architecture!r}")
