@@ -329,7 +329,7 @@ def test_time_limit_ends_when_the_response_starts(dual_encoder: DualEncoder, mon
     assert deadlines[0] is not None and deadlines[1] is None
 
 
-def test_slots_are_assigned_in_the_order_of_arrival() -> None:
+def test_fair_semaphore_is_acquired_in_the_order_of_arrival() -> None:
     slots, order = FairSemaphore(1), []
 
     def enter() -> None:

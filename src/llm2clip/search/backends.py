@@ -87,7 +87,7 @@ class Backend(ABC):
         """Store the metadata and prepare the backend for adding images."""
 
     def read_image_states(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the file version and captions of every image from the given sources, keyed by image name."""
+        """Return the file version and captions of each image from the given sources or inside their paths, by name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -237,7 +237,7 @@ class Backend(ABC):
         return self.read_vectors([hit_id]).get(hit_id)
 
     def read_vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
-        """Return the float32 embeddings of hits, each of shape (D,), keyed by hit id. Skip unknown ids."""
+        """Return float32 embeddings of shape (D,), keyed by hit id, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
         vectors = self._run_read_only(lambda run: self._fetch_vectors(run, ids))
         return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}

@@ -71,7 +71,7 @@ def explain_hit(
     templates = default_templates if query.templates is None else query.templates
     prompts, counts = query.build_prompts(default_templates)
     words = find_words(query.texts)
-    shortened_counts = []  # number of prompts for the text without each word, or 0 if no words remain
+    shortened_counts = []  # per word: number of prompts for the text without the word, or 0 if no words remain
     for word in words:
         text = remove_word(query.texts[word.text_index], word)
         shortened_prompts = []

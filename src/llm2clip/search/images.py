@@ -47,7 +47,7 @@ def open_original_image(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
 
 
 def read_original_image(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
-    """Read the image file of a hit. Raise ImageTooLarge if the file has more than `max_bytes` bytes."""
+    """Read the file that `open_original_image` opens. Raise ImageTooLarge if it has more than `max_bytes` bytes."""
     stream, _ = open_original_image(backend, hit_id)
     with stream:
         data = stream.read(max_bytes + 1)

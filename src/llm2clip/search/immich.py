@@ -105,7 +105,7 @@ class Upstream:
 
 
 def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
-    """Add Immich's routes to an application. Raise ValueError if the model has too many dimensions."""
+    """Add Immich's routes to an application. Raise ValueError if the model has too many dimensions for Immich."""
     choose_borrowed_name(service.encoder.model.embed_dim)
     # Images are kept in memory, where the middleware limits their size, instead of being written to temporary files.
     MultiPartParser.spool_max_size = service.limits.max_body_bytes

@@ -3,7 +3,7 @@
 Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
 a `Batcher`, so that a single forward pass encodes the texts of many requests.
 
-Each queue holds at most `Limits.max_queue` items. Further items raise `QueueFull` (status 429).
+Each queue holds at most `Limits.max_queue` requests, texts or images. Further items raise `QueueFull` (status 429).
 
 `RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A queued request then never starts. A running
 request stops waiting for the model, a decoder, the index or a database connection (`types.Deadline`). However, a
@@ -56,7 +56,7 @@ class Limits:
     # If the limit is exceeded, requests of more than 64 KB are rejected with status 429.
     max_bytes_in_flight: int = 512 << 20
     max_pixels: int = 50_000_000  # maximum number of pixels per image; larger images are rejected with status 413
-    max_queue: int = 512  # maximum number of items in each queue; further items are rejected with status 429
+    max_queue: int = 512  # maximum number of requests, texts or images per queue; others are rejected with status 429
     timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
     max_connections: int = 512  # if there are more connections, the server aborts idle connections

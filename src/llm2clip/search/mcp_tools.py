@@ -60,7 +60,7 @@ class SearchPhotos(schemas.StrictModel):
 class ShowPhoto(schemas.StrictModel):
     """Show a photo at up to 1024 pixels, with its metadata, captions and recognised text.
 
-    If several photos have the file name, show the newest photo. `others` lists the names of at most 49 other photos.
+    If several photos have this file name, show the newest photo. `others` lists the names of at most 49 other photos.
     """
 
     photo: Photo = Field(description="id or name of a photo, or a file name")

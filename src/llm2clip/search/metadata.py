@@ -54,7 +54,7 @@ class FilterCondition:
 
 @dataclass(frozen=True)
 class MetadataField:
-    """A metadata field and its database column. A text field has a second column `folded_NAME` with folded case."""
+    """A metadata field and its database column. A text field has a second, normalised column `folded_NAME`."""
 
     name: str
     type: type  # float, int or str

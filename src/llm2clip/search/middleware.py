@@ -351,7 +351,7 @@ class LimitedConnection(H11Protocol):
             del self.idle[self._address]
 
     def _enforce_limit(self) -> None:
-        """Abort idle connections until there are not too many. If none is idle, abort this new connection."""
+        """Abort idle connections until the limit is met. If no connection is idle, abort this new connection."""
         while self in self.connections and len(self.connections) > self.limits.max_connections:
             # Attackers open many connections and stay silent. Other clients have few connections and send a request at
             # once, so their connections remain open even if they share the attackers' address.

@@ -20,7 +20,7 @@ from llm2clip.search.backends import Backend
 
 MAX_SIDE = 960  # length of the longer side to which larger images are scaled down, in pixels
 MAX_LINES = 100  # maximum number of text lines per image
-MAX_ASPECT = 60  # maximum width / height of a line that is read; the reading time is proportional to the width
+MAX_ASPECT = 60  # maximum width / height of a line that is read; the reading time is proportional to width / height
 MAX_SECONDS = 30.0  # time limit per image, which is checked before each line is read
 MAX_TEXT_LENGTH = 10_000  # maximum length of the text of an image, in characters
 MIN_CONFIDENCE = 0.5  # minimum confidence of a text line, from 0 to 1
@@ -89,7 +89,7 @@ def prepare_image_for_ocr(image: Tensor) -> np.ndarray:
 def recognize_texts(
     sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
-    """Recognise the text in all images of the sources that have no OCR result. Return the number of new results.
+    """Recognise the text in those images of the sources that have no OCR result. Return the number of new results.
 
     Images whose text recognition fails are recorded in the log. The next call reads these images again.
     """

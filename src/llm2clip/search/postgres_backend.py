@@ -430,7 +430,7 @@ def _relation_exists(run: SqlRunner, name: str) -> bool:
 def _create_tables(connection: Connection, dim: int) -> None:
     connection.execute(TABLES % dim)
     if dim <= MAX_INLINE_DIM:
-        # By default, PostgreSQL stores vectors of more than 1,000 dimensions in a separate table that is slow to scan.
+        # By default, vectors of more than about 1,000 dimensions are stored in a separate table that is slow to scan.
         connection.execute("ALTER TABLE contents ALTER COLUMN vector SET STORAGE PLAIN")
     schema = connection.execute(
         "SELECT nspname FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "

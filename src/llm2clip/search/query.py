@@ -3,7 +3,7 @@
 Bursts and edited copies of a photograph are grouped into one hit. Two images are similar if the cosine similarity of
 their embeddings is at least COPY_SIMILARITY. Images taken within BURST_SECONDS of each other are similar if the cosine
 similarity is at least BURST_SIMILARITY. The mean embedding of the index, which is part of the calibration, is
-subtracted first, because all embeddings of some models are similar.
+subtracted first, because some models map all images to similar embeddings.
 
 A page is a range of consecutive ungrouped hits, and only hits within this range are grouped. The next page starts where
 the last page ends (`next_offset`), so a hit may be similar to a hit on an earlier page. A search reads READ_FACTOR

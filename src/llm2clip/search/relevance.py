@@ -196,7 +196,7 @@ def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:
 def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Return a boolean mask of the vectors that are near duplicates of `item`, the embedding of an image or text.
 
-    The mean embedding is subtracted first, because all embeddings of some models are similar.
+    The mean embedding is subtracted first, because some models map all inputs to similar embeddings.
     """
     centred, reference = vectors - mean, item - mean
     norms = np.linalg.norm(centred, axis=1) * np.linalg.norm(reference)
@@ -444,7 +444,7 @@ def search_and_rate(
     relevances = [hit.relevance for hit in leading if hit.relevance is not None]
     is_matched = any(hit.matched for hit in leading)
     nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE and not is_matched
-    # Few images match a filter, and the right image is often less relevant than other images of the index.
+    # Usually, few images match a filter, and the right image is often less relevant than other images of the index.
     is_hidden = nothing_close and not show_weak and not image_filter
     return SearchResult([] if is_hidden else hits[:count], nothing_close)
 

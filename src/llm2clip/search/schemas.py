@@ -193,7 +193,7 @@ def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) 
 class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type: ignore[misc]
     """A location of an image, with the captions and the metadata of the location."""
 
-    name: str = Field(description="path of the image file")
+    name: str = Field(description="path of the image: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`")
     file_name: str = Field(description="file name without folders")
     captions: list[str] = Field(description="captions of the image")
 
@@ -244,7 +244,7 @@ class HeatmapResponse(BaseModel):
     """Heat map of the similarity between a query and an image."""
 
     rows: list[list[float]] = Field(
-        description="rows of a grid that divides the image evenly; each value is the cosine similarity of a grid cell"
+        description="cosine similarity of the query to each cell of a grid that evenly divides the image, row by row"
     )
 
 
@@ -297,9 +297,9 @@ class EmbedRequest(BaseModel):
         None, description="modality of all items of `input`; default: data URIs are images, all other items are texts"
     )
     model: AnyText | None = Field(None, description="ignored, because the server has only one model")
-    encoding_format: Literal["float", "base64"] = Field("float", description="`float` or `base64`")
+    encoding_format: Literal["float", "base64"] = Field("float", description="`float` (numbers) or `base64` (float32)")
     dimensions: int | None = Field(
-        default=None, description="number of dimensions to which embeddings are truncated; default: all dimensions"
+        default=None, description="dimension to which embeddings are truncated, then normalised; default: no truncation"
     )
     user: AnyText | None = Field(None, description="ignored")
 

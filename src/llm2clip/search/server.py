@@ -66,7 +66,7 @@ class Access:
 
     Attributes:
         token: Token that requests must contain. API clients send the header `Authorization: Bearer TOKEN`. In a
-            browser, `/?token=TOKEN` starts a session. Default: no authentication.
+            browser, `/?token=TOKEN` starts a 24-hour session. Default: no authentication.
         hosts: Allowed values of the Host header, or None to allow all values. The check prevents DNS rebinding attacks,
             in which a website makes its own host name resolve to the address of the server.
         public_paths: Paths that do not require the token. Without the token, `/health` returns only the status.
@@ -93,7 +93,7 @@ def create_app(
         limits: Resource limits for requests. Default: `Limits()`.
         access: Access control. Default: all users of the machine have access, without a token.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
-        add_routes: Function that adds routes to the application. Default: add all routes of this module.
+        add_routes: Function that adds all routes of the application. Default: add the routes of this module.
 
     Raises:
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
@@ -145,7 +145,7 @@ def create_app(
 def serve(
     app: FastAPI, host: str, port: int, on_start: Callable[[int], None] = lambda port: None, behind_proxy: bool = False
 ) -> None:
-    """Serve an application until the process receives SIGINT or SIGTERM, then wait up to 5 seconds for requests.
+    """Serve an application until the process receives SIGINT or SIGTERM, then wait up to 5 seconds for active requests.
 
     `on_start` is called with the port once the server accepts connections. Port 0 selects any free port.
     """

@@ -232,7 +232,7 @@ class SqliteBackend(Backend):
         stages = [MIN_CANDIDATES]
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
-        # Every query scans at least MIN_SCANNED candidates, because `count` affects the choice among equal codes.
+        # The number of candidates determines which of several equal codes a scan returns, hence MIN_SCANNED.
         ids = self._get_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:
@@ -310,7 +310,7 @@ class SqliteBackend(Backend):
                 vectors, last = QuantizedVectors(127 / max(max_abs or 0, 1e-6)), self._vectors
                 if last is not None and last[0][-1] == state[-1] and last[1].scale <= vectors.scale:
                     vectors = last[1]
-                else:  # free the old vectors first, because both may not fit in memory
+                else:  # free the old vectors first, because old and new vectors may not both fit in memory
                     last = self._vectors = None
                 vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
@@ -413,7 +413,7 @@ class QuantizedVectors:
 
 
 def _select_from_block(block: Block, allowed_ids: np.ndarray) -> Block:
-    """Return the vectors of a block whose ids are in a sorted array. If all ids are, return the block itself."""
+    """Return the allowed vectors of a block, or the block itself if all are allowed. `allowed_ids` is sorted."""
     ids, codes = block
     first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
     allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
@@ -444,7 +444,7 @@ class SqliteDatabase:
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                # The page size of a new database, so that a page holds several vectors of about 2 KB.
+                # Affects only new databases. A page should hold several vectors of about 2 KB each.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")
@@ -467,7 +467,7 @@ class SqliteDatabase:
     def open_snapshot(self) -> Iterator[sqlite3.Connection]:
         """Open a separate connection that reads a snapshot of the database without blocking other threads.
 
-        If the database file has been deleted or moved, yield the main connection, which blocks other threads.
+        If the open file is no longer at its path, yield the main connection, which blocks other threads.
         """
         with self._convert_errors():
             with self._lock:
@@ -546,7 +546,7 @@ class SqliteDatabase:
         try:
             yield
         except sqlite3.Error as error:
-            # SQLite raises OperationalError for a locked database or a full disk, and DatabaseError for a corrupt file.
+            # OperationalError: a table is missing or locked, or the disk is full. DatabaseError: the file is corrupt.
             is_unavailable = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
             advice = ""
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_CORRUPT:

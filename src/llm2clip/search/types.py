@@ -18,7 +18,7 @@ from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, Image
 
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {"FileImage": FileImage, "TarImage": TarImage, "ParquetImage": ParquetImage}
-MAX_LOCATIONS = 100  # maximum number of locations per hit; web datasets contain some images 100,000 times
+MAX_LOCATIONS = 100  # maximum number of locations per hit; web datasets contain some images over 100,000 times
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class SimilarHit:
     """A hit that was grouped with a similar hit of a better rank."""
 
     id: str
-    name: str
-    file_name: str
+    name: str  # name of the first image
+    file_name: str  # file name of the first image
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Hit(ContentMetadata):
 
     id: str  # identifier of the image content; unique within an index
     score: float | None  # cosine similarity to the query vector, or None without a query
-    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS images, of which matching images come first
+    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS; images that match the filter come first
     image_count: int  # total number of images with this content
     # Fields (`caption`, `text`, `name`, `camera`, `date`) with query words, if the image contains all query words.
     matched: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes v
 # Longer queries are descriptions, which are searched by embedding only.
 MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
 # If too many images contain all words of a query, such as the file name prefix IMG, only the embedding is used.
-# The limit is MAX_MATCHED_FRACTION of the index, but at least MIN_COMMON and at most MAX_MATCHES.
+# The limit is MAX_MATCHED_FRACTION of the index, at least MIN_COMMON and at most MAX_MATCHES (30 ms of scoring).
 MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 20_000
 MATCHED_LOCATIONS = 5  # number of locations per hit that are searched for matching fields
 MAX_FUSED = 1000  # number of top ids of each ranking that are merged by rank fusion
@@ -220,7 +220,7 @@ def compute_match_limit(total: int) -> int:
 
 
 def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Merge two rankings by reciprocal rank fusion. The score of an id is the sum of 1 / (RRF_K + rank).
+    """Merge two rankings by reciprocal rank fusion. The score of an id is the sum of 1 / (RRF_K + rank) over both.
 
     Only the top MAX_FUSED ids of each ranking are fused. The remaining ids of the first ranking follow in their
     original order, so a longer first ranking does not change the order of the top ids.
