@@ -136,7 +136,7 @@ def open_table(
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
-    """Load the source index of each record in a table from `open_table`. Return shape (N,), int16."""
+    """Load the source index of each record in a table from `open_table`, as an int16 array of shape (N,)."""
     assert table.folder is not None
     return np.load(table.folder / "sources.npy")
 
@@ -253,7 +253,7 @@ def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
 
 
 def _write_part(task: _PartTask) -> Exception | None:
-    """Read a part and save its rows. Return an error instead of raising it, so that earlier parts fail first."""
+    """Read a part and save its rows. Return an error, because errors in earlier parts must be raised first."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = RecordingSkipLog()

@@ -17,8 +17,7 @@ _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049
 def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
     """Return 64 random bits per combination of counters, as a uint64 array with the broadcast shape of the counters.
 
-    Raises:
-        ValueError: The seed is negative.
+    The counters must be at least 0. Raise ValueError if the seed is negative.
     """
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")

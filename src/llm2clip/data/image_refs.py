@@ -191,7 +191,7 @@ class _TableCellImage(ImageRef):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage(_TableCellImage):
-    """Image in a cell of a Parquet file, which contains bytes or a struct with bytes and a path."""
+    """Image in a Parquet cell that contains bytes or a struct with bytes and a path. Random access is slow."""
 
     kind_name: ClassVar[str] = "Parquet files"
     path: str

@@ -148,9 +148,9 @@ def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
 def add_phrases(records: RecordTable) -> RecordTable:
     """Return the records with phrases extracted from their captions. The phrases are saved in the table's folder.
 
-    The records are returned unchanged if the data has a `phrases` column or if the captions are not in English.
-    Extraction takes about 60 microseconds of CPU time per image, 200 bytes of memory per distinct phrase and 4 bytes of
-    memory per record.
+    The records are returned unchanged if they already have phrases, or if no phrases are found, for example because the
+    captions are not in English. Extraction takes about 60 microseconds of CPU time per image, 200 bytes of memory per
+    distinct phrase and 4 bytes of memory per record.
     """
     from llm2clip.runs.ranks import print_once  # imports PyTorch, which worker processes do not need
 

@@ -195,8 +195,8 @@ def _mask_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -
 def to_comparable_id(record_id: str) -> str:
     """Return the part of an image id that is the same in all datasets that contain the image.
 
-    Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. If
-    another id starts with at least five digits, only these digits are returned. All other ids are unchanged.
+    Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. If a
+    non-numeric id starts with at least five digits, only these digits are returned. All other ids are unchanged.
     """
     if record_id.isdecimal():
         return record_id.lstrip("0") or "0"
@@ -325,8 +325,9 @@ def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, worl
         pairs_per_step = min(map(_count_unrelated_groups, usable)) // world_size * world_size
         if pairs_per_step < 2:
             raise ValueError(
-                f"not enough texts for tuning: each step needs at least {max(2, world_size)} pairs that have no text "
-                "in common. Add data, or use --tune.steps 0 to leave the LLM unchanged"
+                f"not enough texts for tuning on {format_count(world_size, 'rank')}: each step needs at least "
+                f"{max(2, world_size)} pairs that have no text in common. Add data, or use --tune.steps 0 to leave "
+                "the LLM unchanged"
             )
     for items in sources:
         select_pairable_items(items, pairs_per_step)

@@ -41,7 +41,7 @@ COLUMN_NAMES = {  # record field -> common column names, in order of preference
 MISSING_TEXTS = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "#na", "<na>"})
 MAX_CAPTION_CHARACTERS = 1 << 20  # maximum total length of the captions in a cell
 MAX_LITERAL_CHARACTERS = 1 << 16  # maximum length of a Python list literal that is parsed
-# Only list literals that match this pattern are parsed, because some expressions take quadratic time.
+# Only lists that match this pattern are parsed, because Python takes quadratic time to parse some expressions.
 _PYTHON_LIST = re.compile(
     r"""\s*\[(?:[\s,]|None|[uU]?(?:'[^'\\]*+(?:\\.[^'\\]*+)*+'|"[^"\\]*+(?:\\.[^"\\]*+)*+"))*+\]\s*""", re.DOTALL
 )
@@ -93,7 +93,7 @@ class Source:
 
     @classmethod
     def parse(cls, value: str | os.PathLike[str] | Source, columns: Mapping[str, str] | None = None) -> Source:
-        """Create a source from `PATH` or `PATH@SPLIT+SPLIT`, or copy a source and update its mapping with `columns`.
+        """Create a source from `PATH` or `PATH@SPLIT+SPLIT`, or copy a `Source`. `columns` updates its column mapping.
 
         A string that is the path of an existing file or folder is not split at an @ character.
         """
@@ -129,7 +129,7 @@ def open_records(
             truncated pixel data. With "unchecked", images are not checked. With "ignore", images embedded in
             tables are not read either, so that duplicates of these images are not detected.
         require_captions: If True, skip rows without captions. If False, keep rows that have only an image, and search
-            folders recursively for images, tar files and tables.
+            folders recursively for images, tar files and Parquet files.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -302,7 +302,7 @@ class RecordReader:
         self.log.count_source_rows(self._log_path, split, self.summary.row_counts[split])
 
     def _skip_row(self, file: str, row: int, error: Exception, rows: int) -> None:
-        """Skip a row because of an error. Raise the error instead if it affects the entire file."""
+        """Skip a row because of an error. Raise the error instead if it affects more than this row."""
         if isinstance(error, DataFormatError | FatalDataError):
             raise error
         problem = error if isinstance(error, UnusableRow) else UnusableRow("malformed row", describe_error(error))
@@ -465,8 +465,8 @@ def _normalize_name(column: str) -> str:
 def _clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: int) -> dict[str, Any]:
     """Return the field values in a row of a text table. Placeholders for missing values are logged and become None.
 
-    If several columns have the same name, all of their captions are collected. Other fields get the last value of these
-    columns.
+    If several columns have the same name, all of their captions are collected. Other fields get the last value that
+    is not missing.
     """
     cleaned: dict[str, Any] = {}
     for name, value in values.items():

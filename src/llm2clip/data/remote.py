@@ -123,7 +123,7 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     if not is_remote(folder):
         yield from os.walk(folder, onerror=_raise_error)
         return
-    pending = [(folder.rstrip("/"), 0)]  # limited below, because web servers can list a folder in itself
+    pending = [(folder.rstrip("/"), 0)]  # the depth is limited, because a web server can list a folder in itself
     num_folders = 0
     while pending:
         path, depth = pending.pop()
@@ -167,7 +167,7 @@ def _remote_file_exists(url: str) -> bool:
 
 
 def _glob_remote_files(pattern: str) -> list[str]:
-    """Return the URLs that match a glob pattern. Hidden files match only patterns that start with a dot."""
+    """Return the URLs that match a glob pattern. Hidden files match only a name pattern that starts with a dot."""
     scheme = storage.get_scheme(pattern)
     filesystem = storage.get_filesystem(scheme)
     paths = storage.call_with_retries(
@@ -381,8 +381,8 @@ def _free_cache_space(size: int, url: str) -> None:
         limit = _get_size_limit(used)
         if size > limit:
             raise CacheFullError(
-                f"{hide_url_secrets(url)}: the file has {size / 1e9:.2f} GB, but the cache of remote files is limited "
-                f"to {limit / 1e9:.2f} GB. Raise the limit with the environment variable {SIZE_VARIABLE}"
+                f"{hide_url_secrets(url)}: the file size is {size / 1e9:.2f} GB, but the cache of remote files is "
+                f"limited to {limit / 1e9:.2f} GB. Raise the limit with the environment variable {SIZE_VARIABLE}"
             )
         if used + size > limit:
             used -= _remove_cached_files(files, used + size - FILL_FRACTION * limit)
@@ -391,7 +391,7 @@ def _free_cache_space(size: int, url: str) -> None:
 
 
 def _get_size_limit(used: int) -> float:
-    """Return the cache's size limit in bytes. Default: half of the free and cached bytes, at most 200 GB."""
+    """Return the cache's size limit in bytes. Default: half of (free space + cache size), at most 200 GB."""
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
         return min(MAX_DEFAULT_BYTES, (shutil.disk_usage(get_cache_folder()).free + used) / 2)

@@ -88,7 +88,7 @@ class SkipLog:
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` consecutive rows, starting at `row`, were skipped. Ignore repeated calls."""
+        """Record that `rows` rows from `row` on were skipped. Ignore repeated calls for the same row and reason."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
@@ -130,7 +130,7 @@ class SkipLog:
         notes = "".join(f"\n{note}" for note in self.list_notes())
         most_common, _ = self.skipped.most_common(1)[0]
         advice = f"\n{ADVICE_BY_REASON.get(most_common, 'Fix the source')}"
-        if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source is probably wrong
+        if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or column mapping is probably wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
             f"{self._format_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."

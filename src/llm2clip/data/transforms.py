@@ -125,7 +125,7 @@ class TrainTransform:
     """Training transform that resizes a random crop of a uint8 image of shape (3, H, W) to shape (3, S, S).
 
     The crop covers at least `MIN_CROP_SCALE` of the image area and has an aspect ratio between 3/4 and 4/3. Images are
-    not flipped, because captions can mention left and right.
+    not flipped, because captions can mention left and right. All random numbers are drawn from `generator`.
     """
 
     preprocess: Preprocess

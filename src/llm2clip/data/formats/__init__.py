@@ -55,7 +55,7 @@ class BadRow:
 
     reason: str
     value: str  # details for the skip log
-    rows: int = 1  # number of consecutive rows that cannot be read
+    rows: int = 1  # number of rows that cannot be read, including this row
 
 
 # (file, row number starting at 1, {column name: raw value}). The row number in a text file is the line number.
@@ -197,10 +197,10 @@ def describe_formats() -> str:
 def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
     """Resolve the path of a `Source` to files and folders with their formats, in reading order.
 
-    An existing path is never treated as a pattern, even if it contains glob or brace characters. If `all_files` is
-    True, all caption files, images, tar files and Parquet files in a folder and its subfolders are used. Otherwise,
-    only the first of these kinds of files that exists in the folder is used. Folders written by llm2clip are skipped
-    and recorded in `log`.
+    An existing path is never treated as a pattern, even if it contains glob or brace characters. In a folder, only the
+    first of these is used: a caption file (see `CAPTION_FILES`), the tar files, the Parquet files, or the images,
+    including images in subfolders. If `all_files` is True, all of these are used, and also tar and Parquet files, but
+    no caption files, in subfolders. Subfolders written by llm2clip are skipped and recorded in `log`.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -251,7 +251,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
     recorded in `log`.
 
     Raises:
-        OSError: A folder cannot be listed. The folder is not skipped, because its files would seem to be deleted.
+        OSError: A folder cannot be listed. Skipping the folder would make its files look deleted.
     """
     for parent, folders, names in walk_folder(folder):
         kind = describe_output_folder(names) if parent != folder else None

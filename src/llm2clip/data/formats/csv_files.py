@@ -28,7 +28,7 @@ from llm2clip.data.storage import join_path
 from llm2clip.io_utils import DataFormatError, is_valid_unicode
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
-MAX_CELL_CHARACTERS = 1 << 24  # the default of 131,072 characters is too low for long texts
+MAX_CELL_CHARACTERS = 1 << 24  # the csv module's default of 131,072 is too low for long texts
 SAMPLE_CHARACTERS = 1 << 16  # number of characters read to detect the delimiter
 SAMPLE_ROWS = 50
 
@@ -36,7 +36,7 @@ SAMPLE_ROWS = 50
 class DelimitedText(SourceFormat):
     """CSV or TSV file with a header line. The values of columns with the same name are combined into a list.
 
-    The suffix determines the default delimiter. Another delimiter is used if it makes more rows match the header.
+    The suffix determines the default delimiter. Another delimiter is used if more rows match the header with it.
     """
 
     is_table = is_plain_text = has_lists_as_text = True
@@ -176,8 +176,8 @@ def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tupl
 def _detect_delimiter(sample: str, default: str) -> tuple[str, int]:
     """Return a CSV file's delimiter and the line number of its header.
 
-    The chosen delimiter is the one with which most rows have as many cells as the header. In a tie, `default` is
-    preferred. A first line such as `sep=;`, which Excel writes, overrides the choice.
+    The delimiter is chosen to maximise the number of rows with as many cells as the header. In a tie, `default` is
+    preferred. A first line such as `sep=;`, an Excel convention, overrides the choice.
     """
     specified = re.match(r'"?sep=([^\r\n"])"?\r?\n', sample)
     if specified is not None:
