@@ -204,7 +204,7 @@ class EndpointCaptioner:
         return _parse_response(data)
 
     async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. Limit the total time, because httpx limits only the time of a read."""
+        """Return the response and its content. Limit the total time, because httpx limits only the time per read."""
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
             return response, await _read_limited_body(response)
 

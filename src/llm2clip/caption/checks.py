@@ -48,7 +48,7 @@ PHRASE_WORDS = 5
 LONG_TEXT_WORDS, MIN_DISTINCT_RATIO = 30, 0.35
 MIN_LANGUAGE_PROBABILITY = 0.8
 LANGUAGE_CHARACTERS = 200  # number of leading characters from which the language is identified
-# A caption that 1 in 1,000 images shares has about one false negative in a contrastive batch of 1,000 images.
+# A caption shared by 1 in 1,000 images has about one false negative in a contrastive batch of 1,000 images.
 MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
 ROWS_PER_BATCH = 1000
 SAMPLE_SIZE = 1000  # number of images with which each caption is compared

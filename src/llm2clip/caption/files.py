@@ -48,7 +48,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-WRITTEN_BY_CAPTION = "not read, because written by `llm2clip caption`"
+WRITTEN_BY_CAPTION = "not read, because it was written by `llm2clip caption`"
 MAX_IMAGES = 200  # maximum number of images in the report
 MAX_ERRORS = 20  # maximum number of reasons for failed requests in the report
 MAX_SOURCE_CAPTIONS = 10  # maximum number of source captions per image in the report
@@ -274,7 +274,7 @@ def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionR
     blocks = build_report_blocks(database, report)
     cards = [_make_caption_card(database, row, report) for row in select_worst_images(database, report)]
     if cards:
-        text = f"{format_count(len(cards), 'image')}, sorted by number of failed or rejected captions, then by rank."
+        text = f"{format_count(len(cards), 'image')}, most failed or rejected captions first, then highest rank first."
         blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)

@@ -39,7 +39,7 @@ class LlavaConfig:
     """Maximum size in GB of the cache for the frozen tower's patch features. If the features do not fit, they are
     recomputed in every step. 0 disables caching."""
     warmup_ratio: float = 0.03
-    """Fraction of training steps for linear warm-up, after which the learning rate decays to 0 on a cosine."""
+    """Fraction of training steps for linear warm-up, followed by cosine decay of the learning rate to 0."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Training precision: fp32, bf16, or auto for bf16 if the hardware supports it."""
     gradient_checkpointing: bool = False

@@ -119,8 +119,8 @@ class PatchFeatureEncoder:
 class PrecomputedVisionTower(nn.Module):
     """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
 
-    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is
-    True, the features are channels-first, as FastVLM expects.
+    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is True, the
+    features are channels-first, as FastVLM expects.
     """
 
     def __init__(self, feature_maps: bool) -> None:
@@ -173,7 +173,7 @@ class ConversationDataset(Dataset):
         return len(self.conversations)
 
     def estimate_lengths(self) -> list[int]:
-        """Estimate the number of tokens in each conversation from its number of characters, without slow tokenizing."""
+        """Estimate the number of tokens in each conversation from its characters, because tokenizing is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)

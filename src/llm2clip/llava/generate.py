@@ -88,7 +88,7 @@ class AnswerGenerator:
         return answers
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
-        """Return the log-likelihood of an answer, with its end-of-turn token, and whether it is the greedy answer."""
+        """Return the log-likelihood of an answer and its end-of-turn token, and True if greedy decoding yields both."""
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
         with torch.inference_mode(), use_onednn_matmul():
@@ -99,7 +99,7 @@ class AnswerGenerator:
         return -float(loss), bool(is_greedy)
 
     def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for a batch of questions. Either all or none of them must have an image."""
+        """Return the model inputs for a batch of questions. Either all or none must have an image."""
         prompts = []
         for question in questions:
             messages = to_messages(question.to_conversation())[:1]

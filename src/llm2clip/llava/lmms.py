@@ -53,7 +53,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return, for each request, the answer's log-likelihood and whether it is the greedy answer."""
+        """Return the log-likelihood of each answer, and True if greedy decoding produces the answer."""
         results = []
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args

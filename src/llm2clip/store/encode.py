@@ -260,7 +260,7 @@ def store_image_features(
                 names = [str(shard_refs[i]) for i in decoded]
                 plan.writer.write(number, names, [0] * len(names), features.numpy(), keys[shard_rows[decoded]])
     store = EmbeddingStore(folder)
-    # All processes check the limit on failures at the end. If one failed earlier, the others would wait forever.
+    # Each process checks the limit on failures only at the end. After an earlier error, the others would wait forever.
     # The log already contains this process's failures. Add the images that failed in other processes.
     failed = np.flatnonzero(store.find_keys(keys) < 0)
     first_of_image = np.unique(keys[failed].view(f"V{KEY_BYTES}")[:, 0], return_index=True)[1]

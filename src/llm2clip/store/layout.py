@@ -322,7 +322,7 @@ class KeyIndex:
         return rows
 
     def is_index_of(self, keys: np.ndarray) -> bool:
-        """Return True if the file is an intact index. `keys` must contain the keys of all rows in the store."""
+        """Return True if the file is an intact index of `keys`, the keys of all rows in the store."""
         start = 0
         for records in sort_keys(keys):
             stop = start + records.shape[1]
@@ -348,7 +348,7 @@ def build_key_index(file: Path, keys: np.ndarray) -> int:
 
 
 def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, and 64 bytes per key in one of the parts.
+    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, plus 64 bytes per key of a single part.
 
     Yields:
         `NUM_KEY_PARTS` uint64 arrays of shape (3, n), which together contain all keys: their first halves, their second

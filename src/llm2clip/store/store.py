@@ -48,7 +48,7 @@ class EmbeddingStore:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_ahead: Ask the operating system to read all pages that contain the rows of a chunk at once. For stores
+            read_ahead: Ask the operating system to read, all at once, the pages that contain a chunk's rows. For stores
                 larger than memory, reading ahead is several times faster than reading the rows one at a time, each with
                 surrounding pages that are evicted before they are used.
                 Default: True if the embeddings take at least half of the available memory.

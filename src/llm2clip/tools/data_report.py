@@ -186,7 +186,7 @@ def describe_data_quality(overview: DataOverview) -> str:
     num_small = statistics.short_sides.count_below(SMALL_SIDE)
     if num_small > statistics.short_sides.count / 2:
         share = 100 * num_small / statistics.short_sides.count
-        return f"{size}. {share:.0f}% of the images have a side of less than {SMALL_SIDE} pixels, a common input size."
+        return f"{size}. {share:.0f}% of the images have a side below {SMALL_SIDE} pixels, a common model input size."
     return f"{size} can be used for training."
 
 
@@ -338,7 +338,7 @@ def write_data_report(file: Path, overview: DataOverview, table: RecordTable, ne
     cards = [_make_record_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
     blocks = build_blocks(overview)
     if cards:
-        text = f"The texts of {format_count(len(cards), 'evenly spaced image')}."
+        text = f"Images and texts of {format_count(len(cards), 'evenly spaced record')}."
         blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     if next_commands:

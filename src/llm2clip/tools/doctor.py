@@ -1,6 +1,6 @@
 """The command `doctor`, which checks the machine and the Python environment.
 
-The verdict of a check is "bad" if `llm2clip fit` would fail, "note" if some features are missing or slow, or "ok".
+A check's verdict is "bad" if `llm2clip fit` would fail, "note" if some features are missing or slow, else "ok".
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def check_model_hub() -> Iterator[CheckResult]:
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE:
-        yield CheckResult("hub", "HF_HUB_OFFLINE is set", "only models in the local hub cache can be used")
+        yield CheckResult("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
     fix = "use model folders or built-in names such as smollm2-135m, or set HF_ENDPOINT to a mirror of the hub"
     yield _check_url("hub", ENDPOINT, fix)

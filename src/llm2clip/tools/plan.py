@@ -1,6 +1,6 @@
 """Estimates of the parameters, FLOPs, memory and hours of a `fit` run, and checks of free memory and disk space.
 
-The duration of a stage is FLOPs / (peak throughput * MFU). The model FLOPs utilisation (MFU) is assumed, see
+The duration of a stage is FLOPs / (peak throughput * MFU). The model FLOPs utilisation (MFU) is an assumption from
 `plan_memory.MFU`. Small models, small batches and slow image decoding reduce the actual MFU.
 """
 

@@ -1,7 +1,7 @@
 """Parameter counts, FLOPs and activation memory, measured by running models on fake tensors.
 
-Fake tensors have shapes but no values, so models of any size run without weights and without a GPU. CPU kernels are
-measured, but the results also apply to GPUs, because CPU attention kernels save as little for the backward pass as GPU
+Fake tensors have shapes but no values, so models of any size run without weights, memory or a GPU. The fake device is a
+CPU, but the results also apply to GPUs, because CPU attention kernels save as little for the backward pass as GPU
 kernels, and CPU autocast lowers the precision in the same way as GPU autocast.
 
 A multiply-add counts as 2 FLOPs. Only matmuls and convolutions are counted. All layers of an LLM cost the same, so the

@@ -41,7 +41,7 @@ class Device:
     name: str  # value of --device
     half: float  # throughput in bf16 with fp32 accumulation, or in fp16 if `bf16` is False
     full: float  # throughput in fp32 without TF32 tensor cores, which PyTorch does not use by default
-    memory: float  # in GB (10^9 bytes). An 80 GB device has 80 * 2^30 bytes, but the driver uses the difference
+    memory: float  # in GB (10^9 bytes). An 80 GB device has 80 * 2^30 bytes; the driver uses the extra 7%
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
@@ -153,7 +153,7 @@ class Machine:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
-        """Return the duration of a stage with `flops` FLOPs on all devices, in hours."""
+        """Return the duration of a stage in hours. `flops` is the total over all devices."""
         return flops / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
 
 
@@ -204,7 +204,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
 def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
     """Estimate the bytes of each component in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
-    The component `loading` is included because `align` loads the LLM to check that the store was created with the LLM.
+    On a CPU, the component `loading` is included, because `align` loads the LLM to check that it created the store.
     """
     from llm2clip.train.losses import LOGITS_PER_CHUNK, get_loss
 
@@ -224,7 +224,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # For each of two towers: distances from this rank's features to all features, intermediate results, gradients.
+        # For the trained and pretrained tower: distances from this rank's features to all, intermediates, gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_overhead(text, machine)

@@ -103,7 +103,7 @@ def _make_fit_config(llm: str, tower: str, emoji: Path) -> FitConfig:
 
 
 def _write_training_data(emoji: Path, file: Path) -> None:
-    """Write the dataset with absolute image paths, and with names in the query languages as training captions."""
+    """Write the dataset with absolute image paths, and add names in the query languages to the training captions."""
     rows = []
     for _, row in read_jsonl(emoji / "captions.jsonl"):
         row["image"] = str((emoji / row["image"]).absolute())

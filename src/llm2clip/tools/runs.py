@@ -10,7 +10,7 @@ from llm2clip.reports import Table, render_text
 from llm2clip.runs import output_folder
 
 COLUMNS = ("run", "command", "state", "stage", "step", "loss", "time left", "result", "last change")
-# Stages of each command, and the file or folder whose existence marks a stage as complete.
+# Stages of each command, and the file or folder that marks a stage as complete. Earlier stages can be skipped.
 STAGES = {
     "fit": {"tune": "tune/encoder", "embed": "evaluate/untrained.json", "align": "model", "evaluate": "report.html"},
     "distill": {"embed": "metrics.jsonl", "distill": "model", "evaluate": "report.html"},
