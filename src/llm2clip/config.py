@@ -177,7 +177,7 @@ class AlignConfig:
     logit_scale: float | Literal["inherit"] | None = None
     """Initial factor by which cosine similarities are multiplied, at most 100. inherit uses the value from the tower's
     CLIP model, as in the authors' code. With the sigmoid loss, the logit bias is also inherited. Default: 14.3 for
-    infonce and 10 for sigmoid, which suit newly initialised heads."""
+    infonce and 10 for sigmoid, which suit newly initialised heads and higher learning rates."""
     inherit: bool | str = False
     """Start from the embedding space of the tower's CLIP model, as in ProCLIP. The adapter first learns to reproduce
     the CLIP text tower's embeddings of captions and of short phrases such as "red hat". CLIP's own image projection is

@@ -186,7 +186,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def restore_mode(file: Path, mode: int) -> None:
-    """Set a file's permissions to those in `mode`. Without this call, only the owner can read safetensors files."""
+    """Set read and write permissions as in `mode`. safetensors writes files that only the owner can read."""
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not support permissions
             file.chmod(mode & 0o666)

@@ -257,7 +257,7 @@ def fit(run: Run) -> Path:
 
 
 def choose_encoder(run: Run) -> None:
-    """Choose the encoder for `--encoder.path auto` from a few candidates (see `llm2clip.evaluate.encoder_choice`)."""
+    """Set `run.config.encoder` to the best of a few candidates (see `llm2clip.evaluate.encoder_choice`)."""
     file, config = run.out / ENCODER_CHOICE_FILE, run.config.align
     tower = {"tower": config.tower, "image_size": config.image_size}
     is_used = (run.out / "tune/encoder").exists()

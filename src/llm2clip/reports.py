@@ -25,7 +25,7 @@ from rich.text import Text
 from llm2clip.io_utils import atomic_write_text, escape_control_characters, format_install_command
 
 GOOD, BAD, UNSURE = "good", "bad", "unsure"  # status of a paragraph or table cell, shown as a colour
-LONG_CELL = 30  # table cells with more characters may wrap
+LONG_CELL = 30  # in characters; longer table cells may wrap
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Code:
 class Table:
     """Table whose values are formatted by `format_cell`."""
 
-    header: Sequence[str]  # column names, not empty because screen readers read the names aloud
+    header: Sequence[str]  # column names, not empty, because screen readers read the names aloud
     rows: Sequence[Sequence[Any]]
     highlight: frozenset[int] = frozenset()  # indices of the rows to highlight
     statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the text of a cell, e.g. {"holds": GOOD}

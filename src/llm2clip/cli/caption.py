@@ -90,7 +90,7 @@ def add_caption_arguments(parser: ArgumentParser) -> None:
         "--caption",
         type=str,
         help="Multimodal model that generates captions for the images before training: a model folder, a hub id or the "
-        "URL of a server. The captions are written to OUT/captions.jsonl with the defaults of `llm2clip caption`.",
+        "URL of a server. Uses the defaults of `llm2clip caption`, and writes the captions to OUT/captions.jsonl.",
     )
     parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
 

@@ -47,7 +47,7 @@ def check_data(
     from llm2clip.data.skip_log import SkipLog
 
     check_sources(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command itself reports smaller fractions
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # smaller fractions are reported by the command itself
     for text in args.data:
         source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
@@ -106,7 +106,7 @@ def resolve_model(name: str, allow_revision: bool = True) -> str:
 
 
 def resolve_encoder(path: str) -> str:
-    """Return the encoder folder if `path` is a run directory or llm2clip model, or a valid encoder name unchanged."""
+    """Return the encoder folder of a run directory or llm2clip model. Return other valid paths and names unchanged."""
     if path == AUTO:
         raise ValueError("only `fit` and `plan` support --encoder.path auto. Pass an encoder, such as RUN/tune/encoder")
     return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
@@ -192,7 +192,7 @@ _MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
 
 
 def check_output_folder(path: str | Path, kind: str) -> None:
-    """Check that `--out` is a new or empty folder, or a folder of the given kind (a key of `KINDS`).
+    """Check that `--out` is a new folder, a folder of the given kind (a key of `KINDS`), or a folder without data.
 
     Raises:
         ValueError: The folder is of a different kind, or of unknown kind and contains data files.

@@ -152,7 +152,7 @@ class Commands:
 
 
 class ConfigFileAction(ActionConfigFile):
-    """Action for `--config FILE_OR_NAME`, which ignores settings of other stages, so all commands accept a config."""
+    """Action for `--config FILE_OR_NAME`. Settings of other stages are ignored, so a config works for all commands."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         known = {action.dest for action in parser._actions}
@@ -195,7 +195,7 @@ def _read_config(file_or_name: str) -> dict[str, Any]:
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the settings that are in `known`. Raise ValueError for settings that `fit` does not have, either."""
+    """Return the settings that are in `known`. Raise ValueError for settings that are also unknown to `fit`."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:
@@ -220,7 +220,7 @@ def _check_setting_name(name: str, known: set[str]) -> None:
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Help formatter with a short usage line, and with the description and default, but not the type, of arguments."""
+    """Help formatter that prints a short usage line, and each argument's description and default, but not its type."""
 
     def add_usage(self, usage: Any, actions: Iterable[Action], *args: Any, **kwargs: Any) -> None:
         """Add a usage line with the command's own arguments, without stage settings."""

@@ -52,12 +52,12 @@ def add_commands(commands: Commands) -> None:
         action="store_true",
         help="Trust the client address in the headers of a reverse proxy on this machine.",
     )
-    sub.add_argument("--mcp", action="store_true", help="Also serve an MCP server for AI agents at /mcp.")
+    sub.add_argument("--mcp", action="store_true", help="Also run an MCP server for AI agents at /mcp.")
     sub.add_argument(
         "--immich",
         action="store_true",
-        help="Serve only image and text embeddings to the photo library Immich, in place of Immich's own "
-        "machine-learning service. Immich cannot send a token, so no token is required. Use a private network.",
+        help="Serve only image and text embeddings to the photo library Immich, in place of Immich's own machine-"
+        "learning service. No token is required, because Immich cannot send one. Listen only on a private network.",
     )
     sub.add_argument(
         "--immich_upstream",

@@ -43,7 +43,7 @@ class ServerIndex:
         self._token = token or parse_qs(parts.query).get("token", [""])[0] or os.environ.get("LLM2CLIP_TOKEN", "")
         if not self._token.isascii() or not self._token.isprintable():
             raise ValueError("the token contains characters that are not allowed in a token")
-        # A proxy could read the token in an unencrypted request, and the target of a redirect would receive the token.
+        # Redirects and, for http://, proxies are disabled, because other servers could then read the token.
         proxies = [ProxyHandler({})] if parts.scheme == "http" else []
         self._opener = build_opener(_RejectRedirects, *proxies)
 

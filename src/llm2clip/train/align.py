@@ -68,7 +68,7 @@ def align(
     Args:
         records: Training data. Phrases that are not in the store are ignored.
         model: Model with a pretrained tower and newly initialised heads, modified in place.
-        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl, locked with `run_lock`.
+        run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl. The caller must hold `run_lock`.
         log: Log of undecodable images.
         validate: Function that evaluates the model on held-out images. Default: no evaluation.
         features: Folder of a frozen tower's feature store. Default: a folder in `run_dir`.

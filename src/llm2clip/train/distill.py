@@ -95,7 +95,7 @@ class Teacher:
                 self._add_store(neighbour)
 
     def _add_store(self, folder: Path) -> None:
-        """Add a store. Raise StoreError if the store's encoder differs in any setting other than the precision."""
+        """Add a store. Raise StoreError if the store was created with a different encoder. The precision may differ."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]

@@ -175,7 +175,7 @@ class TrainingLoop:
         """
         is_hidden, start = self.metrics is None, self.checkpoints.step
         with ProgressBar(total=self.steps, initial=start, desc=self.stage, unit="step", disable=is_hidden) as progress:
-            report = StepLogger(self, log, progress)
+            logger = StepLogger(self, log, progress)
             clock = time.perf_counter()
             for step in range(start + 1, self.steps + 1):
                 data_start = time.perf_counter()
@@ -185,7 +185,7 @@ class TrainingLoop:
                 loss, grad_norm = self._update_weights(result)
                 after_step()
 
-                # On a GPU, `report.add_step` waits for the previous step, so `step_seconds` is the time between steps.
+                # On a GPU, `logger.add_step` waits for the previous step, so `step_seconds` is the time between steps.
                 now = time.perf_counter()
                 step_seconds, clock = now - clock, now
                 items_per_second = result.num_items * self.accelerator.num_processes / step_seconds
@@ -194,9 +194,9 @@ class TrainingLoop:
                     f"{self.items}_per_second": items_per_second,
                     "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
                 }
-                report.add_step(step, result, loss, grad_norm, step_metrics)
+                logger.add_step(step, result, loss, grad_norm, step_metrics)
                 progress.update()
-                if self._evaluate_and_save(step, report):
+                if self._evaluate_and_save(step, logger):
                     clock = time.perf_counter()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training() would also destroy the process group
@@ -211,13 +211,13 @@ class TrainingLoop:
         self.schedule.step()
         return loss, grad_norm
 
-    def _evaluate_and_save(self, step: int, report: "StepLogger") -> bool:
+    def _evaluate_and_save(self, step: int, logger: "StepLogger") -> bool:
         """Evaluate the model if due, and save a checkpoint if due. Return True if either was due."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last
         if evaluates or saves:
-            report.flush()  # raises an error if a loss or gradient was not finite
+            logger.flush()  # raises an error if a loss or gradient was not finite
         if evaluates:
             self._evaluate(step)
         if saves:
@@ -245,8 +245,8 @@ class StepLogger:
     """Logger of each training step's metrics, which raises an error if the loss or gradient norm is not finite.
 
     Reading a value from a GPU waits until the GPU has computed the value. On a GPU, the values of a step are therefore
-    read after the next step, when they have usually been computed. Call `flush` before evaluating or saving weights, so
-    that the values of all previous steps are checked.
+    read when the next step is added, by which time they have usually been computed. Call `flush` before evaluating or
+    saving weights, so that the values of all previous steps are checked.
     """
 
     def __init__(self, loop: TrainingLoop, log: SkipLog | None, progress: ProgressBar) -> None:

@@ -310,9 +310,9 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
         self.num_images = num_images
 
-        # `group` contains the group number of each text. Identical texts have the same number.
-        # `by_group` lists the indices of all texts, sorted by group number.
-        # `group_starts` contains the position in `by_group` at which each group starts.
+        # `group` contains the group number of each text. Identical texts have the same number. `by_group` lists the
+        # indices of all texts, sorted by group number. `group_starts` contains the position in `by_group` at which each
+        # group starts. If all texts are distinct, `group` is None, and the other two attributes do not exist.
         self.group: Tensor | None = None
         if text_ids is not None:
             unique_ids, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -407,7 +407,7 @@ def _add_positive_grads(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of a slice of images' positive pairs, whose logits have derivatives -coef, in place."""
+    """Add the gradients of the positive pairs of the images in `rows`, in place. The logits' derivatives are -coef."""
     texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)

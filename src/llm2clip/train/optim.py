@@ -21,7 +21,7 @@ from llm2clip.runs.ranks import print_once
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Names of learned position embeddings and class tokens in timm and transformers towers, which have no weight decay.
+# Position embeddings, class tokens and register tokens of timm and transformers towers, which have no weight decay.
 _NO_DECAY = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 

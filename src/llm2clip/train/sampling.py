@@ -72,7 +72,7 @@ class Batch:
         return self.map_tensors(move)
 
     def pin_memory(self) -> Batch:
-        """Copy the tensors to pinned memory, which makes their copies to a GPU asynchronous."""
+        """Copy the tensors to pinned memory, from which copies to a GPU are asynchronous."""
         return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -274,9 +274,7 @@ class _ImageDataset(Dataset):
         return items
 
 
-def _collate(
-    items: list[tuple[str, Tensor | str, Sample]],
-) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
+def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
     """Collate decoded images. Return the pixels, the samples and the error messages, keyed by image name.
 
     The pixels are stacked in the worker process, because the main process needs one file descriptor for each tensor
@@ -286,7 +284,7 @@ def _collate(
     decoded = [(result, sample) for _, result, sample in items if not isinstance(result, str)]
     if not decoded:
         return None, [], failures
-    # Duplicates of other images replace undecodable images, because the loss excludes identical captions as negatives.
+    # Undecodable images are replaced with duplicates, which are harmless: identical captions are never negatives.
     decoded += [decoded[n % len(decoded)] for n in range(len(items) - len(decoded))]
     return torch.stack([pixels for pixels, _ in decoded]), [sample for _, sample in decoded], failures
 

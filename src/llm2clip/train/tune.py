@@ -70,7 +70,7 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
         sources: Image captions or text pairs, one list per source.
         encoder: Caption encoder, which is saved without tuning if `steps` is 0.
         run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in the
-            sentence-transformers format, locked with `run_lock`.
+            sentence-transformers format. The caller must hold `run_lock`.
 
     Raises:
         ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
