@@ -352,7 +352,7 @@ def test_answers_with_unsupported_content_are_not_requested_again(tmp_path: Path
         server.answers["one sentence"] = content
         caption(server, make_photos(tmp_path / "photos", 1), tmp_path / "out.jsonl")
     assert set(server.answered.values()) == {1} and server.num_requests == CAPTIONS_PER_IMAGE
-    assert "the content of the answer is not text" in (tmp_path / "out_failures.jsonl").read_text()
+    assert "the content of the response is not text" in (tmp_path / "out_failures.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ def _parse_response(data: bytes) -> Answer:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
     except (TypeError, AttributeError) as error:  # another attempt would have the same result
         excerpt = _sanitize_message(data.decode(errors="replace"))
-        raise _RequestError(f"the content of the answer is not text: {excerpt}", retry=False) from error
+        raise _RequestError(f"the content of the response is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter blocked the answer", *tokens)
     # The key is redacted before `clean_answer`, which quotes parts of the text in its errors.

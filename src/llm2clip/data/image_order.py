@@ -118,7 +118,7 @@ def list_upcoming_shards(
 
 
 def compute_shard_indices(records: RecordTable) -> tuple[np.ndarray, list[str]]:
-    """Return the shard index of each record's image, of shape (N,), int32, and the paths of all shards."""
+    """Return the shard index of each record's image as an int32 array of shape (N,), and the paths of all shards."""
     record_batches, paths = records.record_batches, _list_container_paths(records)
     number_of_path = {path: number for number, path in enumerate(paths)}
     # shard index of each container, concatenated over the batches

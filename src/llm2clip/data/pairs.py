@@ -115,7 +115,7 @@ def read_tuning_sources(
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
         held_out: Tables of records whose images must not be used for tuning.
-        training_sources: Caption sources from which the held-out images may have been drawn.
+        training_sources: Sources of the training captions. Held-out images can come from any of these sources.
 
     Raises:
         ValueError: A source has too few pairs, or the data has neither text pairs nor images with two captions.

@@ -207,7 +207,7 @@ def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
 
 
 def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
-    """Return a report section on a result of `ShortQueryResult.to_dict`."""
+    """Return the report section for the output of `ShortQueryResult.to_dict`."""
     literal, with_templates = result["short queries"], result["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, shared by all training loops.
+"""Checkpointing code that all training loops share.
 
 A run saves `checkpoints/checkpoint-N` every few steps. A checkpoint without a marker file is incomplete and is ignored.
 The marker file contains the run's signature, which consists of the settings and a hash of the data. Training resumes

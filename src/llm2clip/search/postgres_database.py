@@ -206,7 +206,7 @@ class PostgresDatabase:
 
     @contextmanager
     def _convert_errors(self) -> Iterator[None]:
-        """Convert PostgreSQL errors of the writing connection to OSErrors whose message contains the location."""
+        """Convert PostgreSQL errors on the write connection to OSErrors that name the database."""
         try:
             yield
         except psycopg.Error as error:
@@ -239,7 +239,7 @@ class PostgresDatabase:
         """Check the encoding and the pgvector version, set the search path and register the vector types."""
         encoding = connection.info.parameter_status("server_encoding")
         if encoding != "UTF8":
-            raise ValueError(f"{self.location}: the database must have the encoding UTF8 (got {encoding})")
+            raise ValueError(f"{self.location}: the database encoding must be UTF8 (got {encoding})")
         rows = connection.execute(
             "SELECT nspname, extversion FROM pg_extension JOIN pg_namespace ON pg_namespace.oid = extnamespace "
             "WHERE extname = 'vector'"
