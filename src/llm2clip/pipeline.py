@@ -346,7 +346,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
     Args:
         store: Cached caption embeddings of the training data. Captions and phrases that are missing are not used.
         encoder: Caption encoder that created the store. It is saved with the model.
-        features: Folder for the frozen tower's cached features. Several runs can share it. Default: in the run directory.
+        features: Folder for the frozen tower's cached features, shared by several runs. Default: in the run directory.
     """
     model_dir, out, config = run.model_dir, run.get_stage_folder("align"), run.config.align
     if model_dir.exists():
