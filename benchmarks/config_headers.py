@@ -19,8 +19,8 @@ import yaml
 
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.cli.tools import make_plan
-from llm2clip.tools.plan import Plan, format_hours
+from llm2clip.cli.tools import make_fit_plan
+from llm2clip.tools.plan import FitPlan, format_hours
 from llm2clip.tools.plan_memory import compute_peak_memory
 
 IMAGES = 3_000_000  # each with two captions of 84 tokens, the defaults of `llm2clip plan`
@@ -47,7 +47,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         flags = rest.partition(":")[0]
         command = ["plan", "--images", str(IMAGES), "--count", match["count"], "--device", match["device"]]
         command += ["--config", name, *shlex.split(flags)]
-        plan = make_plan(parser.instantiate(parser.parse_args(command)).plan)
+        plan = make_fit_plan(parser.instantiate(parser.parse_args(command)).plan)
         parts = []
         if "encoder" in stages:
             parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.stage_memory]
@@ -65,10 +65,10 @@ def _build_parser() -> Any:
     return build_parser()[0]
 
 
-def describe_stage(plan: Plan, stage: str) -> str:
+def describe_stage(plan: FitPlan, stage: str) -> str:
     """Describe the duration of a stage and its memory per device."""
     size = f"{compute_peak_memory(plan.stage_memory[stage]) / 1e9:.0f} GB"
-    if not plan.stage_fits[stage]:
+    if not plan.stage_fits_in_memory[stage]:
         return f"{stage} does not fit ({size})"
     if stage == "tune":
         longest = plan.config.encoder.max_length or 512

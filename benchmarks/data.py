@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 
 from llm2clip.config import AlignConfig, EvaluateConfig
-from llm2clip.data.build_table import read_splits
-from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.build_table import read_data_splits
+from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.records import TEXT_FIELDS
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.writer import open_for_writing
+from llm2clip.store.writer import open_store_for_writing
 from llm2clip.train.sampling import AlignBatches
 from measurements import Timer, list_processes, run_in_new_process
 from samples import make_samples
 
 IMAGE_SIZE = 224
-PREPROCESS = Preprocess(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
+PREPROCESS = PreprocessConfig(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 STEPS = {  # name -> (part, number of cores or 0 for all)
     "read the sources with one core": ("read", 1),
     "read the sources with two cores": ("read", 2),
@@ -44,14 +44,14 @@ STEPS = {  # name -> (part, number of cores or 0 for all)
 
 def read_records(source: str, folder: Path) -> RecordTable:
     options: dict[str, Any] = {"keep_selected_splits": True, "folder": folder / "data"}
-    return read_splits([f"{source}@none"], EvaluateConfig(), {}, SkipLog(), **options).train
+    return read_data_splits([f"{source}@none"], EvaluateConfig(), {}, SkipLog(), **options).train
 
 
 def write_store(records: RecordTable, folder: Path) -> EmbeddingStore:
     """Write a store with one-dimensional embeddings of the captions and phrases, unless it exists."""
     if not (folder / "manifest.json").exists():
         texts = records.iterate_texts(TEXT_FIELDS)
-        with open_for_writing(texts, folder, {"weights": "none"}, 1, dtype="float16", shard_size=1 << 16) as plan:
+        with open_store_for_writing(texts, folder, {"weights": "none"}, 1, dtype="float16", shard_size=1 << 16) as plan:
             for number in plan.shards:
                 captions = plan.read_captions(number)
                 plan.writer.write(number, captions, [1] * len(captions), np.ones((len(captions), 1), np.float32))
@@ -98,9 +98,9 @@ def measure_step(part: str, cores: int, source: str, folder: Path) -> tuple[floa
     elif part == "phrases":
         records = read_records(source, folder)
         with timer:
-            records = add_phrases(records)
+            records = add_noun_phrases(records)
     else:
-        records = add_phrases(read_records(source, folder))
+        records = add_noun_phrases(read_records(source, folder))
         store = EmbeddingStore(folder / "store")
         with timer:
             batches = open_batches(records, store, workers=0, batch_size=128)
@@ -112,7 +112,7 @@ def measure_step(part: str, cores: int, source: str, folder: Path) -> tuple[floa
 
 
 def prepare_store(source: str, folder: Path) -> None:
-    write_store(add_phrases(read_records(source, folder)), folder / "store")
+    write_store(add_noun_phrases(read_records(source, folder)), folder / "store")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.records import open_records
 from llm2clip.models.precision import calibrate_precision
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import tune_batch_tokens
 
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("captions", nargs="+")
     parser.add_argument("--llm2vec", help="Python interpreter of an environment with llm2vec 0.2.3")
     args = parser.parse_args()
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(ENCODER))
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained_name(ENCODER))
     precisions = list(dict.fromkeys(["fp32", "bf16", calibrate_precision(encoder)]))
     texts = sample_captions(args.captions, COUNT)
     keep_freed_memory(encoder.device)

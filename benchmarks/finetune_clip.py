@@ -24,7 +24,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.clip_models import ClipTextEncoder, get_pooled_output, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import fingerprint, hash_weights, hide_loading_bars, load_config
+from llm2clip.models.loading import fingerprint, hash_weights, hide_loading_bars, load_transformers_config
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.pipeline import open_run
@@ -136,7 +136,9 @@ def _save_clip(model: LLM2CLIP, name: str, folder: Path) -> None:
     """Save the fine-tuned model in transformers format, with the tokenizer and image processor of `name`."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    clip: Any = AutoModel.from_pretrained(name, config=load_config(name), trust_remote_code=False, dtype=torch.float32)
+    clip: Any = AutoModel.from_pretrained(
+        name, config=load_transformers_config(name), trust_remote_code=False, dtype=torch.float32
+    )
     # Some versions of transformers wrap the vision model in another module.
     vision_model = getattr(clip.vision_model, "vision_model", clip.vision_model)
     vision_model.load_state_dict(model.tower.backbone.state_dict())

@@ -48,7 +48,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
-from llm2clip.models.official_layout import read_checkpoint
+from llm2clip.models.official_layout import read_official_checkpoint
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.metadata import read_exif
 from measurements import memory_mb
@@ -361,7 +361,7 @@ def read_config(data: bytes, folder: Path, rng: random.Random) -> list[str]:
             weights.rename(hidden)
         if is_model_folder(folder) and rng.random() < 0.2:
             LLM2CLIP.from_pretrained(folder)
-        read_checkpoint(folder)
+        read_official_checkpoint(folder)
     finally:
         if hidden.exists():
             hidden.rename(weights)

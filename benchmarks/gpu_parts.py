@@ -460,7 +460,7 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
 
     ids = np.arange(count)
     chunks_of_index = [(ids[start : start + CHUNK], vectors[start : start + CHUNK]) for start in range(0, count, CHUNK)]
-    quantized = QuantizedVectors(127 / float(np.abs(vectors).max())).with_added(chunks_of_index)
+    quantized = QuantizedVectors(127 / float(np.abs(vectors).max())).with_added_vectors(chunks_of_index)
 
     def search_index() -> np.ndarray:
         results = []

@@ -15,13 +15,13 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from llm2clip.data.formats import IMAGE_SUFFIXES, list_files
+from llm2clip.data.formats import IMAGE_SUFFIXES, list_files_with_suffixes
 from llm2clip.data.images import load_image
-from llm2clip.data.transforms import Preprocess, TrainTransform, _sample_crop_box
+from llm2clip.data.transforms import PreprocessConfig, TrainTransform, _sample_crop_box
 
 SIZE, REPEATS = 224, 3
 MEAN = STD = (0.5, 0.5, 0.5)
-TRANSFORM = TrainTransform(Preprocess(SIZE, "shortest", 1.0, "bicubic", MEAN, STD))
+TRANSFORM = TrainTransform(PreprocessConfig(SIZE, "shortest", 1.0, "bicubic", MEAN, STD))
 
 
 def load_with_llm2clip(path: str, seed: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="maximum number of images")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    paths = [str(path) for path in list_files(str(args.folder), IMAGE_SUFFIXES)][: args.count]
+    paths = [str(path) for path in list_files_with_suffixes(str(args.folder), IMAGE_SUFFIXES)][: args.count]
     differences = []
     for seed, path in enumerate(paths):
         reference = load_with_pillow(path, seed) * 0.5 + 0.5  # undo MEAN and STD

@@ -29,14 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.models.clip_models import get_image_projection, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import TowerEncoder, store_image_features
 from llm2clip.store.layout import make_image_keys
@@ -65,7 +65,7 @@ def main() -> None:
 
 def make_clip(args: argparse.Namespace) -> None:
     table = RecordTable.from_records(chain.from_iterable(map(open_records, args.sources)))
-    records = list(add_phrases(table))
+    records = list(add_noun_phrases(table))
     args.out.mkdir(parents=True, exist_ok=True)
     tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=IMAGE_SIZE)
     features = compute_image_features(tower, records, args.out / "features")
@@ -88,7 +88,7 @@ def compute_image_features(tower: VisionTower, records: list[Record], folder: Pa
 
 def load_headless_weights() -> dict[str, Tensor]:
     """Return the weights of EfficientNet-Lite0 without its ImageNet classifier."""
-    weights = load_file(Path(resolve_pretrained("efficientnet-lite0")) / "model.safetensors")
+    weights = load_file(Path(resolve_pretrained_name("efficientnet-lite0")) / "model.safetensors")
     return {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.llava import LlavaConfig
-from llm2clip.llava.build import build_llava, load_tower
+from llm2clip.llava.build import build_llava, load_vision_tower
 from llm2clip.llava.conversations import (
     SHORT_ANSWER,
     SHORT_CAPTION_PROMPTS,
@@ -33,7 +33,7 @@ from llm2clip.llava.conversations import (
     make_object_conversations,
 )
 from llm2clip.llava.train import train_llava
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.vision.vision_tower import VisionTower
 from shared import format_mean_std
 
@@ -61,8 +61,8 @@ def main() -> None:
     parser.add_argument("--aligned", required=True, help="folder of the aligned model")
     parser.add_argument("--out", type=Path, default=Path("runs/llava"), help="folder for models and results")
     args = parser.parse_args()
-    aligned = load_tower(args.aligned)
-    original = load_tower(resolve_pretrained("efficientnet-lite0"), aligned.preprocess.size)
+    aligned = load_vision_tower(args.aligned)
+    original = load_vision_tower(resolve_pretrained_name("efficientnet-lite0"), aligned.preprocess.size)
     compare_towers(args.data, args.out, {"original": original, "aligned": aligned})
 
 

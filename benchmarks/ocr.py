@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llm2clip.data.images import load_image
 from llm2clip.search.metadata import normalize_text
-from llm2clip.search.ocr import RecognizeText, open_recognizer, prepare_image_for_ocr
+from llm2clip.search.ocr import RecognizeText, open_text_recognizer, prepare_image_for_ocr
 from llm2clip.search.words import split_words
 from measurements import memory_mb
 from shared import read_rows
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--chinese_font", type=Path, required=True, help="font file")
     args = parser.parse_args()
     before = memory_mb("VmRSS")
-    recognize = open_recognizer()
+    recognize = open_text_recognizer()
     print(f"memory of the models: {memory_mb('VmRSS') - before:.0f} MB\n")
     print("| photographs | words | recall | precision | seconds per photograph |\n|---|---|---|---|---|")
     measure_drawn(args.data, recognize, args.chinese_font)

@@ -5,7 +5,7 @@
 
 The script starts a PostgreSQL server with pgvector. Vectors and queries are those of benchmarks/search.py. Each image
 has a thumbnail of 8 KB and a caption of 9 to 15 words, whose frequencies follow Zipf's law. Searches are complete
-`Backend.search` calls, from the query vector to the file names:
+`IndexBackend.search` calls, from the query vector to the file names:
 
     search           no filter
     folder           a folder with 1% of the images
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm2clip.data.image_refs import FileImage
-from llm2clip.search.backends import Backend, open_backend
+from llm2clip.search.backends import IndexBackend, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.postgres_backend import PostgresBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
@@ -69,7 +69,7 @@ def make_images(count: int, num_queries: int) -> Images:
     return Images(vectors, captions, words[FILTER_WORD], queries, query_words)
 
 
-def fill(backend: Backend, images: Images) -> None:
+def fill(backend: IndexBackend, images: Images) -> None:
     thumbnails = np.random.default_rng(3)
     backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": DIM})
     for first in range(0, len(images.vectors), BATCH):
@@ -83,7 +83,7 @@ def fill(backend: Backend, images: Images) -> None:
         backend.add_images(contents, located_images)
 
 
-def measure_size(backend: Backend, folder: Path) -> int:
+def measure_size(backend: IndexBackend, folder: Path) -> int:
     """Return the size of an index in bytes."""
     if not isinstance(backend, PostgresBackend):
         return sum(file.stat().st_size for file in folder.iterdir())
@@ -95,7 +95,7 @@ def measure_size(backend: Backend, folder: Path) -> int:
     return int(size)
 
 
-def measure_searches(backend: Backend, images: Images) -> list[str]:
+def measure_searches(backend: IndexBackend, images: Images) -> list[str]:
     """Return the CPU milliseconds of each kind of search, and the recall."""
     searches = {
         "search": Filter(),

@@ -29,7 +29,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
-from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate, search_and_rate
+from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate_index, search_and_rate
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 
@@ -85,7 +85,7 @@ def test_index(label: str, model: DualEncoder, data: Data, other: Data, with_cap
     foreign = np.random.default_rng(1).permutation(len(other.records))[:QUERIES]
     with tempfile.TemporaryDirectory() as folder:
         backend = build_backend(Path(folder), data, indexed, with_captions)
-        calibration = calibrate(backend, model)
+        calibration = calibrate_index(backend, model)
         assert calibration is not None
         answered = score_queries(backend, calibration, data, present)
         recall = np.mean([name == f"/{number}.jpg" for name, number in zip(answered.first, present, strict=True)])

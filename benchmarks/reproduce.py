@@ -27,7 +27,7 @@ from llm2clip.reports import (
     format_with_interval,
     write_report,
 )
-from llm2clip.runs.output_folder import run_lock, save_or_check_config
+from llm2clip.runs.output_folder import hold_run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json
 from reproduce_claims import CLAIMS, CONTRADICTED, HOLDS, INCONCLUSIVE, PARTLY_HOLDS, WEAK_SUPPORT, Claim, Comparison
 from reproduce_data import ClaimData, Experiments, ReproduceConfig
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="run directory")
     parser.add_argument("--claims", nargs="+", type=int, choices=CLAIMS, default=list(CLAIMS), help="claims to test")
     args = parser.parse_args()
-    with run_lock(args.out):
+    with hold_run_lock(args.out):
         print(test_claims(args.data, args.out, ReproduceConfig(), args.claims))
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, TuneConfig
-from llm2clip.data.build_table import open_table, read_splits
+from llm2clip.data.build_table import build_record_table, read_data_splits
 from llm2clip.data.image_facts import mask_matching_images
 from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_tuning_sources
 from llm2clip.data.records import Record
@@ -151,7 +151,7 @@ class ClaimData:
     def tests(self) -> dict[str, Sequence[Record]]:
         """Images of each test, with English, Chinese or long captions, or with the first sentences of long captions."""
         fields = EvaluateConfig(data=self._resolve_paths(self.config.test), fields=[FOREIGN_COLUMN])
-        held_out = read_splits([], fields, {}, self.log).held_out
+        held_out = read_data_splits([], fields, {}, self.log).held_out
         records = [record for record in self._read_records(self.config.long_captions) if record.long_captions]
         captions = [record.long_captions[0] for record in records]
         sentences = [split_sentences(caption)[0] for caption in captions]
@@ -165,7 +165,7 @@ class ClaimData:
         return [str(self.folder / source) for source in sources]
 
     def _read_records(self, sources: Sequence[str], images: bool = True) -> RecordTable:
-        return open_table(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
+        return build_record_table(self._resolve_paths(sources), {}, self.log, "header" if images else "unchecked")
 
 
 def join_halves(captions: Sequence[str]) -> tuple[str, ...]:

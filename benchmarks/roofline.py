@@ -146,11 +146,11 @@ def align_steps(fake_tensors: FakeTensorMode) -> list[Step]:
     """Return training steps of ViT-L/14-336 on 64 images: one in a single pass, and one with gradient caching."""
     from gpu_parts import TOWERS, align_step
     from llm2clip.config import AlignConfig
-    from llm2clip.tools.plan_costs import build_tower
+    from llm2clip.tools.plan_costs import build_tower_on_meta_device
 
     steps = []
     for variant in ("eager", "gradient caching"):
-        tower = build_tower(AlignConfig(tower=f"timm:{TOWERS['ViT-L/14-336'][0]}"))  # on the meta device
+        tower = build_tower_on_meta_device(AlignConfig(tower=f"timm:{TOWERS['ViT-L/14-336'][0]}"))  # on the meta device
         with fake_tensors:
             move_to_gpu(tower)
             step = align_step(tower, 64, variant, loss_function=simple_clip_loss)
@@ -168,14 +168,14 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
     from transformers import AutoConfig
 
     from llm2clip.models.text.packing import PACKED, pack_captions
-    from llm2clip.tools.plan_costs import LLMS, build_llm
+    from llm2clip.tools.plan_costs import LLMS, build_llm_on_meta_device
 
     lengths = sorted(20 + n % 32 for n in range(448))
     tokens = sum(lengths)
     config = AutoConfig.for_model(**LLMS["meta-llama/meta-llama-3-8b"], use_cache=False, is_causal=False)
     steps = []
     for weights in (torch.float32, torch.bfloat16):
-        model = build_llm(config).to(weights).requires_grad_(False)  # on the meta device
+        model = build_llm_on_meta_device(config).to(weights).requires_grad_(False)  # on the meta device
         model.set_attn_implementation(PACKED)
         with fake_tensors:
             move_to_gpu(model)

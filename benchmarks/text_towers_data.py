@@ -27,10 +27,10 @@ from torch import Tensor
 
 from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, TuneConfig
-from llm2clip.data.build_table import DataSplits, open_table, read_splits
+from llm2clip.data.build_table import DataSplits, build_record_table, read_data_splits
 from llm2clip.data.image_facts import mask_matching_images
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.pairs import read_tuning_sources
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
@@ -38,7 +38,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.retrieval import RetrievalRanks, build_dual_encoder_from_store, compute_field_ranks
-from llm2clip.evaluate.short_queries import CANDIDATES, build_queries, evaluate_short_queries
+from llm2clip.evaluate.short_queries import CANDIDATES, build_short_queries, evaluate_short_queries
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
 from llm2clip.models.prompts import QueryTemplates, build_query_prompts
@@ -131,8 +131,8 @@ class Benchmark:
     def splits(self) -> DataSplits:
         config = EvaluateConfig(fields=["captions_zh", "captions_de"] if self.is_english else [])
         columns = {} if self.is_english else {"captions": self.captions}
-        splits = read_splits([str(self.data / "flickr8k/captions.jsonl")], config, columns, self.log)
-        splits.train = add_phrases(splits.train)
+        splits = read_data_splits([str(self.data / "flickr8k/captions.jsonl")], config, columns, self.log)
+        splits.train = add_noun_phrases(splits.train)
         print(splits.summary, flush=True)
         return splits
 
@@ -142,9 +142,9 @@ class Benchmark:
         held_out = self.splits.held_out
         if not self.is_english:
             return {FLICKR: list(held_out["captions"])}
-        coco = open_table([str(self.data / "coco_img/captions.jsonl")], {}, self.log)
+        coco = build_record_table([str(self.data / "coco_img/captions.jsonl")], {}, self.log)
         coco = coco.select(~mask_matching_images(self.splits.train, coco))
-        ade20k = open_table([str(self.data / "ade20k_ids/captions.jsonl")], {"captions": "sentences"}, self.log)
+        ade20k = build_record_table([str(self.data / "ade20k_ids/captions.jsonl")], {"captions": "sentences"}, self.log)
         return {
             FLICKR: list(held_out["captions"]),
             COCO: list(coco),
@@ -191,7 +191,7 @@ class Benchmark:
 
     def measure_speed(self, name: str, num_queries: int = 300) -> None:
         """Measure single queries, as in an interactive search, after as many warm-up queries."""
-        queries = [query.text for each in build_queries(self._captions()).values() for query in each]
+        queries = [query.text for each in build_short_queries(self._captions()).values() for query in each]
         queries = random.Random(0).sample(queries, num_queries)
         encoder = open_encoder(self._prepare_encoder(name), "cpu")
 
@@ -230,7 +230,7 @@ class Benchmark:
         folder = self.out / name
         texts = {"embed": [*self.splits.train.iterate_texts(TEXT_FIELDS), *chain(*self._captions())]}
         if self.is_english and not VARIANTS[name].is_point:
-            queries = [query.text for each in build_queries(self._captions()).values() for query in each]
+            queries = [query.text for each in build_short_queries(self._captions()).values() for query in each]
             prompts, _ = build_query_prompts(queries, TEMPLATES)
             captions = [text for records in self.tests.values() for record in records for text in record.captions]
             texts["embed-tests"] = [*captions, *queries, *prompts]

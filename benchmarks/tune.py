@@ -26,7 +26,7 @@ from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.data.pairs import ImageCaptions, iter_pair_batches
 from llm2clip.data.records import open_records
 from llm2clip.models.precision import has_bf16_hardware
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_batch_tokens
 from llm2clip.train.tune import PairCollator, PairLoss
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=48)
     args = parser.parse_args()
 
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained(ENCODER), layers=LAYERS)
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained_name(ENCODER), layers=LAYERS)
     encoder.llm.get_input_embeddings().requires_grad_(False)
     encoder.train()
     keep_freed_memory(encoder.device)

@@ -184,7 +184,7 @@ class TextCollator(tune_module.PairCollator):
 
 
 def draw_all(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
-    """Like `draw_pair`, but with the remaining captions in place of hard negatives."""
+    """Like `draw_caption_pair`, but with the remaining captions in place of hard negatives."""
     texts = [captions.short[n] for n in rng.permutation(len(captions.short))]
     return Pair(texts[0], texts[1], tuple(texts[2:]))
 
@@ -265,7 +265,7 @@ class Screen:
                 patch.multiple(tune_module, PairLoss=loss, PairCollator=TextCollator, _train=train_and_average)
             )
             if lever.all_captions:
-                stack.enter_context(patch.object(pair_data, "draw_pair", draw_all))
+                stack.enter_context(patch.object(pair_data, "draw_caption_pair", draw_all))
             if lever.miner:
                 mine = partial(self._compute_vectors, lever.miner)
                 stack.enter_context(patch.object(pair_data, "compute_caption_vectors", mine))

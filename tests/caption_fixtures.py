@@ -48,7 +48,7 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def accept(text: str, truncated: bool, *tokens: int) -> Answer:
         return Answer(f"A dog next to {text.encode().hex()}.", None, *tokens)
 
-    monkeypatch.setattr(captioners, "clean_answer", accept)
+    monkeypatch.setattr(captioners, "convert_output_to_answer", accept)
 
 
 class CaptionServer(ThreadingHTTPServer):

@@ -28,7 +28,7 @@ from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.backends import Backend, open_backend
+from llm2clip.search.backends import IndexBackend, open_backend
 from llm2clip.search.build import IndexOptions, IndexReport, build_index
 from llm2clip.search.metadata import Filter
 from llm2clip.search.relevance import Calibration, RelevanceScale
@@ -71,7 +71,7 @@ def make_index(folder: Path, images: Path, model: DualEncoder) -> SqliteBackend:
     return backend
 
 
-def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
+def reject_all_texts(backend: IndexBackend, model: DualEncoder) -> None:
     """Store a calibration with which no image is close to any text, and every image is close to every image query."""
     vectors = np.stack(list(backend.read_vectors(backend.sample_ids(100)).values()))
     never, always = RelevanceScale(0, 1, 1, -20), RelevanceScale(0, 1, 1, 20)
@@ -80,13 +80,13 @@ def reject_all_texts(backend: Backend, model: DualEncoder) -> None:
     backend.save_calibration(calibration.to_bytes())
 
 
-def index_sources(sources: list[Path], model: DualEncoder, backend: Backend, **options: Any) -> IndexReport:
+def index_sources(sources: list[Path], model: DualEncoder, backend: IndexBackend, **options: Any) -> IndexReport:
     """Call `build_index` without a limit on invalid images."""
     log = options.pop("log", None) or SkipLog(None, 1.0)
     return build_index([str(source) for source in sources], model, backend, log, IndexOptions(**options))
 
 
-def create_backend(kind: str, folder: Path) -> Backend:
+def create_backend(kind: str, folder: Path) -> IndexBackend:
     """Create an empty index of one of BACKENDS. All tests share one PostgreSQL server."""
     return open_backend(get_location(kind, folder), write=True)
 
@@ -102,19 +102,21 @@ def get_location(kind: str, folder: Path) -> str:
     return make_postgres_url(folder) if kind == "postgres" else str(folder)
 
 
-def search_names(backend: Backend, image_filter: Filter | None = None, count: int = 100) -> set[str]:
+def search_names(backend: IndexBackend, image_filter: Filter | None = None, count: int = 100) -> set[str]:
     """Return the file names of the images that a search with a filter returns."""
     query = np.eye(int(backend.metadata()["embed_dim"]), dtype=np.float32)[0]
     hits = backend.search(query, count, image_filter or Filter())
     return {Path(image.name).name for hit in hits for image in hit.images}
 
 
-def create_patient_app(model: DualEncoder, backend: Backend | None = None, access: Any = None, **limits: Any) -> Any:
+def create_patient_app(
+    model: DualEncoder, backend: IndexBackend | None = None, access: Any = None, **limits: Any
+) -> Any:
     """Create the web application with a request timeout that no test reaches, however slow the machine is."""
-    from llm2clip.search.inference import Limits
+    from llm2clip.search.inference import ServerLimits
     from llm2clip.search.server import create_app
 
-    return create_app(model, backend, Limits(**{"timeout": HANG_TIMEOUT, **limits}), access)
+    return create_app(model, backend, ServerLimits(**{"timeout": HANG_TIMEOUT, **limits}), access)
 
 
 @contextmanager

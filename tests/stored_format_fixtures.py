@@ -39,7 +39,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.runs.checkpoint import Checkpoints, save_training_state
+from llm2clip.runs.checkpoint import CheckpointManager, save_training_state
 from llm2clip.runs.output_folder import save_or_check_config
 from llm2clip.search.backends import open_backend
 from llm2clip.store.encode import embed
@@ -126,7 +126,7 @@ def make_checkpoint(folder: Path) -> None:
     """Write a training checkpoint of a linear layer."""
     layer, optimizer, schedule = make_layer()
     train_layer(layer, optimizer, schedule, steps=2)
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointManager(folder)
     checkpoints.check_signature(SIGNATURE)
     save_training_state(checkpoints.path(2), layer, optimizer, schedule)
     checkpoints.commit(2)

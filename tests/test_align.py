@@ -36,7 +36,7 @@ from conftest import (
 )
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
-from llm2clip.data.image_order import draw_random_order
+from llm2clip.data.image_order import draw_random_image_order
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
@@ -76,8 +76,8 @@ def replace_info_nce(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 def read_metrics_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the metrics of a step during the next step, as on a GPU."""
-    report = StepLogger._report
-    monkeypatch.setattr(StepLogger, "_report", lambda self, pending: report(self, pending=1))
+    report = StepLogger._report_pending_steps
+    monkeypatch.setattr(StepLogger, "_report_pending_steps", lambda self, pending: report(self, pending=1))
     monkeypatch.setattr(StepLogger, "flush", lambda self: report(self, pending=0))
 
 
@@ -198,7 +198,7 @@ def test_align_trains_the_heads_of_a_frozen_tower_on_its_features(
     losses = [line["loss"] for line in metrics_of(run_dir)]
     assert len(losses) == 60 * 2 and losses[-1] < 0.8 * losses[0]
 
-    first = [records[int(i)] for i in draw_random_order(30, config.seed, 0)[:15]]
+    first = [records[int(i)] for i in draw_random_image_order(30, config.seed, 0)[:15]]
     pixels = torch.stack([EvalTransform(model.tower.preprocess)(load_image(r.image)) for r in first])
     rows = np.concatenate([store.find_rows(r.texts) for r in first])
     image_of_text = torch.tensor([n for n, record in enumerate(first) for _ in record.texts])
@@ -459,7 +459,9 @@ def test_align_resumes_exactly(
         return train(tmp_path / name, config, validate, tower=tower, dropout=0.1)
 
     uninterrupted = run("uninterrupted")
-    monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
+    monkeypatch.setattr(
+        align_module, "prefetch_in_background", lambda items, _: Prefetcher(items)
+    )  # as on accelerators
     with killed_after(6 if config.save_steps == 1 else 5):
         run("killed")
     if config.save_steps == 1:
@@ -521,7 +523,9 @@ def _fail_in_the_loss(records: list[Record], store: str, folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(RuntimeError, match="out of memory"):
         replace_info_nce(monkeypatch, failing_loss)
-        monkeypatch.setattr(align_module, "prefetch", lambda items, _: Prefetcher(items))  # as on accelerators
+        monkeypatch.setattr(
+            align_module, "prefetch_in_background", lambda items, _: Prefetcher(items)
+        )  # as on accelerators
         run_align(records, EmbeddingStore(store), folder / "run", dataclasses.replace(ALIGN, workers=1, epochs=99))
     assert [worker.exitcode for worker in workers] == [0]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}

@@ -35,7 +35,7 @@ from conftest import run_distributed, start_process
 from llm2clip.caption import captioners
 from llm2clip.caption import files as caption_files
 from llm2clip.caption import run as caption_run
-from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
+from llm2clip.caption.answers import Answer, CaptioningStoppedError, CaptionRequest
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import CaptionOptions, Prompt
 from llm2clip.cli import main
@@ -250,7 +250,7 @@ def _stop_second_rank(folder: Path) -> None:
     def stop(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
-        raise StoppedError
+        raise CaptioningStoppedError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FixedCaptioner, "generate_answers", stop)
@@ -487,7 +487,7 @@ def test_second_interrupt_while_an_image_is_read_does_not_wait_for_requests(
     def generate_answers(self: FixedCaptioner, requests: Sequence[CaptionRequest]) -> list[Answer]:
         started.set()
         finish.wait(20)
-        raise StoppedError
+        raise CaptioningStoppedError
 
     def prepare_image(self: FixedCaptioner, image: torch.Tensor) -> torch.Tensor:
         if next(numbers) == FixedCaptioner.batch_size:  # the earlier images fill the first batch

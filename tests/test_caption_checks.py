@@ -32,8 +32,8 @@ from llm2clip.caption.checks import (
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
     CaptionReport,
-    build_report_blocks,
-    describe_captions,
+    build_caption_report_blocks,
+    describe_caption_results,
     select_worst_images,
     write_caption_report,
 )
@@ -41,7 +41,7 @@ from llm2clip.caption.options import CaptionOptions, Prompt
 from llm2clip.caption.run import caption_images
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.reports import render_text
+from llm2clip.reports import render_plain_text
 
 MODEL = "vlm"
 SHORT, SECOND, DENSE = (
@@ -327,7 +327,7 @@ def make_report(database: CaptionDatabase, prompts: Sequence[Prompt] = (SHORT, S
 
 
 def format_report(database: CaptionDatabase, report: CaptionReport) -> str:
-    return render_text(build_report_blocks(database, report), describe_captions(database, report))
+    return render_plain_text(build_caption_report_blocks(database, report), describe_caption_results(database, report))
 
 
 def test_report_lists_problems_and_failures(tmp_path: Path) -> None:

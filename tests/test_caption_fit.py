@@ -33,7 +33,11 @@ def fit_events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return run.model_dir
 
     monkeypatch.setattr(pipeline, "fit", fit)
-    for module, name in ((pipeline, "load_pretrained_parts"), (pipeline, "check_encoder"), (plan, "check_resources")):
+    for module, name in (
+        (pipeline, "load_pretrained_parts"),
+        (pipeline, "check_encoder_exists"),
+        (plan, "check_resources"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, name=name: events.append(name) or [])
     return events
 
@@ -53,7 +57,7 @@ def fit_data(monkeypatch: pytest.MonkeyPatch, fit_events: list[Any]) -> list[tup
 
 def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, fit_events: list[Any]) -> None:
     run = tmp_path / "run"
-    checks = ["load_pretrained_parts", "check_encoder"]
+    checks = ["load_pretrained_parts", "check_encoder_exists"]
     with run_server() as server:
         words = ["fit", photos, "--out", run, "--caption", server.url]
         with pytest.raises(ValueError, match="Pass the name of its model with --caption_model"):

@@ -9,7 +9,11 @@ import torch.nn.functional as F
 
 from conftest import save_tokenizer
 from llm2clip.cli import main
-from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy, compute_mean_cosines, find_worst_mistakes
+from llm2clip.evaluate.caption_retrieval import (
+    caption_retrieval_accuracy,
+    compute_mean_cosine_similarities,
+    find_worst_retrieval_mistakes,
+)
 from llm2clip.evaluate.metrics import bootstrap_intervals
 from llm2clip.models.clip_models import has_text_tower, load_clip_text_encoder
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -42,7 +46,7 @@ IMAGES = [[f"caption {j} of {i}" for j in range(2 + i % 4)] for i in range(30)] 
 def test_mean_cosines_match_the_full_matrix() -> None:
     first, second = (F.normalize(torch.randn(9, 4), dim=-1) for _ in range(2))
     scores = first.double() @ second.double().T
-    positive, negative = compute_mean_cosines(first, second)
+    positive, negative = compute_mean_cosine_similarities(first, second)
     assert positive == pytest.approx(scores.diagonal().mean().item())
     assert negative == pytest.approx(scores[~torch.eye(9, dtype=torch.bool)].mean().item())
 
@@ -60,7 +64,7 @@ def test_worst_mistakes_are_ordered_by_margin(chunk_size: int) -> None:
         if scores[i, best] >= scores[i, i]:
             margins[i] = (scores[i, best] - scores[i, i]).item(), best
     expected = sorted(margins, key=lambda i: -margins[i][0])
-    mistakes = find_worst_mistakes(first, second, captions, 100, chunk_size)
+    mistakes = find_worst_retrieval_mistakes(first, second, captions, 100, chunk_size)
     assert [m["caption"] for m in mistakes] == [f"a{i}" for i in expected]
     assert [m["retrieved"] for m in mistakes] == [f"b{margins[i][1]}" for i in expected]
     assert [m["correct cosine"] for m in mistakes] == pytest.approx([float(scores[i, i]) for i in expected])
@@ -68,12 +72,12 @@ def test_worst_mistakes_are_ordered_by_margin(chunk_size: int) -> None:
         [float(scores[i, margins[i][1]]) for i in expected]
     )
     assert all(m["correct"] == "b" + m["caption"][1:] for m in mistakes)
-    assert find_worst_mistakes(first, second, captions, 2, chunk_size) == mistakes[:2]
+    assert find_worst_retrieval_mistakes(first, second, captions, 2, chunk_size) == mistakes[:2]
 
 
 def test_worst_mistakes_count_ties_and_keep_the_order_of_equal_margins() -> None:
     first = torch.tensor([[1.0, 0.0]] * 40)
-    mistakes = find_worst_mistakes(first, first, [[f"a{i}", f"b{i}"] for i in range(40)], 3)
+    mistakes = find_worst_retrieval_mistakes(first, first, [[f"a{i}", f"b{i}"] for i in range(40)], 3)
     assert [(m["caption"], m["retrieved"]) for m in mistakes] == [("a0", "b1"), ("a1", "b0"), ("a2", "b0")]
 
 
@@ -94,10 +98,10 @@ def test_cra_metrics_are_consistent_with_each_other() -> None:
     assert (metrics["first to second"]["R@1"], metrics["second to first"]["R@1"]) == pytest.approx(
         (100 * float(first_hits.double().mean()), 100 * float(second_hits.double().mean()))
     )
-    assert (metrics["positive cosine"], metrics["negative cosine"]) == compute_mean_cosines(first, second)
+    assert (metrics["positive cosine"], metrics["negative cosine"]) == compute_mean_cosine_similarities(first, second)
     assert metrics["chance"] == pytest.approx(100 / 30) and metrics["excluded"] == 1
     assert metrics["truncated"] == sum(len(c) > 20 for captions in IMAGES[:-1] for c in captions[:2])
-    assert metrics["mistakes"] == find_worst_mistakes(first, second, IMAGES[:-1], 2)
+    assert metrics["mistakes"] == find_worst_retrieval_mistakes(first, second, IMAGES[:-1], 2)
     assert not {"hits", "mistakes"} & caption_retrieval_accuracy(IMAGES, RandomEncoder()).keys()
     with pytest.raises(ValueError, match="two distinct captions"):
         caption_retrieval_accuracy([["a dog", "a dog"], ["alone"]], RandomEncoder())

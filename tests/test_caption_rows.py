@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from format_fixtures import write_jsonl
-from llm2clip.data.build_table import open_table
+from llm2clip.data.build_table import build_record_table
 from llm2clip.data.records import TEXT_FIELDS
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -37,7 +37,7 @@ def write_store(folder: Path, texts: list[str]) -> EmbeddingStore:
 
 def read_table(folder: Path, rows: list[dict[str, Any]]) -> RecordTable:
     source = str(write_jsonl(folder / "data.jsonl", rows))
-    return open_table([source], {}, SkipLog(), "ignore", folder / "tables")
+    return build_record_table([source], {}, SkipLog(), "ignore", folder / "tables")
 
 
 def list_rows(table: RecordTable, store: EmbeddingStore) -> dict[str, list[list[int]]]:
@@ -93,7 +93,7 @@ def test_refused_captions_are_read_once_and_each_phrase_is_looked_up_once(
     for field, num_keys in (("captions", 6), ("phrases", 3)):
         reads.clear()
         looked_up.clear()
-        store_module._look_up(table, field, store)
+        store_module._look_up_field_rows(table, field, store)
         assert len(reads) == 1 and sum(looked_up) == num_keys, field
 
 
@@ -124,8 +124,8 @@ def test_rows_are_looked_up_again_only_if_captions_or_store_change(
         raise AssertionError("looked up again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_look_up", fail)
-        same = open_table([str(tmp_path / "data.jsonl")], {}, SkipLog(), "ignore", tmp_path / "tables")
+        patch.setattr(store_module, "_look_up_field_rows", fail)
+        same = build_record_table([str(tmp_path / "data.jsonl")], {}, SkipLog(), "ignore", tmp_path / "tables")
         assert list_rows(same, EmbeddingStore(store.folder)) == EXPECTED
     reversed_store = write_store(tmp_path / "reversed", TEXTS[::-1])
     reversed_rows = [[sorted(5 - row for row in rows) for rows in EXPECTED[field]] for field in EXPECTED]

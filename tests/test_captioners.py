@@ -21,13 +21,13 @@ from huggingface_hub import constants
 from caption_fixtures import caption, make_photos, read_rows, run_command, run_server, write_prompts
 from llava_fixtures import load_model
 from llm2clip.caption import captioners
-from llm2clip.caption.answers import Answer, CaptionRequest, clean_answer, is_refusal
+from llm2clip.caption.answers import Answer, CaptionRequest, convert_output_to_answer, is_refusal
 from llm2clip.caption.captioners import LocalCaptioner
 from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.options import Prompt, load_prompts
 from llm2clip.data.skip_log import TooManySkipped
 from llm2clip.data.storage import parse_retry_after
-from llm2clip.models.loading import get_name_with_hash
+from llm2clip.models.loading import get_model_name_with_hash
 
 KEY = "sk-very-secret"
 CAPTIONS_PER_IMAGE = 3
@@ -160,7 +160,7 @@ def test_default_prompts_give_two_short_captions_and_a_dense_one() -> None:
     ],
 )
 def test_answers_are_cleaned(text: str, caption: str) -> None:
-    assert clean_answer(text, truncated=False) == Answer(caption)
+    assert convert_output_to_answer(text, truncated=False) == Answer(caption)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_answers_are_cleaned(text: str, caption: str) -> None:
     ],
 )
 def test_refusals_and_useless_answers_become_errors(text: str, error: str) -> None:
-    answer = clean_answer(text, truncated=False, input_tokens=3)
+    answer = convert_output_to_answer(text, truncated=False, input_tokens=3)
     assert answer.text is None and error in str(answer.error) and answer.input_tokens == 3
 
 
@@ -187,25 +187,25 @@ def test_refusals_and_useless_answers_become_errors(text: str, error: str) -> No
 )
 def test_cleaning_hostile_answers_takes_linear_time(part: str) -> None:
     start = time.process_time()
-    clean_answer(part * (99_000 // len(part)), truncated=True)
+    convert_output_to_answer(part * (99_000 // len(part)), truncated=True)
     is_refusal(part * (99_000 // len(part)) + "x")
     assert time.process_time() - start < 1
 
 
 def test_truncated_answers_end_with_a_complete_sentence() -> None:
-    assert clean_answer("A dog runs. It is bro", truncated=True).text == "A dog runs."
-    assert clean_answer("A dog that is bro", truncated=True).text is None
+    assert convert_output_to_answer("A dog runs. It is bro", truncated=True).text == "A dog runs."
+    assert convert_output_to_answer("A dog that is bro", truncated=True).text is None
 
 
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals_are_recognised(text: str) -> None:
-    answer = clean_answer(text, truncated=False)
+    answer = convert_output_to_answer(text, truncated=False)
     assert answer.text is None and answer.error is not None and answer.error.startswith("refusal")
 
 
 @pytest.mark.parametrize("text", CAPTIONS)
 def test_captions_that_begin_like_refusals_are_accepted(text: str) -> None:
-    assert clean_answer(text, truncated=False).text == text
+    assert convert_output_to_answer(text, truncated=False).text == text
 
 
 # ---- endpoint --------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_newer_name_of_max_tokens_is_used_if_the_server_needs_it(tmp_path: Path,
 def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch: pytest.MonkeyPatch) -> None:
     def parse(message: dict[str, Any], reason: str = "stop") -> Answer:
         choice = {"message": message, "finish_reason": reason}
-        return captioners._parse_response(json.dumps({"choices": [choice]}).encode())
+        return captioners._parse_chat_response(json.dumps({"choices": [choice]}).encode())
 
     assert parse({"content": "A dog runs."}).text == "A dog runs."
     monkeypatch.setenv(captioners.KEY_VARIABLE, KEY)
@@ -343,7 +343,7 @@ def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch:
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(captioners._RequestError, match="compressed"):
-        asyncio.run(captioners._read_limited_body(response))
+        asyncio.run(captioners._read_size_limited_body(response))
 
 
 @pytest.mark.parametrize("content", [5, {"text": "A dog runs."}, ["A dog runs."], [{"text": 5}]])
@@ -433,7 +433,7 @@ def test_sampled_answers_differ_between_processes_and_retries(
     tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new process starts with PyTorch's default seed."""
-    monkeypatch.setattr(captioners, "clean_answer", lambda text, *_: Answer(text))
+    monkeypatch.setattr(captioners, "convert_output_to_answer", lambda text, *_: Answer(text))
     prompt = Prompt("a", "short", "Describe it.", temperature=1.0, max_tokens=10)
     answers = []
     for _ in range(2):
@@ -458,7 +458,7 @@ def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     shutil.copytree(tiny_llava, repository / "snapshots/1")
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("1")
-    assert get_name_with_hash("org/built") == name
+    assert get_model_name_with_hash("org/built") == name
 
     model, _ = load_model(copy)
     with torch.no_grad():
@@ -467,7 +467,7 @@ def test_names_of_local_models_depend_on_their_files_and_not_on_their_location(
     retrained = LocalCaptioner(str(copy), 4).name
     assert retrained != name
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "Answer:")
-    assert get_name_with_hash(str(copy)) not in (name, retrained)
+    assert get_model_name_with_hash(str(copy)) not in (name, retrained)
 
 
 def test_batches_are_halved_until_they_fit_in_the_memory(

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llm2clip.runs import checkpoint as checkpoint_module
-from llm2clip.runs.checkpoint import Checkpoints, load_training_state, save_training_state
+from llm2clip.runs.checkpoint import CheckpointManager, load_training_state, save_training_state
 from llm2clip.runs.output_folder import FormatVersionError, MetricsLog, latest_checkpoint, read_metrics
 
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
     """Save checkpoints that contain a file of their step."""
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointManager(folder)
     checkpoints.check_signature({"steps": 20, "images per step": 6})
     for step in (*complete, *incomplete):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
@@ -29,21 +29,21 @@ def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[
 def test_checkpoints_resume_from_the_latest_complete_one(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(5, 10), incomplete=(15,))
     (tmp_path / "checkpoint-note").mkdir()
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointManager(tmp_path)
     assert checkpoints.latest == tmp_path / "checkpoint-10" and checkpoints.step == 10
     assert not (tmp_path / "checkpoint-15").exists() and (tmp_path / "checkpoint-note").exists()
-    new_run = Checkpoints(tmp_path / "new run")
+    new_run = CheckpointManager(tmp_path / "new run")
     assert new_run.latest is None and new_run.step == 0
 
 
 def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(10,))
     with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-10: steps: 20 then, 5 now"):
-        Checkpoints(tmp_path).check_signature({"steps": 5})
+        CheckpointManager(tmp_path).check_signature({"steps": 5})
 
 
 def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointManager(tmp_path)
     for step in (2, 4, 10):
         checkpoints.path(step).mkdir()
         assert latest_checkpoint(tmp_path) != checkpoints.path(step)
@@ -58,10 +58,10 @@ def test_resumed_run_keeps_its_items_per_step(
 ) -> None:
     make_checkpoints(tmp_path, complete=(5,))
     set_ranks(monkeypatch, ranks)
-    assert Checkpoints(tmp_path).get_saved_items_per_step("images per step") == 6
+    assert CheckpointManager(tmp_path).get_saved_items_per_step("images per step") == 6
     line = f"Number of processes: {ranks} (was 1). Resuming from step 5 with 6 images per step, as before"
     assert (line in capsys.readouterr().out) == (ranks > 1)
-    assert Checkpoints(tmp_path / "new run").get_saved_items_per_step("images per step") is None
+    assert CheckpointManager(tmp_path / "new run").get_saved_items_per_step("images per step") is None
 
 
 def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_items_per_step_must_be_divisible_by_the_ranks(tmp_path: Path, monkeypat
     set_ranks(monkeypatch, 4)
     message = r"checkpoint-5 with 4 processes: .* 6 images per step, .* not divisible by 4\. Use .* 6: 1, 2, 3, 6$"
     with pytest.raises(ValueError, match=message):
-        Checkpoints(tmp_path).get_saved_items_per_step("images per step")
+        CheckpointManager(tmp_path).get_saved_items_per_step("images per step")
 
 
 def set_ranks(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
@@ -86,12 +86,12 @@ def test_checkpoints_of_another_format_version_are_rejected(marker: dict[str, in
     with pytest.raises(
         FormatVersionError, match=r"checkpoint-5/complete has .*format version.*, but.* version 1\. (Delete|Update) "
     ):
-        Checkpoints(tmp_path)
+        CheckpointManager(tmp_path)
 
 
 def test_commit_does_not_mark_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Checkpoints(tmp_path).commit(5)
+        CheckpointManager(tmp_path).commit(5)
     assert not (tmp_path / "checkpoint-5").exists()
 
 
@@ -114,14 +114,14 @@ def test_checkpoints_resume_before_a_damaged_one(
             (tmp_path / f"checkpoint-{step}" / file).write_text(content)
 
     damage_checkpoint(10)
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointManager(tmp_path)
     assert checkpoints.latest == tmp_path / "checkpoint-5" and checkpoints.step == 5
     assert (tmp_path / "checkpoint-10.damaged").is_dir() and not (tmp_path / "checkpoint-10").exists()
     assert f"checkpoint-10 is corrupt ({damage})" in capsys.readouterr().out
     damage_checkpoint(5)
     for _ in range(2):  # nothing is renamed, so the damage may be temporary
         with pytest.raises(ValueError, match=r"All checkpoints in .* are corrupt \(checkpoint-5: .* delete .* start"):
-            Checkpoints(tmp_path)
+            CheckpointManager(tmp_path)
     assert (tmp_path / "checkpoint-5").is_dir()
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llm2clip.cli.checks import ENCODERS, check_pretrained, check_sources, resolve_encoder, resolve_model
+from llm2clip.cli.checks import (
+    ENCODERS,
+    check_pretrained_names,
+    check_sources_exist,
+    resolve_encoder_path,
+    resolve_model_name,
+)
 from llm2clip.io_utils import EXTRAS
 from llm2clip.models.pretrained import ASSETS
 from llm2clip.tools.doctor import DEVELOPER_EXTRAS
@@ -183,9 +189,9 @@ def test_run_directories_stand_for_the_model_and_the_encoder_in_them(
     for run, encoder in (("run", "tune/encoder"), ("tuned", "encoder"), ("run/model", "text")):
         (tmp_path / run / encoder).mkdir(parents=True)
         (tmp_path / run / encoder / "modules.json").write_text("[]")
-        assert resolve_encoder(str(tmp_path / run)) == str(tmp_path / run / encoder)
-        assert resolve_encoder(str(tmp_path / run / encoder)) == str(tmp_path / run / encoder)
-    assert resolve_model(str(tmp_path / "run")) == resolve_model(str(tmp_path / "run/model"))
+        assert resolve_encoder_path(str(tmp_path / run)) == str(tmp_path / run / encoder)
+        assert resolve_encoder_path(str(tmp_path / run / encoder)) == str(tmp_path / run / encoder)
+    assert resolve_model_name(str(tmp_path / "run")) == resolve_model_name(str(tmp_path / "run/model"))
     assert capsys.readouterr().err.count(": using ") == 4
 
 
@@ -195,14 +201,14 @@ def test_names_of_models_are_accepted_and_missing_paths_are_not(
     monkeypatch.setattr("llm2clip.models.loading.find_hub_problem", lambda: "")
     assert set(ENCODERS) <= ASSETS.keys()
     for name in ("openai/clip-vit-base-patch16", "open_clip:ViT-B-32/openai", "st:clip-ViT-B-32", str(tmp_path)):
-        assert resolve_model(name) == name
+        assert resolve_model_name(name) == name
     for name in (*ENCODERS, "Qwen/Qwen2.5-0.5B"):
-        assert resolve_encoder(name) == name
-    check_pretrained("efficientnet-lite0", "timm:resnet50", "hf:a/b", "google/siglip2-base-patch16-224")
-    check_sources(["hf:nlphuji/flickr30k"], None, [f"{tmp_path}@train"])
+        assert resolve_encoder_path(name) == name
+    check_pretrained_names("efficientnet-lite0", "timm:resnet50", "hf:a/b", "google/siglip2-base-patch16-224")
+    check_sources_exist(["hf:nlphuji/flickr30k"], None, [f"{tmp_path}@train"])
     for name in ("model", "./model", "/no/model", "a/b/model", "~/model", "model.npz"):
         with pytest.raises(FileNotFoundError):
-            resolve_model(name)
+            resolve_model_name(name)
     for name in ("./tower", "/no/tower", "a\\b"):
         with pytest.raises(FileNotFoundError):
-            check_pretrained(name)
+            check_pretrained_names(name)

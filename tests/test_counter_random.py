@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
+from llm2clip.data.counter_random import convert_bits_to_unit_interval, hash_counters, shuffle_row_prefixes
 
 # Outputs for seed 1234567, published with the SplitMix64 task of Rosetta Code.
 PUBLISHED = [
@@ -61,7 +61,7 @@ def test_negative_seeds_are_rejected() -> None:
 
 def test_unit_interval_is_half_open() -> None:
     bits = np.array([0, 1 << 63, MASK], np.uint64)
-    assert to_unit_interval(bits).tolist() == [0.0, 0.5, 1 - 2**-53]
+    assert convert_bits_to_unit_interval(bits).tolist() == [0.0, 0.5, 1 - 2**-53]
 
 
 def test_numbers_are_uniform_along_each_counter() -> None:
@@ -72,16 +72,19 @@ def test_numbers_are_uniform_along_each_counter() -> None:
         hash_counters(0, 3, np.arange(n), 0),
         hash_counters(0, 3, 5, np.arange(n)),
     ):
-        observed = np.bincount((to_unit_interval(bits) * 100).astype(int), minlength=100)
+        observed = np.bincount((convert_bits_to_unit_interval(bits) * 100).astype(int), minlength=100)
         assert ((observed - n / 100) ** 2 / (n / 100)).sum() < 161
-        assert abs(np.corrcoef(to_unit_interval(bits[1:]), to_unit_interval(bits[:-1]))[0, 1]) < 0.015
+        assert (
+            abs(np.corrcoef(convert_bits_to_unit_interval(bits[1:]), convert_bits_to_unit_interval(bits[:-1]))[0, 1])
+            < 0.015
+        )
 
 
 def test_all_permutations_of_a_row_are_equally_likely() -> None:
     """Chi-squared test of the 24 permutations; the 99.99% quantile for 23 degrees of freedom is 59."""
     n = 24_000
     bits = hash_counters(0, np.arange(n)[:, None], np.arange(4))
-    permutations = shuffle_rows(np.tile(np.arange(4), (n, 1)), np.full(n, 4), bits)
+    permutations = shuffle_row_prefixes(np.tile(np.arange(4), (n, 1)), np.full(n, 4), bits)
     _, observed = np.unique(permutations @ [64, 16, 4, 1], return_counts=True)
     assert len(observed) == 24
     assert ((observed - n / 24) ** 2 / (n / 24)).sum() < 59
@@ -90,5 +93,5 @@ def test_all_permutations_of_a_row_are_equally_likely() -> None:
 def test_shuffle_rows_leaves_the_values_after_the_count_in_place() -> None:
     values = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
     bits = np.array([[9, 5, 7, 0], [3, 2, 1, 0], [0, 0, 0, 0]], np.uint64)
-    shuffled = shuffle_rows(values, np.array([3, 4, 0]), bits)
+    shuffled = shuffle_row_prefixes(values, np.array([3, 4, 0]), bits)
     assert shuffled.tolist() == [[2, 3, 1, 4], [8, 7, 6, 5], [9, 10, 11, 12]]

@@ -16,18 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import resize
 
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.models.dual_encoder import open_dual_encoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import LLM2CLIPConfig
-from llm2clip.models.vision.dense import DENSE_VARIANTS, build_dense_encoder, feature_map
+from llm2clip.models.vision.dense import DENSE_VARIANTS, build_dense_encoder, compute_feature_map
 from llm2clip.models.vision.vision_tower import VisionTower
 from test_baselines import CLIP_STATS, make_model, save_open_clip
 from test_regions import naive_roi_align
 from test_segmentation import reference_window_scores
 from test_vision_tower import SMALL, TINY, normalized, pixels
 
-PREPROCESS = Preprocess(64, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+PREPROCESS = PreprocessConfig(64, "squash", 1.0, "bicubic", (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATS = {"clip": (CLIP_STATS["image_mean"], CLIP_STATS["image_std"]), "siglip": HALVES}
 
@@ -191,7 +191,7 @@ def test_variants_match_their_formulas(family: str, monkeypatch: pytest.MonkeyPa
 def test_feature_map_has_the_librarys_features_and_gradients(family: str) -> None:
     tower = BUILDERS[family]() if family in BUILDERS else timm_tower(family)
     backbone: Any = tower.backbone
-    features = feature_map(tower, pixels(tower.preprocess.size))
+    features = compute_feature_map(tower, pixels(tower.preprocess.size))
     x = normalized(pixels(tower.preprocess.size), tower.preprocess)
     is_timm = tower.config["library"] == "timm"
     with torch.no_grad():
@@ -457,7 +457,9 @@ def test_dense_features_of_transformers_models(kind: str, tmp_path: Path) -> Non
     assert dense is not None and (dense.cell_size, dense.image_size) == (8, 32)
     reference = AutoModel.from_pretrained(tmp_path).eval()
     x = pixels(32) if kind == "clip" else pixels(8)  # SigLIP pools the only cell
-    inputs: dict[str, Any] = {"pixel_values": normalized(x, Preprocess(32, "squash", 1.0, "bicubic", *STATS[kind]))}
+    inputs: dict[str, Any] = {
+        "pixel_values": normalized(x, PreprocessConfig(32, "squash", 1.0, "bicubic", *STATS[kind]))
+    }
     if kind == "siglip":
         inputs["interpolate_pos_encoding"] = True
     if kind == "clip":
@@ -476,7 +478,7 @@ def test_dense_features_of_open_clip_models_with_a_timm_trunk(tmp_path: Path) ->
     dense = open_dual_encoder(f"open_clip:{tmp_path}", "cpu").dense
     assert dense is not None and dense.image_size == 224 and dense.variants == DENSE_VARIANTS
     embeddings = dense.encode(pixels(224, 1))
-    preprocess = Preprocess(224, "squash", 1.0, "bicubic", *STATS["clip"])
+    preprocess = PreprocessConfig(224, "squash", 1.0, "bicubic", *STATS["clip"])
     tokens = reference.visual.trunk.forward_features(normalized(pixels(224, 1), preprocess))[:, 1:]
     expected = F.normalize(reference.visual.head(tokens), dim=-1)
     torch.testing.assert_close(embeddings.flatten(1, 2), expected, atol=1e-5, rtol=0)

@@ -30,13 +30,13 @@ from llm2clip.evaluate.detection import (
     classify_boxes,
     compute_detection_metrics,
     detect_objects,
-    drop_images,
+    drop_images_and_objects,
 )
 from llm2clip.evaluate.proposals import Proposals, get_object_boxes, open_proposals
 from llm2clip.evaluate.regions import encode_boxes
 from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.io_utils import DataFormatError, MissingFileError
-from llm2clip.reports import Examples
+from llm2clip.reports import ReportImageGroup
 
 NAMES = ("red", "green", "blue")
 GROUPS = {"novel": ("red", "green"), "base": ("blue",)}
@@ -272,11 +272,11 @@ def test_invalid_sources_of_proposals_are_rejected(
 
 def test_top_proposals_are_clipped_sorted_and_limited() -> None:
     boxes = torch.tensor([[-5.0, 1, 10, 50], [3, 3, 3, 9], [40, 2, 50, 9], [1, 1, 9, 9]])
-    top = Proposals(boxes, torch.tensor([0.1, 0.9, 0.8, 0.7])).select_top(20, 30)
+    top = Proposals(boxes, torch.tensor([0.1, 0.9, 0.8, 0.7])).select_top_proposals(20, 30)
     assert top.boxes.tolist() == [[1, 1, 9, 9], [0, 1, 10, 20]]  # the empty box and the box outside are gone
     assert top.scores.tolist() == pytest.approx([0.7, 0.1])
     many = torch.tensor([[0.0, 0, 1 + n / 100, 5] for n in range(400)])
-    assert len(Proposals(many, torch.rand(400)).select_top(20, 30).boxes) == 300
+    assert len(Proposals(many, torch.rand(400)).select_top_proposals(20, 30).boxes) == 300
 
 
 def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     embeddings = colour_embeddings(max_skipped=0.5)
     results = detect_objects(data, embeddings, "ground-truth", ["plain"])
     assert set(results.by_method["plain"]) == {10, 11} and results.num_objects == 4
-    remaining = drop_images(data, results.failures)
+    remaining = drop_images_and_objects(data, results.failures)
     assert remaining.image_ids == [10, 11] and remaining.images == data.images[:2] and len(remaining.sizes) == 2
     assert [row["image_id"] for row in remaining.annotations] == [10, 10, 11, 11]
     assert embeddings.log.skipped == {"unusable image": 2}
@@ -492,7 +492,7 @@ def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
     data = draw_data(tmp_path)
     results = detect(data)
     blocks = build_detection_blocks(data, "plain", results.by_method["plain"], count=2)
-    [images] = [block for block in blocks if isinstance(block, Examples)]
+    [images] = [block for block in blocks if isinstance(block, ReportImageGroup)]
     assert len(images.images) == 2
     assert images.images[0].caption in ("red 1.00, green 1.00", "green 1.00, red 1.00")  # one name per box
     assert load_image(images.images[0].jpeg).shape == (3, 360, 480)

@@ -14,7 +14,7 @@ from torch import Tensor
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.config import EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
-from llm2clip.data.build_table import read_splits
+from llm2clip.data.build_table import read_data_splits
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -70,7 +70,7 @@ def vision_tower(tower: Path) -> VisionTower:
 
 @pytest.fixture
 def train(image_folder: Path) -> RecordTable:
-    return read_splits([str(image_folder / "captions.jsonl")], EvaluateConfig(), {}, SkipLog()).train
+    return read_data_splits([str(image_folder / "captions.jsonl")], EvaluateConfig(), {}, SkipLog()).train
 
 
 def make_command(image_folder: Path, llm: Path, tower: Path, out: Path, *flags: str) -> list[str]:
@@ -186,7 +186,7 @@ def test_candidates_that_cannot_be_downloaded_are_skipped(
             raise AssetUnavailableError("no network")
         return name
 
-    monkeypatch.setattr(encoder_choice, "resolve_pretrained", resolve)
+    monkeypatch.setattr(encoder_choice, "resolve_pretrained_name", resolve)
     assert encoder_choice.find_available_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
     assert "Skipped all-minilm-l6-v2 as a candidate for the caption encoder: no network" in capsys.readouterr().out
     missing.add("smollm2-135m")

@@ -25,7 +25,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.pretrained import ASSETS
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.sentence_transformer import truncate_layers
+from llm2clip.models.text.sentence_transformer import truncate_transformer_layers
 from llm2clip.models.vision.vision_tower import VisionTower
 
 TEXTS = ["a dog", "Two children in the snow, and an old man.", "一只猫", " a dog \n", " a <|user|> dog ", "x" * 600]
@@ -232,7 +232,7 @@ def test_onnx_export_and_its_example_give_the_same_embeddings(
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, out = make_case("siglip, no projection", tmp_path / "siglip"), tmp_path / "out"
-    truncate_layers(model.encoder.llm, 1)  # tracing takes seconds per layer
+    truncate_transformer_layers(model.encoder.llm, 1)  # tracing takes seconds per layer
     messages = export_model(model, "onnx", out, int8=True)
     assert len(messages) == 4
     assert all(

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from llm2clip.cli import main
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import export_vectors as module
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.index import Index
 from llm2clip.search.metadata import Filter
 from postgres_fixtures import get_postgres_server
@@ -77,9 +77,9 @@ def test_interrupted_export_leaves_no_file(
 ) -> None:
     make_index(tmp_path / "index", photos, dual_encoder)
     (tmp_path / "out").mkdir()
-    read: Callable[..., Any] = Backend.read_hits
+    read: Callable[..., Any] = IndexBackend.read_hits
     monkeypatch.setattr(module, "ROWS_PER_GROUP", 2)
-    monkeypatch.setattr(Backend, "read_hits", lambda self, ids: read(self, ids) if "1" in ids else 1 / 0)
+    monkeypatch.setattr(IndexBackend, "read_hits", lambda self, ids: read(self, ids) if "1" in ids else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         module.export_vectors(str(tmp_path / "index"), tmp_path / "out/photos.parquet")
     assert list((tmp_path / "out").iterdir()) == []
@@ -90,14 +90,14 @@ def test_export_fails_if_the_index_is_replaced(
 ) -> None:
     make_index(tmp_path / "index", photos, dual_encoder)
     make_index(tmp_path / "new", photos, dual_encoder)
-    read: Callable[..., Any] = Backend.read_hits
+    read: Callable[..., Any] = IndexBackend.read_hits
 
-    def replace_and_read(backend: Backend, ids: list[str]) -> Any:
+    def replace_and_read(backend: IndexBackend, ids: list[str]) -> Any:
         for file in (tmp_path / "new").glob("index.sqlite*"):
             file.replace(tmp_path / "index" / file.name)
         return read(backend, ids)
 
-    monkeypatch.setattr(Backend, "read_hits", replace_and_read)
+    monkeypatch.setattr(IndexBackend, "read_hits", replace_and_read)
     with pytest.raises(OSError, match="was replaced during the export"):
         module.export_vectors(str(tmp_path / "index"), tmp_path / "photos.parquet")
     assert not (tmp_path / "photos.parquet").exists()

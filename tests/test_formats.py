@@ -31,20 +31,27 @@ from format_fixtures import (
     write_tar,
 )
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.build_table import read_splits
+from llm2clip.data.build_table import read_data_splits
 from llm2clip.data.formats import (
     BadRow,
     FilePart,
     RawRow,
     ReadOptions,
-    find_format,
+    identify_file_format,
     image_files,
-    load_formats,
+    load_source_formats,
     read_rows,
-    split_file,
+    split_file_into_parts,
     text_files,
 )
-from llm2clip.data.image_refs import FileImage, LoadedImage, MemoryImage, ParquetImage, TarImage, compute_content_digest
+from llm2clip.data.image_refs import (
+    FileImage,
+    InMemoryImage,
+    LoadedImage,
+    ParquetImage,
+    TarImage,
+    compute_content_digest,
+)
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
@@ -62,7 +69,7 @@ def test_every_format_gives_the_same_records(folder: Path, write: Callable[[Path
         with image.open() as stream:
             assert Image.open(stream).size == Image.open(folder / row["image"]).size
         assert str(folder) in str(image)
-        assert not isinstance(image, MemoryImage)  # these formats allow random access: no bytes in memory
+        assert not isinstance(image, InMemoryImage)  # these formats allow random access: no bytes in memory
     num_rows = sum(len(r["captions"]) for r in ROWS) if write in (as_csv_of_rows, as_tsv_of_rows) else len(ROWS)
     assert (log.rows_seen, log.skipped.total(), log.dropped.total()) == (num_rows, 0, 0)
     assert (folder / "skipped.jsonl").read_text() == ""
@@ -205,7 +212,7 @@ def test_karpathy_splits_are_selected_like_any_other(folder: Path) -> None:
     (test,) = open_records(f"{file}@test", SkipLog(max_skipped=0.5))
     assert (test.id, test.split, test.captions) == ("393", "test", tuple(f"test {k} ." for k in range(8)))
     assert test.image == FileImage(str(folder / "val2014/COCO_val2014_000000000003.jpg"))
-    splits = read_splits([str(file)], EvaluateConfig(), {}, SkipLog(max_skipped=0.5))
+    splits = read_data_splits([str(file)], EvaluateConfig(), {}, SkipLog(max_skipped=0.5))
     assert [record.split for record in splits.train] == ["restval", "train"]
     assert [record.split for record in splits.held_out["captions"]] == ["val"]
     for row in rows:
@@ -227,7 +234,7 @@ LINES = (
 
 
 def split(path: Path, target_bytes: int = 64 << 20) -> list[FilePart]:
-    return split_file(find_format(str(path)), target_bytes)
+    return split_file_into_parts(identify_file_format(str(path)), target_bytes)
 
 
 def read_parts(path: Path, target_bytes: int = 1 << 40) -> tuple[list[RawRow], list[str]]:
@@ -342,10 +349,13 @@ def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        part = FilePart(find_format(name.removesuffix(".gz")).format, str(tmp_path / name))
-        assert split_file(part, 10) == [part]
-    missing, folder = find_format(f"{tmp_path}/missing.jsonl"), FilePart(load_formats()["images"], str(tmp_path))
-    assert split_file(missing, 10) == [missing] and split_file(folder, 1) == [folder]
+        part = FilePart(identify_file_format(name.removesuffix(".gz")).format, str(tmp_path / name))
+        assert split_file_into_parts(part, 10) == [part]
+    missing, folder = (
+        identify_file_format(f"{tmp_path}/missing.jsonl"),
+        FilePart(load_source_formats()["images"], str(tmp_path)),
+    )
+    assert split_file_into_parts(missing, 10) == [missing] and split_file_into_parts(folder, 1) == [folder]
     assert len(read_parts(tmp_path / "x.jsonl.gz", 10)[0]) == 100
     rows, notes = read_parts(tmp_path / "utf-16.jsonl", 10)
     assert len(rows) == 100 and "read as UTF-16" in notes
@@ -448,12 +458,12 @@ EDITS: list[tuple[str, Edit, int]] = [
 
 
 def read_tar(path: Path, image_bytes: bool = True) -> list[RawRow]:
-    return list(read_rows(find_format(str(path)), ReadOptions(image_bytes=image_bytes)))
+    return list(read_rows(identify_file_format(str(path)), ReadOptions(image_bytes=image_bytes)))
 
 
 def read_with_tarfile(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RawRow]:
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "_parse_plain_headers", lambda *_: None)
+        patch.setattr(image_files, "_parse_regular_file_headers", lambda *_: None)
         return read_tar(path)
 
 

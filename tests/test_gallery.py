@@ -172,11 +172,11 @@ def test_onnx_export_of_a_static_encoder(tmp_path: Path) -> None:
 
 def test_weight_quantization_rounds_only_weights(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from llm2clip.models.export.onnx import quantize_weights
+    from llm2clip.models.export.onnx import quantize_onnx_weights
 
     model = make_student(tmp_path)
     export_text(model, tmp_path)
-    quantize_weights(tmp_path / "text.onnx", tmp_path / "int8.onnx")
+    quantize_onnx_weights(tmp_path / "text.onnx", tmp_path / "int8.onnx")
     graph = onnx.load(tmp_path / "int8.onnx").graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     original = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "text.onnx").graph.initializer}
@@ -320,7 +320,7 @@ def test_gallery_rejects_bad_input(
         raise OSError("the disk is full")
 
     monkeypatch.setattr(gallery, "resolve_npm_package", lambda package: tmp_path)
-    monkeypatch.setattr(gallery, "_write_images", fail)
+    monkeypatch.setattr(gallery, "_write_gallery_images", fail)
     monkeypatch.setattr(gallery.shutil, "copyfile", lambda source, target: None)
     assert "the disk is full" in run(*good)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name], "nothing is left behind"
@@ -342,7 +342,7 @@ def test_gallery_images_come_from_every_backend(kind: str, tmp_path: Path, monke
         backend.add_images([IndexedContent(digest, vector, bytes([number]), width=10, height=20)], [(image, digest)])
     backend.finish_indexing()
     (tmp_path / "out").mkdir()
-    images = gallery._write_images(backend, tmp_path / "out", with_private=False)
+    images = gallery._write_gallery_images(backend, tmp_path / "out", with_private=False)
     assert sorted(image[:2] for image in images) == [[f"{number}.jpg", f"caption {number}"] for number in range(8)]
     for name, _, details in images:
         original = [] if name == "0.jpg" else [["original", f"https://host/{name}"]]
@@ -395,7 +395,7 @@ def test_npm_packages_and_cached_files_with_another_hash_are_rejected(
     with pytest.raises(AssetError, match=r"a-b-1.0.0.tgz has the sha512 hash .*, expected"):
         resolve_npm_package(package)
     assert list((tmp_path / "cache/npm").iterdir()) == []
-    monkeypatch.setattr(pretrained, "_check_hash", lambda *arguments: None)
+    monkeypatch.setattr(pretrained, "_check_file_hash", lambda *arguments: None)
     for _ in range(2):  # downloaded, then from the cache
         file = resolve_npm_package(package) / "b.js"
         assert file.read_text() == "code"

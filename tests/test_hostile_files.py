@@ -24,7 +24,7 @@ from format_fixtures import encode, write_jsonl
 from llm2clip.cli.export import _check_no_home_paths
 from llm2clip.data import image_header, images, records, table_cells
 from llm2clip.data.formats import text_files
-from llm2clip.data.image_header import DecodingLimitError, check_decoding_cost, open_header
+from llm2clip.data.image_header import DecodingLimitError, check_decoding_cost, open_image_header
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.records import Source, open_records
@@ -87,7 +87,7 @@ def test_decode_image_limits_the_reads_of_pillow(name: str, monkeypatch: pytest.
 def test_jpeg_scans_are_limited_by_their_number_and_by_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(num_scans: int, side: int = 64) -> None:
         data = hostile.refinement_scans(num_scans, side)
-        check_decoding_cost(data, open_header(io.BytesIO(data)))
+        check_decoding_cost(data, open_image_header(io.BytesIO(data)))
         assert decode_image(data).shape == (3, side, side)
 
     check(98)  # and two first scans
@@ -135,7 +135,7 @@ def test_exif_whose_tags_share_bytes_takes_little_memory(kind: str) -> None:
     """2,000 tags refer to the same 100 kB."""
     tags = b"".join(struct.pack("<HHII", 1000 + number, 1, 100_000, 8) for number in range(2000))
     exif = b"Exif\0\0II*\0" + struct.pack("<I", 100_008) + bytes(100_000) + struct.pack("<H", 2000) + tags + bytes(4)
-    header = open_header(io.BytesIO(encode(Image.new("RGB", (8, 8)), kind, exif=exif)))
+    header = open_image_header(io.BytesIO(encode(Image.new("RGB", (8, 8)), kind, exif=exif)))
     with pytest.warns(UserWarning, match="Tag data larger than file"):
         values = header.getexif()
     assert sum(len(values[tag]) for tag in values) < 1_000_000
@@ -496,10 +496,10 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
 
     file, log = write_jsonl(tmp_path / "x.jsonl", [{"caption": "a"}]), SkipLog(max_skipped=1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(text_files.JsonLines, "read", fail)
+        patch.setattr(text_files.JsonLinesFormat, "read", fail)
         assert [record.captions for record in open_records(file, log)] == [("a",)]
     assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
-    monkeypatch.setattr(records, "_parse_name", lambda *_: {}["missing"])
+    monkeypatch.setattr(records, "_parse_name_cell", lambda *_: {}["missing"])
     with pytest.raises(TooManySkipped, match="malformed row: KeyError: "):
         list(open_records(file))
 

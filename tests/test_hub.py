@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from conftest import Killed
 from fake_hub import FakeHub, Fault
 from llm2clip.cli import main
-from llm2clip.cli.checks import check_pretrained, resolve_encoder, resolve_model
+from llm2clip.cli.checks import check_pretrained_names, resolve_encoder_path, resolve_model_name
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.export import export_model
 from llm2clip.models.export.model_card import render_model_card
@@ -328,7 +328,7 @@ def test_pinned_transformers_model_is_loaded(weights: str, hub: FakeHub, model_f
 
 
 def test_revisions_that_are_not_supported_are_rejected(hub: FakeHub) -> None:
-    for check in (resolve_encoder, check_pretrained, partial(resolve_model, allow_revision=False)):
+    for check in (resolve_encoder_path, check_pretrained_names, partial(resolve_model_name, allow_revision=False)):
         for name in ("me/model@v1", "hf:me/model@v1"):
             with pytest.raises(ValueError, match=rf"^{name}: .*Download the revision, and pass its folder$"):
                 check(name)

@@ -1,4 +1,4 @@
-"""Sizes and hashes from parts of images, compared with `open_header` and full hashes, also for corrupt images."""
+"""Sizes and hashes from parts of images, compared with `open_image_header` and full hashes, also for corrupt images."""
 
 import io
 import os
@@ -23,8 +23,8 @@ from llm2clip.data.image_facts import (
     read_image_facts,
     save_training_image_hashes,
 )
-from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_header, parse_image_size
-from llm2clip.data.image_refs import FileImage, LoadedImage, MemoryImage, TarImage
+from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_image_header, parse_image_size
+from llm2clip.data.image_refs import FileImage, InMemoryImage, LoadedImage, TarImage
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import UnusableRow
 
@@ -42,7 +42,7 @@ SIMPLE_IMAGES = [
 
 def read_size_with_pillow(data: bytes) -> tuple[int, int] | type[Exception]:
     try:
-        return open_header(io.BytesIO(data)).size
+        return open_image_header(io.BytesIO(data)).size
     except Exception as error:
         return type(error)
 
@@ -126,7 +126,7 @@ def test_training_images_are_recognised_in_other_folders_and_in_tar_files(image_
                (("png", Path(str(ref)).read_bytes()), ("txt", b"a caption"))}  # fmt: skip
     tar = write_tar(tmp_path / "0.tar", members.items())
     assert count_training_images(hashes, [record.image for record in open_records(tar)]) == 20
-    cells = [MemoryImage(image_bytes(seed)) for seed in range(4)]
+    cells = [InMemoryImage(image_bytes(seed)) for seed in range(4)]
     assert count_training_images(get_distinct_image_hashes(cells[:3]), cells) == 3
     assert count_training_images(get_distinct_image_hashes([]), refs) == 0
 

@@ -5,11 +5,11 @@ import pytest
 
 from llm2clip.data import image_order
 from llm2clip.data.image_order import (
-    EpochOrders,
+    EpochImageOrders,
     choose_image_order,
     compute_shard_indices,
-    draw_random_order,
-    draw_shard_order,
+    draw_random_image_order,
+    draw_shard_image_order,
     list_upcoming_shards,
 )
 from llm2clip.data.image_refs import FileImage, TarImage
@@ -18,13 +18,13 @@ from llm2clip.data.table import RecordBatches, RecordTable
 
 
 def test_random_order_is_a_permutation_that_depends_on_seed_and_epoch() -> None:
-    first = draw_random_order(100, 0, 1)
+    first = draw_random_image_order(100, 0, 1)
     assert first.dtype == np.int32
     assert sorted(first.tolist()) == list(range(100))
-    assert draw_random_order(100, 0, 1).tolist() == first.tolist()
-    assert draw_random_order(100, 0, 2).tolist() != first.tolist()
-    assert draw_random_order(100, 1, 1).tolist() != first.tolist()
-    assert draw_random_order(0, 0, 0).tolist() == []
+    assert draw_random_image_order(100, 0, 1).tolist() == first.tolist()
+    assert draw_random_image_order(100, 0, 2).tolist() != first.tolist()
+    assert draw_random_image_order(100, 1, 1).tolist() != first.tolist()
+    assert draw_random_image_order(0, 0, 0).tolist() == []
 
 
 def test_shard_order_keeps_the_images_of_a_window_together() -> None:
@@ -32,7 +32,7 @@ def test_shard_order_keeps_the_images_of_a_window_together() -> None:
     rng = np.random.default_rng(0)
     shard_of_image = rng.integers(0, 23, 1000, dtype=np.int32)
     shard_of_image[shard_of_image == 7] = 8
-    orders = [draw_shard_order(shard_of_image, seed=5, epoch=epoch, window=4) for epoch in (0, 0, 1)]
+    orders = [draw_shard_image_order(shard_of_image, seed=5, epoch=epoch, window=4) for epoch in (0, 0, 1)]
     assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
     windows = []
     for order in orders[1:]:
@@ -53,7 +53,7 @@ def test_shard_order_shuffles_all_images_of_a_window() -> None:
     """With a single window, each image is equally likely at each position (chi-squared, 99.99% quantile for 25: 61)."""
     observed = np.zeros((6, 6))
     for epoch in range(600):
-        observed[np.arange(6), draw_shard_order(np.array([0, 0, 0, 1, 1, 2]), 0, epoch)] += 1
+        observed[np.arange(6), draw_shard_image_order(np.array([0, 0, 0, 1, 1, 2]), 0, epoch)] += 1
     assert ((observed - 100) ** 2 / 100).sum() < 61
 
 
@@ -62,7 +62,7 @@ def test_shard_order_of_one_shard_per_window_matches_a_hand_computed_case() -> N
     rng = np.random.default_rng([3, 1])
     images_of_shard = [np.array([1, 4]), np.array([0, 2, 5]), np.array([3])]
     expected = [image for shard in rng.permutation(3) for image in rng.permutation(images_of_shard[shard])]
-    order = draw_shard_order(np.array([1, 0, 1, 2, 0, 1]), seed=3, epoch=1, window=1)
+    order = draw_shard_image_order(np.array([1, 0, 1, 2, 0, 1]), seed=3, epoch=1, window=1)
     assert order.tolist() == [int(image) for image in expected]
 
 
@@ -125,32 +125,32 @@ def test_epoch_orders_use_only_usable_records() -> None:
     table = make_shards("/a", 20)
     is_usable = np.arange(60) % 7 != 0
     expected = np.flatnonzero(is_usable)
-    random, shards = (EpochOrders(table, is_usable, 3, order) for order in ("random", "shards"))
-    assert random.take(2, 0, 60).tolist() == expected[draw_random_order(len(expected), 3, 2)].tolist()
+    random, shards = (EpochImageOrders(table, is_usable, 3, order) for order in ("random", "shards"))
+    assert random.take(2, 0, 60).tolist() == expected[draw_random_image_order(len(expected), 3, 2)].tolist()
     order = shards.take(1, 0, 60)
-    assert order.tolist() == expected[draw_shard_order(expected // 3, 3, 1)].tolist()
+    assert order.tolist() == expected[draw_shard_image_order(expected // 3, 3, 1)].tolist()
     assert shards.take(1, 20, 30).tolist() == order[20:30].tolist(), "an epoch can be read from any position"
-    every = EpochOrders(table, np.ones(60, bool), 3, "random")
-    assert every.take(0, 0, 60).tolist() == draw_random_order(60, 3, 0).tolist()
+    every = EpochImageOrders(table, np.ones(60, bool), 3, "random")
+    assert every.take(0, 0, 60).tolist() == draw_random_image_order(60, 3, 0).tolist()
 
 
 def test_epoch_orders_download_the_next_shards_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """At each position, the shards of the current and the next window are requested, in the order of their use."""
     requests: list[list[str]] = []
-    monkeypatch.setattr(image_order, "prefetch", requests.append)
+    monkeypatch.setattr(image_order, "prefetch_remote_files", requests.append)
     table = make_shards("s3://bucket", 40)
-    orders = EpochOrders(table, np.ones(120, bool), 0)
+    orders = EpochImageOrders(table, np.ones(120, bool), 0)
     assert orders.image_order == "shards"
     order = [int(image) for start in range(0, 120, 3) for image in orders.take(0, start, start + 3)]
     needed = list(dict.fromkeys(f"s3://bucket/{image // 3:03}.tar" for image in order))
     assert requests[0] == needed[:32] and len(requests) == 40
     for n, request in enumerate(requests):
         assert request == list(dict.fromkeys(f"s3://bucket/{image // 3:03}.tar" for image in order[3 * n :]))[:32]
-    few = EpochOrders(make_shards("s3://bucket", 2), np.ones(6, bool), 0)
+    few = EpochImageOrders(make_shards("s3://bucket", 2), np.ones(6, bool), 0)
     few.take(0, 0, 3)
     few.take(0, 3, 6)
     assert few.image_order == "random" and requests[40:] == [["s3://bucket/000.tar", "s3://bucket/001.tar"]]
-    EpochOrders(make_shards("/local", 40), np.ones(120, bool), 0, "shards").take(0, 0, 3)
+    EpochImageOrders(make_shards("/local", 40), np.ones(120, bool), 0, "shards").take(0, 0, 3)
     assert len(requests) == 41
-    cached = EpochOrders(table, np.ones(120, bool), 0, read_images=False)
+    cached = EpochImageOrders(table, np.ones(120, bool), 0, read_images=False)
     assert cached.take(0, 0, 120).tolist() == order and len(requests) == 41, "cached features need no images"

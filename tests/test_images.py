@@ -25,9 +25,9 @@ from torch import Tensor
 from conftest import HANG_TIMEOUT, redirect_errors, run_in_process, start_fork_server
 from format_fixtures import encode
 from llm2clip.data import image_header, images, transforms
-from llm2clip.data.image_refs import FileImage, MemoryImage
+from llm2clip.data.image_refs import FileImage, InMemoryImage
 from llm2clip.data.images import ImageError, decode_image, decode_or_return_error, iter_image_batches, load_image
-from llm2clip.data.transforms import MIN_CROP_SCALE, EvalTransform, Preprocess, TrainTransform
+from llm2clip.data.transforms import MIN_CROP_SCALE, EvalTransform, PreprocessConfig, TrainTransform
 from llm2clip.search.images import load_request_image
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -232,9 +232,9 @@ def test_preprocess_round_trips_and_transformers_reads_it(
 ) -> None:
     from transformers import CLIPImageProcessor
 
-    preprocess = Preprocess(size, resize, crop_pct, "bilinear", *HALF)
+    preprocess = PreprocessConfig(size, resize, crop_pct, "bilinear", *HALF)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocess.to_dict()))
-    assert Preprocess.from_dict(json.loads((tmp_path / "preprocessor_config.json").read_text())) == preprocess
+    assert PreprocessConfig.from_dict(json.loads((tmp_path / "preprocessor_config.json").read_text())) == preprocess
 
     processor = CLIPImageProcessor.from_pretrained(tmp_path)
     # A square image, because transformers rounds the corner of a centre crop down.
@@ -246,18 +246,18 @@ def test_preprocess_round_trips_and_transformers_reads_it(
 
 def test_preprocess_reads_transformers_processors() -> None:
     old = {"size": 224, "crop_size": 224, "do_center_crop": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
-    assert Preprocess.from_dict(old) == Preprocess(
+    assert PreprocessConfig.from_dict(old) == PreprocessConfig(
         224, "shortest", 1.0, "bicubic", (0.1, 0.2, 0.3), (1, 1, 1), crop_rounding="down"
     )
     dino = {**old, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}
-    assert Preprocess.from_dict(dino).resize_size == 256
+    assert PreprocessConfig.from_dict(dino).resize_size == 256
     siglip = {**old, "size": {"height": 384, "width": 384}, "do_center_crop": None, "resample": 2}
-    preprocess = Preprocess.from_dict(siglip)
+    preprocess = PreprocessConfig.from_dict(siglip)
     assert (preprocess.size, preprocess.resize, preprocess.resize_size) == (384, "squash", 384)
     assert preprocess.interpolation == "bilinear"
     for bad in ({"height": 224, "width": 196}, {"longest_edge": 512}, None):
         with pytest.raises(ValueError, match="must be square"):
-            Preprocess.from_dict({**siglip, "size": bad, "crop_size": None})
+            PreprocessConfig.from_dict({**siglip, "size": bad, "crop_size": None})
 
 
 @pytest.mark.parametrize("shape", [(500, 375), (200, 150), (224, 224), (901, 307)])
@@ -271,7 +271,7 @@ def test_eval_transform_equals_timm(shape: tuple[int, int], crop_mode: str, inte
         (3, 224, 224), crop_pct=0.9, crop_mode=crop_mode, interpolation=interpolation, mean=mean, std=std
     )
     transform = EvalTransform(
-        Preprocess(224, "squash" if crop_mode == "squash" else "shortest", 0.9, interpolation, mean, std)
+        PreprocessConfig(224, "squash" if crop_mode == "squash" else "shortest", 0.9, interpolation, mean, std)
     )
     pixels = transform(load_image(photo(*shape)))
     assert pixels.dtype == torch.uint8
@@ -290,8 +290,8 @@ def test_centre_crop_has_the_corner_of_torchvision_or_of_transformers() -> None:
     processor = CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size=size, do_rescale=False, do_normalize=False, do_resize=False
     )
-    like_transformers = EvalTransform(Preprocess.from_dict(processor.to_dict() | {"do_resize": True}))
-    like_torchvision = EvalTransform(Preprocess(size, "shortest", 1.0, "bicubic", *HALF))
+    like_transformers = EvalTransform(PreprocessConfig.from_dict(processor.to_dict() | {"do_resize": True}))
+    like_torchvision = EvalTransform(PreprocessConfig(size, "shortest", 1.0, "bicubic", *HALF))
     for long in range(size, size + 40):
         row = torch.arange(long, dtype=torch.uint8)  # the value of a pixel is its column
         for image in (row.expand(3, size, long), row.expand(3, size, long).transpose(1, 2)):
@@ -308,9 +308,9 @@ def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int], size:
     # In older versions the processor that uses Pillow has the plain name.
     processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     processor = processor_class(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    preprocess = Preprocess.from_dict(processor.to_dict())
+    preprocess = PreprocessConfig.from_dict(processor.to_dict())
     statistics = preprocess.mean, preprocess.std
-    assert preprocess == Preprocess(size, "shortest", 1.0, "bicubic", *statistics, crop_rounding="down")
+    assert preprocess == PreprocessConfig(size, "shortest", 1.0, "bicubic", *statistics, crop_rounding="down")
     expected = torch.as_tensor(processor(photo(*shape), return_tensors="pt")["pixel_values"][0])
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
     gap = ((EvalTransform(preprocess)(load_image(photo(*shape))) / 255 - mean) / std - expected).abs()
@@ -319,7 +319,7 @@ def test_eval_transform_equals_transformers_on_pil(shape: tuple[int, int], size:
 
 
 def test_transforms_of_very_elongated_images_use_little_memory() -> None:
-    preprocess = Preprocess(64, "shortest", 1.0, "bicubic", *HALF)
+    preprocess = PreprocessConfig(64, "shortest", 1.0, "bicubic", *HALF)
     strip = torch.zeros(3, 1, 3_000_000, dtype=torch.uint8)
     strip[:, :, 1_499_000:1_501_000] = 200
     for image in (strip, strip.transpose(1, 2)):
@@ -328,7 +328,7 @@ def test_transforms_of_very_elongated_images_use_little_memory() -> None:
 
 
 def test_train_transform_depends_only_on_its_generator() -> None:
-    transform = pickle.loads(pickle.dumps(TrainTransform(Preprocess(64, "shortest", 1.0, "bicubic", *HALF))))
+    transform = pickle.loads(pickle.dumps(TrainTransform(PreprocessConfig(64, "shortest", 1.0, "bicubic", *HALF))))
     image = load_image(photo(150, 150))
     first, second, again = (transform(image, torch.Generator().manual_seed(seed)) for seed in (1, 2, 1))
     assert first.shape == (3, 64, 64) and first.dtype == torch.uint8
@@ -349,7 +349,7 @@ def test_image_batches_are_equal_with_workers_and_report_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refs = [FileImage(str(tmp_path / f"{n}.jpg")) for n in range(7)]
-    transform = EvalTransform(Preprocess(32, "squash", 1.0, "bicubic", *HALF))
+    transform = EvalTransform(PreprocessConfig(32, "squash", 1.0, "bicubic", *HALF))
     for n, ref in enumerate(refs):
         Path(ref.path).write_bytes(encode(photo(60 + n), "JPEG")[: 200 if n in (1, 6) else None])
     batches = list(iter_image_batches(refs, transform, 3))
@@ -387,8 +387,8 @@ def test_closing_image_batches_early_stops_the_workers_cleanly(tmp_path: Path) -
 def _close_image_batches_early(errors: Path) -> None:
     redirect_errors(errors)
     images.MIN_IMAGES_FOR_WORKERS = 0
-    refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
-    transform = EvalTransform(Preprocess(224, "squash", 1.0, "bicubic", *HALF))
+    refs = [InMemoryImage(encode(photo(), "PNG"), str(n)) for n in range(300)] * 5
+    transform = EvalTransform(PreprocessConfig(224, "squash", 1.0, "bicubic", *HALF))
     with contextlib.closing(iter_image_batches(refs, transform, batch_size=300, workers=1)) as batches:
         next(batches)
         workers = multiprocessing.active_children()
@@ -407,7 +407,7 @@ def _start_workers_and_die(path: Path) -> None:
     images.MIN_IMAGES_FOR_WORKERS = 0
     start_fork_server()
     os.environ["SET_BY_A_TEST"] = "1"
-    refs = [MemoryImage(encode(photo(), "PNG"), str(n)) for n in range(8)]
+    refs = [InMemoryImage(encode(photo(), "PNG"), str(n)) for n in range(8)]
     read_variable = partial(os.getenvb, b"SET_BY_A_TEST")  # the workers would import this module for a function of it
     batches = iter_image_batches(refs, read_variable, batch_size=2, workers=2)
     assert next(batches) == ([0, 1], [b"1", b"1"], {})
@@ -433,7 +433,7 @@ def test_decode_or_error_reports_any_exception(step: str, monkeypatch: pytest.Mo
 
     if step == "decoder":
         monkeypatch.setattr(images, "_decode_with_torchvision", fail)
-    assert "MemoryError: no memory" in decode_or_return_error(MemoryImage(encode(photo(), "JPEG")), fail)
+    assert "MemoryError: no memory" in decode_or_return_error(InMemoryImage(encode(photo(), "JPEG")), fail)
 
 
 @pytest.mark.parametrize(
@@ -483,6 +483,6 @@ def test_heic_has_the_limits_of_other_images(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_heic_without_pillow_heif_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    image_header._register_heic.cache_clear()
+    image_header._register_heic_plugin.cache_clear()
     with pytest.raises(ImageError, match=r"pip install 'llm2clip\[photos\]', or convert the image to JPEG"):
         decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(99))

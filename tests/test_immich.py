@@ -24,8 +24,8 @@ from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search import immich
 from llm2clip.search import server as server_module
-from llm2clip.search.immich import Upstream, add_immich_routes, choose_borrowed_name
-from llm2clip.search.inference import Limits
+from llm2clip.search.immich import UpstreamService, add_immich_routes, choose_immich_model_name
+from llm2clip.search.inference import ServerLimits
 from llm2clip.search.middleware import make_connection_class
 from llm2clip.search.schemas import MAX_TEXT_LENGTH
 from llm2clip.search.server import create_app
@@ -119,9 +119,9 @@ def parse_vector(text: str) -> np.ndarray:
 @contextmanager
 def immich_service(model: DualEncoder, upstream: str | None = None, **limits: Any) -> Iterator[ImmichServer]:
     """Serve a model as `serve --immich` does, and yield Immich."""
-    add_routes = partial(add_immich_routes, upstream=None if upstream is None else Upstream(upstream))
+    add_routes = partial(add_immich_routes, upstream=None if upstream is None else UpstreamService(upstream))
     limits = {"timeout": HANG_TIMEOUT, "max_body_bytes": 1 << 20, "max_pixels": 1_000_000, **limits}
-    app = create_app(model, limits=Limits(**limits), add_routes=add_routes)
+    app = create_app(model, limits=ServerLimits(**limits), add_routes=add_routes)
     connection_class = make_connection_class(app.state.service.limits)
     with running_server(app, http=connection_class, ws="none", timeout_graceful_shutdown=1) as url:
         yield ImmichServer([url])
@@ -190,7 +190,7 @@ def test_only_the_routes_of_immich_are_served(immich_server: ImmichServer) -> No
      (1024, "ViT-H-14__laion2b-s32b-b79k"), (1280, "ViT-gopt-16-SigLIP2-256__webli")],
 )  # fmt: skip
 def test_borrowed_name_has_enough_dimensions(embed_dim: int, name: str) -> None:
-    assert choose_borrowed_name(embed_dim) == name
+    assert choose_immich_model_name(embed_dim) == name
 
 
 def test_models_with_too_many_dimensions_are_rejected(dual_encoder: DualEncoder) -> None:
@@ -383,9 +383,11 @@ def test_hanging_upstream_blocks_neither_searches_nor_shutdown(
 
 
 def test_server_that_is_its_own_upstream_says_so(dual_encoder: DualEncoder, photo: Path) -> None:
-    upstream = Upstream("http://127.0.0.1:1")
+    upstream = UpstreamService("http://127.0.0.1:1")
     app = create_app(
-        dual_encoder, limits=Limits(timeout=HANG_TIMEOUT), add_routes=partial(add_immich_routes, upstream=upstream)
+        dual_encoder,
+        limits=ServerLimits(timeout=HANG_TIMEOUT),
+        add_routes=partial(add_immich_routes, upstream=upstream),
     )
     with running_server(app) as url:
         upstream.address = url.rstrip("/")
@@ -420,7 +422,7 @@ def test_serve_prints_the_steps_in_immich(
 ) -> None:
     monkeypatch.setenv("LLM2CLIP_TOKEN", "secret")
     ports = []
-    monkeypatch.setattr("llm2clip.cli.serve.check_port", lambda host, port: ports.append(port))
+    monkeypatch.setattr("llm2clip.cli.serve.check_port_is_available", lambda host, port: ports.append(port))
     monkeypatch.setattr(server_module, "serve", lambda *_, on_start, behind_proxy: on_start(3003))
     assert main(["serve", "--model", str(model_folder), "--immich", "--precision", "fp32", *options]) == 0
     output = capsys.readouterr().out

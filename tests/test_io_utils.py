@@ -23,12 +23,12 @@ from llm2clip.io_utils import (
     atomic_dir,
     atomic_path,
     atomic_write_text,
-    find_first,
+    find_first_existing,
     read_json,
     read_jsonl,
     read_lines,
 )
-from llm2clip.runs.checkpoint import Checkpoints, TrainingStateMixin, save_training_state
+from llm2clip.runs.checkpoint import CheckpointManager, TrainingStateMixin, save_training_state
 from llm2clip.runs.output_folder import MetricsLog
 
 
@@ -86,9 +86,9 @@ def test_files_and_folders_appear_complete_or_not_at_all(tmp_path: Path) -> None
         temporary_file.write_text("new")
         assert not folder.exists() and file.read_text() == "größer" and temporary_file.suffix == ".npy"
     assert [path.name for path in folder.iterdir()] == ["part"] and file.read_text() == "new"
-    assert find_first(file.parent, "b", "model") == folder
+    assert find_first_existing(file.parent, "b", "model") == folder
     with pytest.raises(MissingFileError, match="has no b or c"):
-        find_first(file.parent, "b", "c")
+        find_first_existing(file.parent, "b", "c")
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
                 save_file({"a": torch.zeros(1)}, file)
         with atomic_path(tmp_path / "model/best.safetensors") as file:
             save_file({"a": torch.zeros(1)}, file)
-        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints = CheckpointManager(tmp_path / "checkpoints")
         checkpoints.path(1).mkdir(parents=True)
         save_file({"a": torch.zeros(1)}, checkpoints.path(1) / "state.safetensors")
         checkpoints.commit(1)

@@ -19,15 +19,15 @@ from llm2clip.llava.conversations import (
     OBJECTS_FILE,
     SHORT_ANSWER,
     Conversation,
+    convert_to_chat_messages,
     find_mentioned_objects,
     get_chat_template,
     make_captioning_conversations,
     make_instruction_conversations,
     make_object_conversations,
     read_conversations,
-    read_llava,
-    read_objects,
-    to_messages,
+    read_llava_file,
+    read_object_synonyms,
     tokenize_and_label,
 )
 from llm2clip.llava.dataset import ConversationDataset, LengthGroupedSampler, LlavaCollator
@@ -75,7 +75,9 @@ def test_get_chat_template_falls_back_to_vicuna(tokenizer: Any) -> None:
         "detailed, and polite answers to the user's questions. "
     )
     assert text == system + "USER: <image>\nWhat? ASSISTANT: A dog.<|end|>USER: Sure? ASSISTANT: Yes.<|end|>"
-    prompt = tokenizer.apply_chat_template(to_messages(DIALOG)[:1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        convert_to_chat_messages(DIALOG)[:1], tokenize=False, add_generation_prompt=True
+    )
     assert text.startswith(prompt), "generation must continue exactly like the training text"
 
 
@@ -118,7 +120,7 @@ def test_read_llava_skips_and_logs_invalid_rows(name: str, image_folder: Path, t
     file = tmp_path / name
     lines = "".join(f"{json.dumps(row)}\n" for row in LLAVA_ROWS)
     file.write_text(lines if name.endswith("l") else json.dumps(LLAVA_ROWS))
-    conversations = read_llava(file, image_folder, SkipLog(tmp_path / "skipped.jsonl", 1.0))
+    conversations = read_llava_file(file, image_folder, SkipLog(tmp_path / "skipped.jsonl", 1.0))
     assert [conversation.id for conversation in conversations] == ["a", "b"]
     assert conversations[0].turns == (("What?", "Red."), ("Sure?", "Yes."))
     assert str(conversations[0].image) == str(image_folder / "1.png")
@@ -127,7 +129,7 @@ def test_read_llava_skips_and_logs_invalid_rows(name: str, image_folder: Path, t
     expected = [(3, "no image"), *((row, "no conversation") for row in range(4, 12))]
     assert [(entry["row"], entry["reason"]) for entry in skipped] == expected
     with pytest.raises(TooManySkipped):
-        read_llava(file, image_folder, SkipLog())
+        read_llava_file(file, image_folder, SkipLog())
 
 
 def test_read_conversations_merges_rows_of_the_same_image(image_folder: Path, tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_conversations_are_made_from_captions() -> None:
 
 
 def test_mentioned_objects_match_synonyms_plurals_and_longest_names() -> None:
-    names = read_objects(OBJECTS_FILE)
+    names = read_object_synonyms(OBJECTS_FILE)
     assert find_mentioned_objects(["Two MEN eat hot dogs near their bikes."], names) == {"person", "hot dog", "bicycle"}
     assert find_mentioned_objects(["A dogged catalogue of carpets"], names) == set()
     assert names["puppies"] == "dog"
@@ -176,7 +178,7 @@ def test_read_objects_rejects_a_name_of_two_objects(tmp_path: Path) -> None:
     file = tmp_path / "objects.txt"
     file.write_text("dog: hound\ncat: hound\n")
     with pytest.raises(ValueError, match="'hound' is a name for both 'dog' and 'cat'"):
-        read_objects(file)
+        read_object_synonyms(file)
 
 
 def test_object_conversations_ask_about_present_and_absent_objects(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.config import AlignConfig
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.models.model_folder import LLM2CLIPConfig, is_model_folder
 from llm2clip.models.modeling_llm2clip import Adapter
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -51,7 +51,7 @@ def test_adapter_parameter_count_matches_paper(text_dim: int, millions: float) -
 def test_new_projection_starts_as_in_the_authors_code(architecture: str, std: float, has_bias: bool) -> None:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 1, "num_classes": 0}
-    preprocess = Preprocess(32, "shortest", 1.0, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to_dict()
+    preprocess = PreprocessConfig(32, "shortest", 1.0, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).to_dict()
     tower_config = {"library": "timm", "architecture": architecture, "args": sizes, "preprocess": preprocess}
     tower = VisionTower.from_config(tower_config)
     settings = AlignConfig(embed_dim=1280)

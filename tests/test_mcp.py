@@ -18,12 +18,12 @@ from PIL import Image
 from llm2clip.cli import main
 from llm2clip.data.images import load_image, make_thumbnail
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.index import Index
-from llm2clip.search.inference import Limits
+from llm2clip.search.inference import ServerLimits
 from llm2clip.search.metadata import Filter
 from llm2clip.search.schemas import MAX_TEXT_LENGTH
-from llm2clip.search.server import Access, create_app
+from llm2clip.search.server import AccessPolicy, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexUnavailableError
 from search_fixtures import (
@@ -82,8 +82,8 @@ def backend(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
 
 
 @contextmanager
-def mcp_server(model: DualEncoder, backend: Backend) -> Iterator[str]:
-    app = create_patient_app(model, backend, access=Access(TOKEN))
+def mcp_server(model: DualEncoder, backend: IndexBackend) -> Iterator[str]:
+    app = create_patient_app(model, backend, access=AccessPolicy(TOKEN))
     add_mcp_route(app)
     with running_server(app) as address:
         yield address
@@ -291,7 +291,7 @@ def test_mcp_route_has_no_streams_and_limits_bodies(address: str) -> None:
 def test_slow_and_failing_searches_are_reported(
     dual_encoder: DualEncoder, backend: SqliteBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = create_app(dual_encoder, backend, Limits(timeout=0.2), Access(TOKEN, hosts=None))
+    app = create_app(dual_encoder, backend, ServerLimits(timeout=0.2), AccessPolicy(TOKEN, hosts=None))
     add_mcp_route(app)
     index = app.state.service.index
     with running_server(app) as address:

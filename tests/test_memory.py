@@ -28,7 +28,7 @@ from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.tools.plan_costs import (
     TextCosts,
     build_align_model,
-    build_llm,
+    build_llm_on_meta_device,
     get_llm_config,
 )
 from llm2clip.tools.plan_memory import (
@@ -131,7 +131,7 @@ def build_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cap
         config = get_llm_config(dataclasses.replace(LLAMA_8B, layers=layers))
         config.is_causal = False
         encoder = copy.deepcopy(tiny)
-        encoder.st[0].model = build_llm(config)
+        encoder.st[0].model = build_llm_on_meta_device(config)
         encoder.st[1] = MeanPooling(config.hidden_size)
         encoder.llm.set_attn_implementation(PACKED)
         return encoder

@@ -15,7 +15,7 @@ from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.io_utils import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import gallery
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.metadata import (
     CONDITIONS,
     CONTENT_FIELDS,
@@ -70,7 +70,7 @@ def test_read_exif(image: dict[str, Any], expected: dict[str, Any]) -> None:
     assert read_exif(b"no image", modified) == {"taken": modified}
 
 
-def add_images(backend: Backend) -> None:
+def add_images(backend: IndexBackend) -> None:
     """Add images with different cameras, positions and sizes."""
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": 8})
     rows = [("Canon EOS R5", -33.5, 100), ("NIKON D5_\0", None, 200), ("", 10.0, 300), ("Leica ÄQ2 100%", None, 400)]
@@ -118,7 +118,9 @@ def test_metadata_is_stored_filtered_and_shown(kind: str, tmp_path: Path) -> Non
     for with_private in (False, True):
         folder = tmp_path / str(with_private)
         folder.mkdir()
-        [details] = [item[2] for item in gallery._write_images(backend, folder, with_private) if item[0] == "0.jpg"]
+        [details] = [
+            item[2] for item in gallery._write_gallery_images(backend, folder, with_private) if item[0] == "0.jpg"
+        ]
         assert (["-33.5, -70.25", MAP] in details) is with_private and ["Canon EOS R5", ""] in details
 
 

@@ -15,7 +15,7 @@ from llm2clip.models.loading import (
     check_model_source,
     find_hub_problem,
     is_hub_id,
-    load_config,
+    load_transformers_config,
     read_config,
 )
 from llm2clip.models.official_checkpoint import load_official_checkpoint
@@ -33,7 +33,7 @@ LOADERS: dict[str, Callable[[str], Any]] = {
     "dual encoder": open_dual_encoder,
     "text encoder": load_clip_text_encoder,
     "checkpoint": load_official_checkpoint,
-    "config": load_config,
+    "config": load_transformers_config,
 }
 
 

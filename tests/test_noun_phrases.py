@@ -21,8 +21,8 @@ from format_fixtures import write_jsonl
 from llm2clip.cli import main
 from llm2clip.config import AlignConfig
 from llm2clip.data import noun_phrases
-from llm2clip.data.build_table import open_table
-from llm2clip.data.noun_phrases import MIN_IMAGES, add_phrases, to_word_set
+from llm2clip.data.build_table import build_record_table
+from llm2clip.data.noun_phrases import MIN_IMAGES, add_noun_phrases, make_word_set
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -38,8 +38,8 @@ KILLED_PROCESS = """
 import os, signal, sys
 from pathlib import Path
 from llm2clip.data import noun_phrases
-from llm2clip.data.build_table import open_table
-from llm2clip.data.build_table import open_table
+from llm2clip.data.build_table import build_record_table
+from llm2clip.data.build_table import build_record_table
 from llm2clip.data.skip_log import SkipLog
 
 extract = noun_phrases._extract_phrases
@@ -50,7 +50,7 @@ def extract_and_stop(records):
 
 noun_phrases._extract_phrases = extract_and_stop
 noun_phrases.PART_IMAGES = 100
-noun_phrases.add_phrases(open_table([sys.argv[1]], {}, SkipLog(), "ignore", Path(sys.argv[2])))
+noun_phrases.add_noun_phrases(build_record_table([sys.argv[1]], {}, SkipLog(), "ignore", Path(sys.argv[2])))
 """
 
 
@@ -73,7 +73,7 @@ def extract_phrases(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
         records.append(Record(str(n), None, *fields))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noun_phrases, "is_english", lambda captions: True)
-        return [record.phrases for record in add_phrases(RecordTable.from_records(records))]
+        return [record.phrases for record in add_noun_phrases(RecordTable.from_records(records))]
 
 
 def test_phrases_are_noun_phrases_and_their_nouns() -> None:
@@ -102,12 +102,12 @@ def test_phrases_of_few_images_are_dropped() -> None:
     assert set(phrases[MIN_IMAGES:]) == {("sofa",)}
 
 
-FUNCTION_WORDS = sorted(to_word_set("a the an his two of in on and or is with THE A ten 3 12 ² . , !"))
+FUNCTION_WORDS = sorted(make_word_set("a the an his two of in on and or is with THE A ten 3 12 ² . , !"))
 UNUSUAL_WORDS = """
 dog hat red old side view photo front-view man's t-shirt cat's- 'hat' -the the- rock--dog x-ray-x a'b-c snake_case hat2
 2hat ½ Ⅷ Ⅷx straße STRASSE İstanbul ΣΑΣ ΑΣ café cafe\u0301 l’eau 猫 كلب 𝔡𝔬𝔤 🐕 e\u200bf \x00
 """
-CONTENT_WORDS = [*sorted(to_word_set(UNUSUAL_WORDS)), "\n", "\r\n", "\x1c", "\u2028", ""]
+CONTENT_WORDS = [*sorted(make_word_set(UNUSUAL_WORDS)), "\n", "\r\n", "\x1c", "\u2028", ""]
 
 
 def make_random_captions(num_images: int, seed: int) -> list[list[str]]:
@@ -138,11 +138,11 @@ def test_captions_without_words_have_no_phrases(captions: list[tuple[str, ...]])
 
 def test_phrase_column_takes_precedence(tmp_path: Path) -> None:
     rows = [{"captions": ["a dog on a sofa"], "phrases": ["Rex"] if n == 1 else []} for n in range(4)]
-    records = add_phrases(RecordTable.from_records(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
+    records = add_noun_phrases(RecordTable.from_records(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
     assert [record.phrases for record in records] == [(), ("Rex",), (), ()]
     assert records[1].texts == ("a dog on a sofa",)
     rows[1]["phrases"] = []
-    records = add_phrases(RecordTable.from_records(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
+    records = add_noun_phrases(RecordTable.from_records(open_records(write_jsonl(tmp_path / "data.jsonl", rows))))
     assert [record.phrases for record in records] == [("dog", "sofa")] * 4
 
 
@@ -162,7 +162,7 @@ def test_column_with_other_values_than_phrases_does_not_cost_the_row(tmp_path: P
 def test_captions_in_other_languages_have_no_phrases(caption: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The French "a" (has) and the Hungarian "a" (the) are not the English article."""
     records = RecordTable.from_records(Record(str(n), None, (caption.format(n),)) for n in range(5))
-    assert add_phrases(records) == records
+    assert add_noun_phrases(records) == records
     assert "add a `phrases` column" in capsys.readouterr().out
 
 
@@ -262,7 +262,7 @@ def make_source(folder: Path, num_images: int = 300, files: int = 3) -> tuple[st
 
 
 def read_table(source: str, folder: Path) -> RecordTable:
-    return open_table([source], {}, SkipLog(), "ignore", folder)
+    return build_record_table([source], {}, SkipLog(), "ignore", folder)
 
 
 def list_phrases(records: RecordTable) -> list[tuple[str, ...]]:
@@ -275,19 +275,19 @@ def forbid_extraction(records: RecordTable) -> None:
 
 def test_phrases_are_saved_with_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, captions = make_source(tmp_path)
-    phrases = list_phrases(add_phrases(read_table(source, tmp_path)))
+    phrases = list_phrases(add_noun_phrases(read_table(source, tmp_path)))
     assert phrases == extract_phrases(captions)
     with monkeypatch.context() as patch:
         patch.setattr(noun_phrases, "_extract_phrases", forbid_extraction)
-        assert list_phrases(add_phrases(read_table(source, tmp_path))) == phrases
+        assert list_phrases(add_noun_phrases(read_table(source, tmp_path))) == phrases
     (file,) = read_table(source, tmp_path).folder.glob("phrases-*.arrow")  # type: ignore[union-attr]
     file.write_bytes(file.read_bytes().replace(b"dog", b"cat"))
-    assert list_phrases(add_phrases(read_table(source, tmp_path))) == phrases
+    assert list_phrases(add_noun_phrases(read_table(source, tmp_path))) == phrases
     lock = file.with_name("phrases.lock")
     lock.unlink(missing_ok=True)
     lock.mkdir()
     with pytest.raises(OSError, match="cannot lock"):
-        add_phrases(read_table(source, tmp_path))
+        add_noun_phrases(read_table(source, tmp_path))
 
 
 def test_saved_phrases_belong_to_the_selected_rows_and_the_rules(
@@ -295,16 +295,16 @@ def test_saved_phrases_belong_to_the_selected_rows_and_the_rules(
 ) -> None:
     source, captions = make_source(tmp_path)
     records = read_table(source, tmp_path)
-    add_phrases(records)
+    add_noun_phrases(records)
     selected = np.arange(len(records)) % 5 > 0
     expected = extract_phrases([texts for texts, used in zip(captions, selected, strict=True) if used])
-    assert list_phrases(add_phrases(records.select(selected))) == expected
+    assert list_phrases(add_noun_phrases(records.select(selected))) == expected
     assert len(list(records.folder.glob("phrases-*.arrow"))) == 2  # type: ignore[union-attr]
-    assert not add_phrases(records.use_as_captions("short_captions")).count_texts("phrases").any()
+    assert not add_noun_phrases(records.use_field_as_captions("short_captions")).count_texts("phrases").any()
     monkeypatch.setattr(noun_phrases, "RULES_VERSION", -1)
     monkeypatch.setattr(noun_phrases, "_extract_phrases", forbid_extraction)
     with pytest.raises(AssertionError, match="extracted again"):
-        add_phrases(records)
+        add_noun_phrases(records)
 
 
 def test_worker_processes_find_the_same_phrases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_worker_processes_find_the_same_phrases(tmp_path: Path, monkeypatch: pyt
         return map_in_processes(function, items, workers)
 
     monkeypatch.setattr(noun_phrases, "map_in_processes", map_and_measure)
-    assert list_phrases(add_phrases(read_table(source, tmp_path))) == expected
+    assert list_phrases(add_noun_phrases(read_table(source, tmp_path))) == expected
     assert len(sizes) == 3 and max(sizes) < 1000, "the words are not sent with each part"
 
 
@@ -331,7 +331,7 @@ def test_killed_process_leaves_no_incomplete_file(tmp_path: Path) -> None:
     assert records.folder is not None
     assert len(list(records.folder.glob(".phrases-*.part.arrow"))) == 1
     assert not list(records.folder.glob("phrases-*.arrow"))
-    assert list_phrases(add_phrases(records)) == extract_phrases(captions)
+    assert list_phrases(add_noun_phrases(records)) == extract_phrases(captions)
     assert not list(records.folder.glob(".phrases-*"))
 
 
@@ -344,7 +344,7 @@ def test_captions_without_phrases_are_not_searched_again(
             with monkeypatch.context() as patch:
                 if is_saved:
                     patch.setattr(noun_phrases, "_extract_phrases", forbid_extraction)
-                assert not add_phrases(read_table(source, tmp_path)).count_texts("phrases").any()
+                assert not add_noun_phrases(read_table(source, tmp_path)).count_texts("phrases").any()
             assert "No short phrases are used" in capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ from llm2clip.runs.output_folder import (
     RUN_LOCK,
     FormatVersionError,
     check_format_version,
-    folder_lock,
+    hold_folder_lock,
     save_or_check_config,
 )
 
@@ -113,7 +113,7 @@ def test_second_run_changes_no_file(
     arguments = [command, str(image_folder / "captions.jsonl"), "--out", str(out), "--encoder.path", str(llm)]
     if command == "fit":
         arguments += ["--align.tower", str(tower)]
-    with folder_lock(out, RUN_LOCK):
+    with hold_folder_lock(out, RUN_LOCK):
         before = {path: path.read_bytes() for path in out.iterdir()}
         assert main(arguments) == 1
         assert {path: path.read_bytes() for path in out.iterdir()} == before

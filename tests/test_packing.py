@@ -13,7 +13,13 @@ from transformers import AutoModel
 
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.packing import can_pack, pack_captions, packed_attention, remove_prompts, unfused_attention
+from llm2clip.models.text.packing import (
+    pack_captions,
+    packed_attention,
+    remove_prompt_hidden_states,
+    supports_packed_attention,
+    unfused_attention,
+)
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
 LENGTHS = [5, 5, 3, 1, 1, 4]
@@ -125,7 +131,7 @@ def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int
     batch = pack_captions([[1, 2, 3, 4, 5], [1, 2], [1, 2, 3, 4], [1, 2, 3]], "packed", torch.device("cpu"))
     batch |= {"token_embeddings": torch.randn(1, 14, 8), "prompt_length": prompt_length}
     expected = pooling(dict(batch))["sentence_embedding"]
-    remove_prompts(batch)
+    remove_prompt_hidden_states(batch)
     assert "prompt_length" not in batch
     assert torch.equal(pooling(batch)["sentence_embedding"], expected)
 
@@ -136,10 +142,10 @@ def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int
 def test_can_pack_rejects_unsupported_attention(llm: Path, change: dict) -> None:
     model = AutoModel.from_pretrained(llm)
     model.config.is_causal = False
-    assert can_pack(model)
+    assert supports_packed_attention(model)
     for name, value in change.items():
         setattr(model.config, name, value)
-    assert not can_pack(model)
+    assert not supports_packed_attention(model)
 
 
 def test_packed_attention_without_caption_lengths_fails(encoder: CaptionEncoder) -> None:
@@ -191,7 +197,7 @@ def test_varlen_attention_computes_packed_attention(
     qkv = random_qkv(sum(LENGTHS))
     expected = with_gradients(attend(qkv, LENGTHS, **options), qkv)
     monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
-    monkeypatch.setattr(packing, "can_use_varlen", lambda query, dropout: True)
+    monkeypatch.setattr(packing, "can_use_varlen_attention", lambda query, dropout: True)
     for result, reference in zip(with_gradients(attend(qkv, LENGTHS, **options), qkv), expected, strict=True):
         torch.testing.assert_close(result, reference)
 
@@ -209,7 +215,7 @@ def test_encode_with_varlen_attention_equals_packed_attention(
         return reference_varlen_attn(*args, **options)
 
     monkeypatch.setattr(packing, "load_varlen_attn", lambda: record)
-    monkeypatch.setattr(packing, "can_use_varlen", lambda query, dropout: True)
+    monkeypatch.setattr(packing, "can_use_varlen_attention", lambda query, dropout: True)
     torch.testing.assert_close(encoder.encode(texts), expected)
     assert len(calls) == 3  # one per layer
 
@@ -220,7 +226,7 @@ def test_can_use_varlen_requires_16_bits_and_a_kernel_for_the_gpu(monkeypatch: p
     def can_use(dtype: Any = torch.bfloat16, head_dim: int = 64, device: str = "cuda", dropout: float = 0.0) -> bool:
         with FakeTensorMode():
             query = torch.empty(1, 4, 6, head_dim, dtype=dtype, device=device)
-            return packing.can_use_varlen(query, dropout)
+            return packing.can_use_varlen_attention(query, dropout)
 
     monkeypatch.setattr(packing, "load_varlen_attn", lambda: reference_varlen_attn)
     monkeypatch.setattr(torch.version, "cuda", "12.8")

@@ -13,14 +13,14 @@ import pytest
 from format_fixtures import image_row, write_images_and_jsonl, write_jsonl
 from llm2clip.config import EvaluateConfig, TuneConfig
 from llm2clip.data import pairs as pairs_module
-from llm2clip.data.build_table import DataSplits, open_table, read_splits
+from llm2clip.data.build_table import DataSplits, build_record_table, read_data_splits
 from llm2clip.data.pairs import (
     CaptionItems,
     ImageCaptions,
     Pair,
     compute_caption_vectors,
+    draw_caption_pair,
     draw_grouped_permutation,
-    draw_pair,
     has_caption_pair,
     iter_pair_batches,
     read_text_pairs,
@@ -81,7 +81,9 @@ def test_a_caption_of_many_images_neither_slows_sampling_nor_excludes_images(mon
     """30 of 100 images share the caption "image", which may occur only once in each batch."""
     items = [ImageCaptions((f"{n} a", "image" if n < 30 else f"{n} b")) for n in range(100)]
     draws = []
-    monkeypatch.setattr("llm2clip.data.pairs.draw_pair", lambda *args: draws.append(1) or draw_pair(*args))
+    monkeypatch.setattr(
+        "llm2clip.data.pairs.draw_caption_pair", lambda *args: draws.append(1) or draw_caption_pair(*args)
+    )
     counts: Counter[str] = Counter()
     for batch in iter_pair_batches([items], 20, 300, seed=0):
         texts = [text for pair in batch for text in pair.texts]
@@ -165,7 +167,7 @@ MIXED_IMAGES = [
 
 
 def draw_batches_from_list(images: list[ImageCaptions], batch_size: int, steps: int, group_size: int) -> list:
-    """Draw batches with Python lists of all items, with seed 0. A simple version of `_draw_batches`."""
+    """Draw batches with Python lists of all items, with seed 0. A simple version of `_draw_pair_batches`."""
     usable = [image for image in images if has_caption_pair(image)]
     vectors = compute_caption_vectors([image.texts for image in usable])
     rng = np.random.default_rng(0)
@@ -181,7 +183,7 @@ def draw_batches_from_list(images: list[ImageCaptions], batch_size: int, steps: 
             if not order:
                 order, deferred = deferred, []
             index = order.pop()
-            pair = draw_pair(usable[index], rng)
+            pair = draw_caption_pair(usable[index], rng)
             if used & {index, *pair.texts}:
                 deferred.append(index)
             else:
@@ -219,7 +221,7 @@ def test_draw_pair_draws_each_available_kind_equally_often() -> None:
 
     def kinds(captions: ImageCaptions) -> Counter[str]:
         """Count "ss", "ls" and "ll" in 3,000 pairs."""
-        pairs = [draw_pair(captions, rng) for _ in range(3000)]
+        pairs = [draw_caption_pair(captions, rng) for _ in range(3000)]
         assert all(pair.anchor != pair.positive for pair in pairs)
         return Counter("".join(sorted(text[0] for text in pair.texts)) for pair in pairs)
 
@@ -236,7 +238,7 @@ def test_draw_pair_draws_each_available_kind_equally_often() -> None:
 
 def test_draw_pair_of_a_short_and_a_long_caption_has_a_random_order() -> None:
     rng = np.random.default_rng(0)
-    anchors = Counter(draw_pair(ImageCaptions(("s",), ("long",)), rng).anchor for _ in range(1000))
+    anchors = Counter(draw_caption_pair(ImageCaptions(("s",), ("long",)), rng).anchor for _ in range(1000))
     assert anchors["long"] == pytest.approx(500, abs=60)
 
 
@@ -300,7 +302,7 @@ def test_grouped_permutation_handles_incomplete_groups_and_uninformative_caption
 
 
 def splits_of(*sources: str) -> DataSplits:
-    return read_splits(list(sources), EvaluateConfig(), {}, SkipLog())
+    return read_data_splits(list(sources), EvaluateConfig(), {}, SkipLog())
 
 
 def all_held_out(splits: DataSplits) -> list[RecordTable]:
@@ -386,7 +388,7 @@ def test_exclude_compares_ids_without_leading_zeros(tmp_path: Path, capsys: pyte
     """COCO's file names have leading zeros (000000000139), its ids do not (139)."""
     rows = [image_row(8, id="139"), image_row(7, id="391895"), image_row(9, id="COCO_val2014_000000391895")]
     coco = write_images_and_jsonl(tmp_path / "c.jsonl", *rows)
-    train = open_table([coco], {}, SkipLog())
+    train = build_record_table([coco], {}, SkipLog())
 
     def remaining(*excluded: str) -> list[str]:
         rows = [image_row(n, id=name) for n, name in enumerate(excluded)]

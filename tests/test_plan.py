@@ -15,14 +15,14 @@ from llm2clip.cli import main
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.tools import plan as planner
 from llm2clip.tools import plan_costs as model_costs
-from llm2clip.tools.plan import Plan, format_plan, plan_fit
+from llm2clip.tools.plan import FitPlan, format_plan, plan_fit
 from llm2clip.tools.plan_costs import (
     LLMS,
     TOWERS,
     ImageCosts,
     TextCosts,
-    build_llm,
-    build_tower,
+    build_llm_on_meta_device,
+    build_tower_on_meta_device,
     count_flops,
     count_parameters,
     get_llm_config,
@@ -82,7 +82,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
 _costs: dict[str, Any] = {}
 
 
-def plan_small(config: FitConfig = SMALL, device: str = "h100", count: int = 1, **more: Any) -> Plan:
+def plan_small(config: FitConfig = SMALL, device: str = "h100", count: int = 1, **more: Any) -> FitPlan:
     return plan_fit(config, Machine(device, count, **more), 10_000, 2, 30)
 
 
@@ -107,7 +107,7 @@ def change_align(**settings: object) -> FitConfig:
 )
 def test_llm_costs_match_published_values(name: str, parameters: int, gigaflop: float | None) -> None:
     encoder = EncoderConfig(path=name)
-    assert count_parameters(build_llm(get_llm_config(encoder))) == parameters
+    assert count_parameters(build_llm_on_meta_device(get_llm_config(encoder))) == parameters
     if gigaflop:
         costs = measure_text_costs(encoder, BF16, 84)
         assert costs.parameters == parameters
@@ -198,14 +198,14 @@ def test_every_model_in_the_tables_can_be_built() -> None:
     for name in LLMS:
         assert get_llm_config(EncoderConfig(name)).num_hidden_layers > 1
     for name, (_, size) in TOWERS.items():
-        assert build_tower(AlignConfig(tower=name)).preprocess.size == size
+        assert build_tower_on_meta_device(AlignConfig(tower=name)).preprocess.size == size
 
 
 def test_unknown_model_error_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"--encoder\.path no/such .*meta-llama/llama-3\.2-1b"):
         get_llm_config(EncoderConfig("no/such"))
     with pytest.raises(ValueError, match=r"--align\.tower no/such .*openai/clip-vit-base-patch16"):
-        build_tower(AlignConfig(tower="no/such"))
+        build_tower_on_meta_device(AlignConfig(tower="no/such"))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

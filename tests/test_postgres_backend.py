@@ -16,7 +16,7 @@ import pytest
 from conftest import start_process
 from llm2clip.data.image_refs import FileImage, ImageRef, TarImage
 from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError
-from llm2clip.search.backends import Backend, hide_password, open_backend
+from llm2clip.search.backends import IndexBackend, hide_password, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.types import (
     Deadline,
@@ -92,14 +92,14 @@ def make_image(
     return IndexedImage(name, ref or FileImage(name), "/source", "1", tuple(captions), taken=taken)
 
 
-def add_images(backend: Backend, numbers: Sequence[int]) -> None:
+def add_images(backend: IndexBackend, numbers: Sequence[int]) -> None:
     """Add an image with its own content for each number."""
     contents = [make_content(number) for number in numbers]
     images = [(make_image(f"/p/{number}.png"), content.hash) for number, content in zip(numbers, contents, strict=True)]
     backend.add_images(contents, images)
 
 
-def create_index(tmp_path: Path, kind: str = "postgres") -> Backend:
+def create_index(tmp_path: Path, kind: str = "postgres") -> IndexBackend:
     backend = create_backend(kind, tmp_path / kind)
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     return backend
@@ -201,7 +201,7 @@ def test_postgres_finds_names_that_are_longer_than_an_index_entry(tmp_path: Path
     assert search_names(backend, Filter(path=name, caption=name[-400:])) == {name.removeprefix("/p/")}
 
 
-def open_writer(url: str, approximate_above: int) -> Backend:
+def open_writer(url: str, approximate_above: int) -> IndexBackend:
     backend: Any = open_backend(url, write=True)
     backend.approximate_above = approximate_above
     return backend
@@ -252,7 +252,7 @@ def _search_exactly(backend: Any, count: int) -> list[Any]:
 # ---- word search: test_words.py compares both backends --------------------------------------------------------------
 
 
-def search_words(backend: Backend, text: str) -> dict[str, tuple[str, ...]]:
+def search_words(backend: IndexBackend, text: str) -> dict[str, tuple[str, ...]]:
     """Return the fields that match in each image with all words of a text, keyed by file name."""
     hits = backend.search(QUERY, 100, Filter(), words=[text])
     return {Path(hit.images[0].name).name: hit.matched for hit in hits if hit.matched}
@@ -311,7 +311,7 @@ def test_postgres_word_search_uses_its_indexes(tmp_path: Path) -> None:
         images.append((make_image(f"/p/{number}.png", [f"caption{number} 编号"]), content.hash))
     backend.add_images(contents, images)
     backend.finish_indexing()
-    match, parameters = postgres_backend._make_match_condition(WordQuery.parse(["caption7"]))
+    match, parameters = postgres_backend._make_word_match_condition(WordQuery.parse(["caption7"]))
     assert "images_words" in str(backend._query(f"EXPLAIN SELECT content FROM images WHERE {match}", parameters))
     nearest = backend.search(QUERY, 10, Filter())
     number = next(number for number in range(3000) if f"/p/{number}.png" not in str(nearest))
@@ -457,7 +457,7 @@ def test_killed_writer_loses_nothing_that_was_committed(server: PostgresServer, 
     assert len(search_names(backend)) == 4
 
 
-def wait_for_lock(backend: Backend) -> None:
+def wait_for_lock(backend: IndexBackend) -> None:
     """Acquire and release the lock once the server has noticed that the connection of a killed process is closed."""
 
     def try_lock() -> bool:

@@ -22,7 +22,7 @@ from llm2clip.models.precision import (
     Precision,
     calibrate_precision,
     cast_linear_weights,
-    offload_layers,
+    offload_llm_layers,
     resolve_precision,
 )
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
@@ -122,7 +122,7 @@ def test_layers_offloaded_moves_one_layer_at_a_time(encoder: CaptionEncoder, mon
         "_move_layer",
         lambda layer, device: moves.append((layers.index(layer), type(device).__name__)),
     )
-    with offload_layers(encoder, CPU):
+    with offload_llm_layers(encoder, CPU):
         embeddings = encoder.encode(TEXTS)
         in_order = [(n, name) for n in range(3) for name in ("device", "str")]
         assert moves == in_order

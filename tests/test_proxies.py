@@ -14,8 +14,8 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.inference import Limits
-from llm2clip.search.server import Access, create_app, make_server_config
+from llm2clip.search.inference import ServerLimits
+from llm2clip.search.server import AccessPolicy, create_app, make_server_config
 from search_fixtures import running_server, wait_until
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -24,7 +24,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 @pytest.fixture(scope="module")
 def server(dual_encoder: DualEncoder) -> Iterator[str]:
     """Address of a server behind a proxy, such as `127.0.0.1:7860`."""
-    app = create_app(dual_encoder, limits=Limits(timeout=HANG_TIMEOUT), access=Access(token="secret"))
+    app = create_app(dual_encoder, limits=ServerLimits(timeout=HANG_TIMEOUT), access=AccessPolicy(token="secret"))
     config = make_server_config(app, "127.0.0.1", 0, behind_proxy=True)
     with running_server(app, http=config.http, proxy_headers=True, ws="none") as url:
         yield urlsplit(url).netloc

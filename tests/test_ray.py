@@ -15,7 +15,7 @@ import pytest
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.output_folder import FolderInUseError, folder_lock
+from llm2clip.runs.output_folder import FolderInUseError, hold_folder_lock
 from llm2clip.store import encode
 from llm2clip.store.encode import embed, embed_with_ray
 from llm2clip.store.layout import StoreError
@@ -51,7 +51,7 @@ def test_embed_with_ray_writes_the_store_of_embed(cluster: Path, llm: Path, tmp_
     assert len(store) == 40
     assert [shard.sha256 for shard in store.shards] == [shard.sha256 for shard in local.shards]
     assert np.array_equal(store.take(store.find_rows(CAPTIONS)), local.take(local.find_rows(CAPTIONS)))
-    with folder_lock(tmp_path / "ray"), pytest.raises(FolderInUseError, match="another run"):
+    with hold_folder_lock(tmp_path / "ray"), pytest.raises(FolderInUseError, match="another run"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "ray")
 
 
@@ -71,7 +71,7 @@ def test_ray_driver_frees_its_encoder_before_the_workers_start(
         assert [encoder() for encoder in encoders] == [None]
         raise StoreError("stopped here")
 
-    monkeypatch.setattr(encode, "open_for_writing", check_and_stop)
+    monkeypatch.setattr(encode, "open_store_for_writing", check_and_stop)
     with pytest.raises(StoreError, match="stopped here"):
         embed_with_ray(CAPTIONS, open_encoder, tmp_path / "store")
 
@@ -92,7 +92,7 @@ def test_a_worker_that_always_dies_is_not_restarted_without_limit(
     monkeypatch.setattr(encode, "ShardWorker", DyingWorker)
     plan: Any = SimpleNamespace(shards=[0])
     with pytest.raises(ChildProcessError, match=r"A Ray worker died 2 times(.|\n)*Run the same command again"):
-        encode._run_workers(plan, None, workers=1, precision="fp32")
+        encode._run_ray_workers(plan, None, workers=1, precision="fp32")
     assert len(list(tmp_path.iterdir())) == 2
 
 

@@ -7,12 +7,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.build_table import read_splits
+from llm2clip.data.build_table import read_data_splits
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate import encoder_choice
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
 
@@ -22,7 +22,7 @@ CAPTIONS = ["A dog runs.", "Two children in red coats build a snowman in front o
 @pytest.mark.weights
 def test_smollm2_embeddings_survive_batching_and_saving(tmp_path: Path) -> None:
     """Chat template, padding and saving do not change an embedding of the real model."""
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained("smollm2-135m"), layers=4, device="cpu")
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained_name("smollm2-135m"), layers=4, device="cpu")
     embeddings = encoder.encode(CAPTIONS)
     assert [len(i) for i in encoder.tokenize(CAPTIONS[:1]).ids] == [4]
     for caption, embedding in zip(CAPTIONS, embeddings, strict=True):
@@ -41,7 +41,7 @@ def test_caption_retrieval_accuracy_of_minilm_on_coco(real_data: Path) -> None:
     """
     records = open_records(f"{real_data}/coco_text/captions.jsonl@karpathy_test", image_check="ignore")
     captions = [r.captions for r, _ in zip(records, range(1000), strict=False)]
-    encoder = CaptionEncoder.from_pretrained(resolve_pretrained("all-minilm-l6-v2"), device="cpu")
+    encoder = CaptionEncoder.from_pretrained(resolve_pretrained_name("all-minilm-l6-v2"), device="cpu")
     assert caption_retrieval_accuracy(captions, encoder, progress=False)["first to second"]["R@1"] == pytest.approx(
         43.9, abs=0.2
     )
@@ -55,7 +55,7 @@ def test_auto_chooses_the_encoder_that_reads_the_language(
 ) -> None:
     monkeypatch.setattr(encoder_choice, "MAX_IMAGES", 300)
     source = [f"{real_data}/flickr8k/captions.jsonl"]
-    train = read_splits(source, EvaluateConfig(), {"captions": column}, SkipLog(), "unchecked").train
+    train = read_data_splits(source, EvaluateConfig(), {"captions": column}, SkipLog(), "unchecked").train
     tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=96)
     choice = encoder_choice.choose_caption_encoder(train, tower, encoder_choice.find_available_candidates())
     assert choice["encoder"]["path"] == chosen

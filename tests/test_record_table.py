@@ -19,13 +19,13 @@ from PIL import Image
 from format_fixtures import image_bytes, image_row, write_images_and_jsonl, write_jsonl, write_tar
 from llm2clip.config import EvaluateConfig
 from llm2clip.data import build_table, image_facts
-from llm2clip.data.build_table import DataSplits, load_source_indices, open_table, read_splits
-from llm2clip.data.formats import find_format, split_file
+from llm2clip.data.build_table import DataSplits, build_record_table, load_source_indices, read_data_splits
+from llm2clip.data.formats import identify_file_format, split_file_into_parts
 from llm2clip.data.image_facts import get_distinct_image_hashes, mask_matching_images
-from llm2clip.data.image_refs import FileImage, MemoryImage, ParquetImage, TarImage
+from llm2clip.data.image_refs import FileImage, InMemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
-from llm2clip.data.table import RecordTable, decode_name
+from llm2clip.data.table import RecordTable, decode_file_name
 
 RECORDS = [
     Record("a", FileImage("x/a.jpg"), ("one", "two"), ("s",), ("a long one",), "train", ("dog",)),
@@ -33,7 +33,7 @@ RECORDS = [
     Record("c", None, ("四", "")),
     Record("odd \udcff", FileImage("odd \udcff.jpg"), ("x",), split="odd \udcff"),
     Record("e", ParquetImage("p.parquet", 7, "image", "ab" * 32), ("y",)),
-    Record("f", MemoryImage(b"bytes"), ("z",)),
+    Record("f", InMemoryImage(b"bytes"), ("z",)),
 ]
 
 
@@ -74,15 +74,17 @@ def test_select_takes_positions_and_masks_in_any_order() -> None:
 
 def test_columns_are_those_of_the_selected_rows() -> None:
     table = RecordTable.from_records(RECORDS).select(np.array([3, 1, 0]))
-    assert [decode_name(name) for name in table.column("id").to_pylist()] == ["odd \udcff", "b", "a"]
+    assert [decode_file_name(name) for name in table.column("id").to_pylist()] == ["odd \udcff", "b", "a"]
     assert table.column("captions").to_pylist() == [["x"], ["drei"], ["one", "two"]]
     assert table.count_texts("captions").tolist() == [1, 1, 2]
     assert list(table.iterate_texts(CAPTION_FIELDS)) == ["x", "drei", "one", "two", "s", "a long one"]
-    assert table.numeric_column("size").tolist() == [0, 99, 0]
+    assert table.get_numeric_column("size").tolist() == [0, 99, 0]
 
 
 def test_rows_in_random_order_over_many_batches_equal_a_list(tmp_path: Path) -> None:
-    table = open_table([write_shards(tmp_path, shards=40, samples=3)], {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table(
+        [write_shards(tmp_path, shards=40, samples=3)], {}, SkipLog(), folder=tmp_path / "tables"
+    )
     records = list(table)
     order = np.random.default_rng(0).permutation(len(records)).repeat(2)
     assert list(table.select(order)) == [records[n] for n in order]
@@ -91,7 +93,7 @@ def test_rows_in_random_order_over_many_batches_equal_a_list(tmp_path: Path) -> 
 
 
 def test_use_as_captions_replaces_all_captions() -> None:
-    table = RecordTable.from_records(RECORDS).use_as_captions("long_captions")
+    table = RecordTable.from_records(RECORDS).use_field_as_captions("long_captions")
     assert [record.captions for record in table[:2]] == [("a long one",), ()]
     assert [record.texts for record in table[:2]] == [("a long one",), ()]
     assert list(table.iterate_texts(CAPTION_FIELDS)) == ["a long one"]
@@ -113,10 +115,10 @@ def test_split_tables_are_pickled_without_phrases() -> None:
 
 def test_identity_depends_on_the_values_only(tmp_path: Path) -> None:
     source = write_shards(tmp_path)
-    table = open_table([source], {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table([source], {}, SkipLog(), folder=tmp_path / "tables")
     identity = table.compute_identity("captions", "container", "offset")
     assert (
-        open_table([source], {}, SkipLog(), folder=tmp_path / "other").compute_identity(
+        build_record_table([source], {}, SkipLog(), folder=tmp_path / "other").compute_identity(
             "captions", "container", "offset"
         )
         == identity
@@ -127,7 +129,7 @@ def test_identity_depends_on_the_values_only(tmp_path: Path) -> None:
 
 
 def test_images_are_small_when_pickled(tmp_path: Path) -> None:
-    table = open_table([write_shards(tmp_path)], {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table([write_shards(tmp_path)], {}, SkipLog(), folder=tmp_path / "tables")
     images = table.select(np.arange(20)[::-1]).get_images()
     restored = pickle.loads(pickle.dumps(images))
     assert list(restored) == list(images) and [restored[n] for n in (0, 19)] == [images[0], images[19]]
@@ -146,7 +148,7 @@ def test_table_equals_the_records_of_its_sources(tmp_path: Path) -> None:
     cells = [{"image": {"bytes": image_bytes(80 + n), "path": f"{n}.jpg"}, "caption": f"cell {n}"} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
     sources = [tars, jsonl, str(tmp_path / "x.parquet")]
-    table = open_table(sources, {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table(sources, {}, SkipLog(), folder=tmp_path / "tables")
     expected = [record for source in sources for record in open_records(source)]
     assert list(table) == expected
     assert load_source_indices(table).tolist() == [0] * 20 + [1] + [2] * 3
@@ -157,7 +159,7 @@ def test_table_equals_the_records_of_its_sources(tmp_path: Path) -> None:
     assert np.array_equal(
         RecordTable.from_records(expected).get_distinct_image_hashes(), table.get_distinct_image_hashes()
     )
-    assert (table.numeric_column("width") > 0).all() and (table.numeric_column("height") > 0).all()
+    assert (table.get_numeric_column("width") > 0).all() and (table.get_numeric_column("height") > 0).all()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -169,7 +171,7 @@ def test_workers_do_not_change_the_table_or_the_log(
     rows[7], rows[50] = "no object", {"id": 50}
     source = str(write_jsonl(tmp_path / "x.jsonl", [*rows, *rows[10:20]]))
     log = SkipLog(tmp_path / "skipped.jsonl")
-    table = open_table([source], {}, log, "unchecked", tmp_path / "tables", workers)
+    table = build_record_table([source], {}, log, "unchecked", tmp_path / "tables", workers)
     assert len(list((tmp_path / "tables/parts").iterdir())) > 5
     expected_log = SkipLog(tmp_path / "expected.jsonl")
     expected = list(open_records(source, expected_log, "unchecked"))
@@ -183,7 +185,11 @@ def test_work_of_a_source_counts_each_file_once(tmp_path: Path) -> None:
         pa.table({"caption": [f"caption {n}" for n in range(100)]}), tmp_path / "x.parquet", row_group_size=5
     )
     (tmp_path / "x.tar").write_bytes(bytes(10240))
-    parts = [part for name in ("x.parquet", "x.tar") for part in split_file(find_format(str(tmp_path / name)), 1)]
+    parts = [
+        part
+        for name in ("x.parquet", "x.tar")
+        for part in split_file_into_parts(identify_file_format(str(tmp_path / name)), 1)
+    ]
     assert len(parts) == 21
     assert build_table._estimate_read_bytes(parts) == (tmp_path / "x.parquet").stat().st_size + 10240 / 8
 
@@ -192,18 +198,18 @@ def test_opening_again_reads_no_source_and_repeats_the_log(tmp_path: Path, monke
     rows: list[object] = [{"id": n, "caption": f"row {n}"} for n in range(40)]
     source = str(write_jsonl(tmp_path / "x.jsonl", ["no object", *rows]))
     logs = [SkipLog(), SkipLog()]
-    table = open_table([source], {}, logs[0], "unchecked", tmp_path / "tables")
+    table = build_record_table([source], {}, logs[0], "unchecked", tmp_path / "tables")
     monkeypatch.setattr(build_table, "map_in_processes", lambda *_: iter(()))
-    assert list(open_table([source], {}, logs[1], "unchecked", tmp_path / "tables")) == list(table)
+    assert list(build_record_table([source], {}, logs[1], "unchecked", tmp_path / "tables")) == list(table)
     assert logs[0].summary() == logs[1].summary() and logs[1].skipped["malformed row"] == 1
 
 
 def test_only_changed_files_are_read_again(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "tars")
-    open_table([source], {}, SkipLog(), folder=tmp_path / "tables")
+    build_record_table([source], {}, SkipLog(), folder=tmp_path / "tables")
     parts = set((tmp_path / "tables/parts").iterdir())
     write_tar(tmp_path / "tars/2.tar", [("new.jpg", image_bytes(70)), ("new.txt", b"new")])
-    table = open_table([source], {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table([source], {}, SkipLog(), folder=tmp_path / "tables")
     assert len(set((tmp_path / "tables/parts").iterdir()) - parts) == 1
     assert [record.captions[0] for record in table][9:12] == ["image 9", "new", "image 15"]
 
@@ -215,7 +221,7 @@ def test_repaired_images_are_used_at_the_next_start(tmp_path: Path) -> None:
     source = str(write_jsonl(tmp_path / "x.jsonl", rows))
 
     def read_captions() -> list[str]:
-        table = open_table([source], {}, SkipLog(max_skipped=1.0), folder=tmp_path / "tables")
+        table = build_record_table([source], {}, SkipLog(max_skipped=1.0), folder=tmp_path / "tables")
         return list(table.iterate_texts(["captions"]))
 
     assert read_captions() == ["good"]
@@ -233,7 +239,7 @@ def test_broken_links_in_a_folder_are_missing_images(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"photos/{name}.txt").write_text(name)
     logs = [SkipLog(max_skipped=1.0) for _ in range(2)]
-    table = open_table([str(tmp_path / "photos")], {}, logs[0], folder=tmp_path / "tables")  # `fit` and `data`
+    table = build_record_table([str(tmp_path / "photos")], {}, logs[0], folder=tmp_path / "tables")  # `fit` and `data`
     assert list(table.iterate_texts(["captions"])) == ["a"]
     assert len(list(open_records(tmp_path / "photos", logs[1], require_captions=False))) == 1  # `index` and `caption`
     assert all(log.skipped == {"missing image": 2} for log in logs)
@@ -242,18 +248,18 @@ def test_broken_links_in_a_folder_are_missing_images(tmp_path: Path) -> None:
 def test_settings_that_affect_reading_have_their_own_table(tmp_path: Path) -> None:
     source = str(write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "caption": "a", "other": "b", "split": "val"}]))
     folder = tmp_path / "tables"
-    assert open_table([source], {}, SkipLog(), "unchecked", folder)[0].captions == ("a",)
-    assert open_table([source], {"captions": "other"}, SkipLog(), "unchecked", folder)[0].captions == ("b",)
-    assert open_table([Source(source, ("val",))], {}, SkipLog(), "unchecked", folder)[0].split == "val"
+    assert build_record_table([source], {}, SkipLog(), "unchecked", folder)[0].captions == ("a",)
+    assert build_record_table([source], {"captions": "other"}, SkipLog(), "unchecked", folder)[0].captions == ("b",)
+    assert build_record_table([Source(source, ("val",))], {}, SkipLog(), "unchecked", folder)[0].split == "val"
 
 
 def test_errors_are_those_of_the_first_bad_source(tmp_path: Path) -> None:
     good = str(write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}] * 30))
     bad = str(write_jsonl(tmp_path / "b.jsonl", ["no object"] * 30 + [{"caption": "x"}]))
     with pytest.raises(TooManySkipped, match=r"b\.jsonl, row 1"):
-        open_table([good, bad], {}, SkipLog(), "unchecked", tmp_path / "tables")
+        build_record_table([good, bad], {}, SkipLog(), "unchecked", tmp_path / "tables")
     with pytest.raises(FileNotFoundError, match="did you mean"):
-        open_table([good, str(tmp_path / "b.json1")], {}, SkipLog(), "unchecked", tmp_path / "tables")
+        build_record_table([good, str(tmp_path / "b.json1")], {}, SkipLog(), "unchecked", tmp_path / "tables")
 
 
 def test_merged_rows_keep_the_place_and_source_of_the_first(tmp_path: Path) -> None:
@@ -263,10 +269,10 @@ def test_merged_rows_keep_the_place_and_source_of_the_first(tmp_path: Path) -> N
     first = write_jsonl(tmp_path / "1.jsonl", [{"image": f"{n}.jpg", "caption": n, "id": n} for n in "ab"])
     rows = [{"image": "c.jpg", "caption": "c"}, {"image": "copy.jpg", "caption": "copied"}]
     second = write_jsonl(tmp_path / "2.jsonl", [*rows, {"image": "b.jpg", "caption": "more"}, *rows])
-    table = open_table([str(first), str(second)], {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table([str(first), str(second)], {}, SkipLog(), folder=tmp_path / "tables")
     assert [record.captions for record in table] == [("a", "copied"), ("b", "more"), ("c",)]
     assert [record.id for record in table] == ["a", "b", "c"] and load_source_indices(table).tolist() == [0, 0, 1]
-    assert (table.numeric_column("width") > 0).all()
+    assert (table.get_numeric_column("width") > 0).all()
 
 
 def test_merging_finds_keys_that_differ_in_one_half_only() -> None:
@@ -282,14 +288,16 @@ def test_mask_same_images_finds_paths_and_copies(tmp_path: Path) -> None:
     names = ("c", "copy of a", "b")
     rows = [*({"image": f"{n}.jpg", "caption": n} for n in names), {"id": "text only", "caption": "x"}]
     candidates = write_jsonl(tmp_path / "candidates.jsonl", rows)
-    tables = [open_table([str(path)], {}, SkipLog(), "unchecked", tmp_path / "t") for path in (known, candidates)]
+    tables = [
+        build_record_table([str(path)], {}, SkipLog(), "unchecked", tmp_path / "t") for path in (known, candidates)
+    ]
     assert mask_matching_images(*tables).tolist() == [False, True, True, False]
 
 
 def test_unused_tables_are_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "tables"
     sources = [str(write_jsonl(tmp_path / f"{n}.jsonl", [{"caption": "x"}])) for n in range(2)]
-    open_table([sources[0]], {}, SkipLog(), "unchecked", folder)
+    build_record_table([sources[0]], {}, SkipLog(), "unchecked", folder)
     old = time.time() - (build_table.UNUSED_DAYS + 1) * 86_400
     stale = [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]
     (tmp_path / "mine").mkdir()
@@ -302,7 +310,7 @@ def test_unused_tables_are_deleted(tmp_path: Path) -> None:
         stale.append(folder / name)
     for path in stale:
         os.utime(path, (old, old), follow_symlinks=False)
-    open_table([sources[1]], {}, SkipLog(), "unchecked", folder)
+    build_record_table([sources[1]], {}, SkipLog(), "unchecked", folder)
     assert not any(os.path.lexists(path) for path in stale) and (tmp_path / "mine").exists()
     assert len(list((folder / "parts").iterdir())) == 1
 
@@ -313,7 +321,7 @@ def test_damaged_files_of_a_table_are_built_again(tmp_path: Path, name: str) -> 
         (tmp_path / f"{n}.jpg").write_bytes(image_bytes(0))
     source = str(write_jsonl(tmp_path / "x.jsonl", [{"image": f"{n}.jpg", "caption": n} for n in "ab"]))
     folder = tmp_path / "tables"
-    rows = list_rows(open_table([source], {}, SkipLog(), folder=folder))
+    rows = list_rows(build_record_table([source], {}, SkipLog(), folder=folder))
     (file,) = folder.glob(name)
     data = file.read_bytes()
     changed = bytearray(data)
@@ -321,10 +329,10 @@ def test_damaged_files_of_a_table_are_built_again(tmp_path: Path, name: str) -> 
     for damaged in (bytes(changed), data[:-100], b"", data + b"more"):
         file.write_bytes(damaged)
         log = SkipLog()
-        assert list_rows(open_table([source], {}, log, folder=folder)) == rows
+        assert list_rows(build_record_table([source], {}, log, folder=folder)) == rows
         assert f"{file if file.parent.name == 'parts' else file.parent}: corrupt, and therefore" in log.summary()
         (file,) = folder.glob(name)  # the table's name depends on when its parts were read
-        assert "corrupt" not in str([open_table([source], {}, log := SkipLog(), folder=folder), log.summary()])
+        assert "corrupt" not in str([build_record_table([source], {}, log := SkipLog(), folder=folder), log.summary()])
 
 
 def test_truncated_parts_of_a_large_table_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +341,7 @@ def test_truncated_parts_of_a_large_table_are_built_again(tmp_path: Path, monkey
     source = str(write_jsonl(tmp_path / "x.jsonl", [{"caption": "x"}]))
     for _ in range(2):
         log = SkipLog()
-        assert len(open_table([source], {}, log, "unchecked", tmp_path / "tables")) == 1
+        assert len(build_record_table([source], {}, log, "unchecked", tmp_path / "tables")) == 1
         (part,) = (tmp_path / "tables/parts").iterdir()
         part.write_bytes(part.read_bytes()[:-9])
     assert f"{part}: corrupt" in log.summary()
@@ -346,7 +354,7 @@ def test_killed_build_continues_with_the_complete_parts(tmp_path: Path) -> None:
     complete: set[str] = set()
     for num_complete in (1, 4, 9):
         arguments = ([source], {}, SkipLog(), "header", tmp_path / "tables", 1)
-        process = multiprocessing.get_context("fork").Process(target=open_table, args=arguments)
+        process = multiprocessing.get_context("fork").Process(target=build_record_table, args=arguments)
         process.start()
         while process.is_alive() and (not parts.is_dir() or len(list(parts.glob("[!.]*.arrow"))) < num_complete):
             time.sleep(0.0001)
@@ -354,7 +362,7 @@ def test_killed_build_continues_with_the_complete_parts(tmp_path: Path) -> None:
         process.join()
         previous, complete = complete, {path.name for path in parts.glob("[!.]*.arrow")}
         assert previous <= complete and len(complete) >= num_complete
-    table = open_table([source], {}, SkipLog(), folder=tmp_path / "tables")
+    table = build_record_table([source], {}, SkipLog(), folder=tmp_path / "tables")
     assert list(table) == list(open_records(source))
     assert complete <= {path.name for path in parts.glob("[!.]*.arrow")}
 
@@ -376,7 +384,7 @@ def test_open_table_reads_a_second_source_with_a_bad_first_row(tmp_path: Path) -
     good = write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}] * (EARLY_CHECK_ROWS + 1))
     bad = write_jsonl(tmp_path / "b.jsonl", ["not a JSON object", *[{"caption": "x"}] * 50])
     log = SkipLog()
-    assert len(open_table([str(good), str(bad)], {}, log, "unchecked")) == EARLY_CHECK_ROWS + 51
+    assert len(build_record_table([str(good), str(bad)], {}, log, "unchecked")) == EARLY_CHECK_ROWS + 51
     assert log.skipped.total() == 1
 
 
@@ -388,8 +396,8 @@ def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
         "Select one with --columns image=img_file"
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        open_table([str(tmp_path / "x.csv")], {}, SkipLog())
-    assert len(open_table([str(tmp_path / "x.csv")], {}, SkipLog(), "unchecked")) == 3, "enough for `tune`"
+        build_record_table([str(tmp_path / "x.csv")], {}, SkipLog())
+    assert len(build_record_table([str(tmp_path / "x.csv")], {}, SkipLog(), "unchecked")) == 3, "enough for `tune`"
 
 
 def test_unchecked_rows_are_merged_by_image_path_or_id(tmp_path: Path) -> None:
@@ -400,7 +408,7 @@ def test_unchecked_rows_are_merged_by_image_path_or_id(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "paths.jsonl", paths)
     write_jsonl(tmp_path / "ids.jsonl", [{"id": n, "caption": f"{n} {k}"} for n in range(4) for k in range(2)])
     for source in ("cells.parquet", "paths.jsonl", "ids.jsonl"):
-        records = open_table([str(tmp_path / source)], {}, SkipLog(), "unchecked")
+        records = build_record_table([str(tmp_path / source)], {}, SkipLog(), "unchecked")
         assert [r.captions for r in records] == [(f"{n} 0", f"{n} 1") for n in range(4)]
 
 
@@ -408,11 +416,11 @@ def test_rows_without_id_and_image_are_never_merged(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     for n in range(2):
         write_jsonl(tmp_path / f"some/data.{n}.jsonl", [{"caption": f"{n} {k}"} for k in range(3)])
-    assert len(open_table([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "unchecked")) == 6
+    assert len(build_record_table([str(tmp_path / "some/data.{0..1}.jsonl")], {}, SkipLog(), "unchecked")) == 6
     cells = [{"image": {"bytes": image_bytes(n), "path": "image.png"}, "caption": f"{n}"} for n in range(6)]
     pq.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
     for image_check in ("header", "unchecked", "ignore"):
-        records = open_table([str(tmp_path / "x.parquet")], {}, SkipLog(), image_check)  # type: ignore[arg-type]
+        records = build_record_table([str(tmp_path / "x.parquet")], {}, SkipLog(), image_check)  # type: ignore[arg-type]
         assert len(records) == 6
 
 
@@ -435,7 +443,7 @@ def write_copies(folder: Path) -> Path:
 def test_copies_of_an_image_are_merged_and_counted(tmp_path: Path, image_check: ImageCheck) -> None:
     source, log = str(write_copies(tmp_path)), SkipLog()
     for _ in range(2):  # the copies are counted once
-        records = open_table([source], {}, log, image_check)
+        records = build_record_table([source], {}, log, image_check)
         assert [record.id for record in records] == ["a", "other-1", f"other{len(image_bytes(0)) // 2}"]
     assert records[0].captions == tuple(f"{name}.jpg {k}" for name in ("a", "copy", "hard", "link") for k in "xy")
     assert log.summary() == "0 of 12 rows skipped; 3 duplicate images merged with the originals"
@@ -449,7 +457,7 @@ def test_copies_in_a_tar_file_are_merged_with_files(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", members)
     (tmp_path / "a.jpg").write_bytes(image)
     write_jsonl(tmp_path / "x.jsonl", [{"image": "a.jpg", "caption": "a"}])
-    records = open_table([str(tmp_path / "x.jsonl"), str(tmp_path / "x.tar")], {}, SkipLog())
+    records = build_record_table([str(tmp_path / "x.jsonl"), str(tmp_path / "x.tar")], {}, SkipLog())
     assert [record.captions for record in records] == [("a", "0"), ("1", "2")]
 
 
@@ -490,7 +498,7 @@ def test_only_images_with_equal_hashes_are_read_in_full(tmp_path: Path, monkeypa
     for n, data in enumerate(images):
         (tmp_path / f"{n}.jpg").write_bytes(data)
     lengths = count_reads(monkeypatch)
-    records = open_table([str(tmp_path / "x.jsonl")], {}, SkipLog())
+    records = build_record_table([str(tmp_path / "x.jsonl")], {}, SkipLog())
     assert [record.captions for record in records] == [("0", "3"), ("1",), ("2",)]
     assert lengths == [len(images[0])] * 3
 
@@ -500,7 +508,7 @@ def test_only_images_with_equal_hashes_are_read_in_full(tmp_path: Path, monkeypa
 
 def splits_of(*sources: str | Path, held_out: tuple[str | Path, ...] = ()) -> DataSplits:
     config = EvaluateConfig(data=[str(source) for source in held_out])
-    return read_splits([str(source) for source in sources], config, {}, SkipLog())
+    return read_data_splits([str(source) for source in sources], config, {}, SkipLog())
 
 
 def ids(splits: DataSplits) -> tuple[list[str], list[str]]:
@@ -578,7 +586,7 @@ def test_read_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) ->
     rows = [image_row(1, "train", captions_de=["eins"]), image_row(2, "val", captions_de=["zwei"])]
     rows[1]["long_captions"] = ["two, at length"]
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
-    held_out = read_splits([file], EvaluateConfig(fields=["captions_de"]), {}, SkipLog()).held_out
+    held_out = read_data_splits([file], EvaluateConfig(fields=["captions_de"]), {}, SkipLog()).held_out
     captions = {name: [r.captions for r in records] for name, records in held_out.items()}
     assert captions == {
         "captions": [("2 a", "2 b")],
@@ -603,7 +611,7 @@ def test_read_splits_rejects_a_caption_column_that_no_usable_image_has(
     with open(file, "a") as stream:
         stream.write(json.dumps({**row, "split": "val"}) + "\n")
     with pytest.raises(ValueError, match=message):
-        read_splits([file], EvaluateConfig(fields=["captions_de"]), {}, SkipLog(max_skipped=1.0))
+        read_data_splits([file], EvaluateConfig(fields=["captions_de"]), {}, SkipLog(max_skipped=1.0))
 
 
 def test_copies_of_held_out_images_are_not_used_for_training(tmp_path: Path) -> None:

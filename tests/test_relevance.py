@@ -15,19 +15,19 @@ from torch import Tensor
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import relevance, sqlite_backend
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
 from llm2clip.search.relevance import (
     MIN_RELEVANCE,
     NEAR_DUPLICATE,
     Calibration,
-    calibrate,
+    calibrate_index,
     compute_evidence,
-    compute_overlap,
+    compute_stem_overlap,
     extract_stems,
     find_near_duplicates,
-    fit_logistic,
+    fit_logistic_regression,
     get_captions,
     load_calibration,
     search_and_rate,
@@ -79,7 +79,7 @@ def model(dual_encoder: DualEncoder) -> DualEncoder:
     return dataclasses.replace(dual_encoder, encode_texts_raw=encode)
 
 
-def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = (), start: int = 0) -> None:
+def add_images(backend: IndexBackend, vectors: np.ndarray, captions: Sequence[str] = (), start: int = 0) -> None:
     """Add images with the given embeddings. Every tenth image is in the folder /tenth, the others are in /rest.
 
     `{}` in a caption is replaced with the number of the image.
@@ -98,7 +98,7 @@ def add_images(backend: Backend, vectors: np.ndarray, captions: Sequence[str] = 
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Backend:
+def index(tmp_path_factory: pytest.TempPathFactory) -> IndexBackend:
     """An index of IMAGES without captions, which tests do not change."""
     backend = create_backend("sqlite", tmp_path_factory.mktemp("index"))
     add_images(backend, IMAGES)
@@ -106,7 +106,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Backend:
 
 
 @pytest.fixture(scope="module")
-def calibration(index: Backend, model: DualEncoder) -> Calibration:
+def calibration(index: IndexBackend, model: DualEncoder) -> Calibration:
     return calibrate_or_fail(index, model)
 
 
@@ -114,8 +114,8 @@ def make_query(vector: np.ndarray) -> QueryVectors:
     return QueryVectors(vector, vector, None)
 
 
-def calibrate_or_fail(backend: Backend, model: DualEncoder) -> Calibration:
-    calibration = calibrate(backend, model)
+def calibrate_or_fail(backend: IndexBackend, model: DualEncoder) -> Calibration:
+    calibration = calibrate_index(backend, model)
     assert calibration is not None
     return calibration
 
@@ -149,14 +149,14 @@ def test_find_near_duplicates_subtracts_the_mean() -> None:
 def test_fit_logistic_recovers_the_log_odds_of_two_normal_distributions() -> None:
     """For N(2, 1) and N(0, 1), the log odds are 2 * x - 2."""
     rng = np.random.default_rng(3)
-    slope, intercept = fit_logistic(rng.normal(2, 1, 5000), rng.normal(0, 1, 20000))
+    slope, intercept = fit_logistic_regression(rng.normal(2, 1, 5000), rng.normal(0, 1, 20000))
     assert (slope, intercept) == (pytest.approx(2, rel=0.05), pytest.approx(-2, rel=0.05))
 
 
 def test_fit_logistic_stays_finite_and_never_prefers_lower_values() -> None:
-    slope, intercept = fit_logistic(np.full(30, 3.0), np.full(30, -3.0))
+    slope, intercept = fit_logistic_regression(np.full(30, 3.0), np.full(30, -3.0))
     assert 0 < slope < 10 and abs(intercept) < 0.1
-    assert fit_logistic(np.zeros(30) - 2, np.zeros(30) + 2) == (0, 0)
+    assert fit_logistic_regression(np.zeros(30) - 2, np.zeros(30) + 2) == (0, 0)
 
 
 # ---- calibration ----------------------------------------------------------------------------------------------------
@@ -214,16 +214,16 @@ def test_fit_excludes_the_caption_that_is_the_query(model: DualEncoder, tmp_path
 def test_compute_overlap_weighs_words_by_length() -> None:
     stems = extract_stems(["Two CHILDREN on a sled"])
     assert stems == {"two", "child", "on", "a", "sled"}  # with the weights 1, 3, 0, 0 and 2
-    assert compute_overlap(stems, ["A child's red sled", "two"]) == 1
-    assert compute_overlap(stems, ["a child", "on a boat"]) == pytest.approx(3 / 6)
-    assert compute_overlap(stems, ["a dog"]) == 0
-    assert compute_overlap(extract_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
-    assert compute_overlap(extract_stems(["हिन्दी किताब"]), ["एक हिन्दी किताब"]) == 1
-    assert compute_overlap(extract_stems(["café"]), ["a Cafe\u0301"]) == 1
+    assert compute_stem_overlap(stems, ["A child's red sled", "two"]) == 1
+    assert compute_stem_overlap(stems, ["a child", "on a boat"]) == pytest.approx(3 / 6)
+    assert compute_stem_overlap(stems, ["a dog"]) == 0
+    assert compute_stem_overlap(extract_stems(["雪地里的狗"]), ["一只狗在雪地上"]) == pytest.approx(3 / 5)
+    assert compute_stem_overlap(extract_stems(["हिन्दी किताब"]), ["एक हिन्दी किताब"]) == 1
+    assert compute_stem_overlap(extract_stems(["café"]), ["a Cafe\u0301"]) == 1
     for word, other in (("バス", "パス"), ("バス", "ハス"), ("ぶた", "ふた")):  # bus, pass, lotus; pig, lid
-        assert compute_overlap(extract_stems([word]), [unicodedata.normalize("NFD", word)]) == 1
-        assert compute_overlap(extract_stems([word]), [other]) == pytest.approx(1 / 2)
-    assert np.isnan(compute_overlap(stems, [])) and np.isnan(compute_overlap(extract_stems(["24"]), ["24"]))
+        assert compute_stem_overlap(extract_stems([word]), [unicodedata.normalize("NFD", word)]) == 1
+        assert compute_stem_overlap(extract_stems([word]), [other]) == pytest.approx(1 / 2)
+    assert np.isnan(compute_stem_overlap(stems, [])) and np.isnan(compute_stem_overlap(extract_stems(["24"]), ["24"]))
 
 
 def test_get_captions_returns_few_different_captions() -> None:
@@ -256,7 +256,7 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
     assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])
 
 
-def test_filter_does_not_change_the_relevance_of_a_hit(index: Backend, calibration: Calibration) -> None:
+def test_filter_does_not_change_the_relevance_of_a_hit(index: IndexBackend, calibration: Calibration) -> None:
     query, tenth = make_query(IMAGES[5]), Filter(path="/tenth")
     everything = search_and_rate(index, calibration, query, COUNT, Filter()).hits
     ratings = {hit.id: hit.relevance for hit in everything}
@@ -291,15 +291,15 @@ def test_filter_does_not_change_the_captions_that_are_rated(
 
 
 def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(
-    index: Backend, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+    index: IndexBackend, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank, depths = SqliteBackend._rank_nearest, []
+    rank, depths = SqliteBackend._rank_nearest_vectors, []
 
     def count_scans(backend: SqliteBackend, query: np.ndarray, count: int, allowed_ids: np.ndarray | None) -> Any:
         depths.append(count)
         return rank(backend, query, count, allowed_ids)
 
-    monkeypatch.setattr(SqliteBackend, "_rank_nearest", count_scans)
+    monkeypatch.setattr(SqliteBackend, "_rank_nearest_vectors", count_scans)
     hits, nothing_close = search_and_rate(index, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
     assert not nothing_close and len(hits) == 10
     assert depths == [110]
@@ -310,7 +310,7 @@ def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(
     assert search_and_rate(index, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
 
 
-def test_only_positive_parts_of_a_query_count(index: Backend, calibration: Calibration) -> None:
+def test_only_positive_parts_of_a_query_count(index: IndexBackend, calibration: Calibration) -> None:
     negative_only = QueryVectors(ABSENT, None, None)
     hits, nothing_close = search_and_rate(index, calibration, negative_only, 3, Filter())
     assert len(hits) == 3 and not nothing_close and {hit.relevance for hit in hits} == {None}
@@ -324,7 +324,7 @@ def test_only_positive_parts_of_a_query_count(index: Backend, calibration: Calib
     assert calibration.compute_relevance(with_negative, vectors) == pytest.approx(texts)
 
 
-def test_calibration_survives_serialization(index: Backend, calibration: Calibration) -> None:
+def test_calibration_survives_serialization(index: IndexBackend, calibration: Calibration) -> None:
     loaded = Calibration.from_bytes(calibration.to_bytes())
     query = make_query(IMAGES[5])
     assert loaded.compute_relevance(query, IMAGES) == pytest.approx(
@@ -421,7 +421,7 @@ def test_index_of_equal_embeddings_has_no_relevance(
 ) -> None:
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
-    assert calibrate(backend, model) is None
+    assert calibrate_index(backend, model) is None
     assert "Relevance is not calibrated, because too many images of the index are similar." in capsys.readouterr().out
 
 
@@ -431,8 +431,8 @@ def test_unchanged_index_that_cannot_be_calibrated_is_not_calibrated_again(
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
     update_calibration(backend, model)
-    calls: list[Backend] = []
-    monkeypatch.setattr(relevance, "calibrate", lambda backend, model: calls.append(backend))
+    calls: list[IndexBackend] = []
+    monkeypatch.setattr(relevance, "calibrate_index", lambda backend, model: calls.append(backend))
     update_calibration(backend, model, changed=False)
     assert not calls
     update_calibration(backend, model, changed=True)
@@ -459,7 +459,7 @@ def test_nan_is_reported(model: DualEncoder, tmp_path: Path, capsys: pytest.Capt
     broken = dataclasses.replace(
         model, encode_texts_raw=lambda texts, show_progress: torch.full((len(texts), DIM), torch.nan)
     )
-    assert calibrate(backend, broken) is None
+    assert calibrate_index(backend, broken) is None
     assert "the model returns NaN or infinity for texts" in capsys.readouterr().out
 
 

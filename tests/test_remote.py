@@ -39,9 +39,9 @@ from format_fixtures import (
 from llm2clip.cli import main
 from llm2clip.cli.commands import format_command
 from llm2clip.data import build_table, remote, storage
-from llm2clip.data.build_table import open_table
-from llm2clip.data.formats import find_files, find_format, read_rows
-from llm2clip.data.image_order import EpochOrders
+from llm2clip.data.build_table import build_record_table
+from llm2clip.data.formats import find_source_files, identify_file_format, read_rows
+from llm2clip.data.image_order import EpochImageOrders
 from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
 from llm2clip.data.images import iter_image_batches
 from llm2clip.data.records import open_records
@@ -51,7 +51,7 @@ from llm2clip.data.storage import RemoteError, ReplacedFileError
 from llm2clip.io_utils import FatalDataError, get_cache_dir, hide_url_secrets
 from llm2clip.runs.output_folder import to_plain_types
 from llm2clip.runs.run_description import describe_run
-from llm2clip.search.build import _parse_source
+from llm2clip.search.build import _parse_index_source
 from remote_fixtures import START_S3_SERVER, WebServer, upload_folder
 
 for package in ("aiohttp", "fsspec", "moto", "s3fs"):
@@ -147,10 +147,10 @@ def test_tables_and_batches_from_s3_equal_those_from_disk(folder: Path, bucket: 
         members += [(name.replace(".jpg", ".txt"), f"caption {name}".encode()) for name, _ in members]
         write_tar(folder / f"{number:03}.tar", sorted(members))
     upload_folder(folder, bucket)
-    tables = [open_table([f"{root}/{{000..002}}.tar"], {}, SkipLog()) for root in (folder, f"s3://{bucket}")]
+    tables = [build_record_table([f"{root}/{{000..002}}.tar"], {}, SkipLog()) for root in (folder, f"s3://{bucket}")]
     assert list(tables[0].iterate_texts(["captions"])) == list(tables[1].iterate_texts(["captions"]))
     assert [len(table) for table in tables] == [3, 3]  # copies are merged
-    assert tables[0].numeric_column("image_hash").tolist() == tables[1].numeric_column("image_hash").tolist()
+    assert tables[0].get_numeric_column("image_hash").tolist() == tables[1].get_numeric_column("image_hash").tolist()
     images = [pickle.loads(pickle.dumps(table.get_images())) for table in tables]
     batches = [list(iter_image_batches(refs, lambda pixels: pixels.sum(), workers=0)) for refs in images]
     assert batches[0] == batches[1] and not batches[0][0][2]
@@ -163,9 +163,9 @@ def test_batches_download_the_next_shards_ahead(
         write_tar(folder / f"{number:03}.tar", [("a.jpg", image_bytes(number)), ("a.txt", b"caption")])
     web_server.add_folder(folder)
     urls = [f"{web_server.url}/{number:03}.tar" for number in range(20)]
-    table = open_table([f"{web_server.url}/{{000..019}}.tar"], {}, SkipLog())
+    table = build_record_table([f"{web_server.url}/{{000..019}}.tar"], {}, SkipLog())
     wait_until_cached(urls)  # background threads may still be downloading
-    orders = EpochOrders(table, np.ones(20, bool), seed=1)
+    orders = EpochImageOrders(table, np.ones(20, bool), seed=1)
     assert orders.image_order == "shards"
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "empty-cache"))
     first_image = int(orders.take(0, 0, 1)[0])
@@ -189,7 +189,7 @@ def test_a_changed_file_is_read_again(folder: Path, bucket: str) -> None:
     for rows in (ROWS[:2], ROWS):
         write_tar(folder / "x.tar", tar_members(folder, rows))
         upload_folder(folder, bucket)
-        assert len(open_table([source], {}, SkipLog())) == len(rows)
+        assert len(build_record_table([source], {}, SkipLog())) == len(rows)
 
 
 def test_parquet_images_of_a_web_server_are_read_from_the_cache(tmp_path: Path, web_server: WebServer) -> None:
@@ -205,18 +205,18 @@ def test_folders_globs_and_braces_are_resolved_in_order(bucket: str) -> None:
     names = ["b/1.tar", "b/0.tar", "b/.hidden.tar", "c.tar", "note.txt", "b/deep/2.tar"]
     storage.get_filesystem("s3").pipe({f"{bucket}/{name}": b"x" for name in names})
     root = f"s3://{bucket}"
-    folder_files = [find_format(f"{root}/b/{n}.tar") for n in range(2)]
-    assert find_files(f"{root}/b/*.tar") == folder_files
-    assert find_files(f"{root}/b/{{1..0}}.tar") == folder_files[::-1]
-    assert find_files(f"{root}/b")[-2:] == find_files(f"{root}/b/")[-2:] == folder_files
-    other_files = [find_format(f"{root}/c.tar"), find_format(f"{root}/b/deep/2.tar")]
-    assert find_files(root, all_files=True) == [other_files[0], *folder_files, other_files[1]]
+    folder_files = [identify_file_format(f"{root}/b/{n}.tar") for n in range(2)]
+    assert find_source_files(f"{root}/b/*.tar") == folder_files
+    assert find_source_files(f"{root}/b/{{1..0}}.tar") == folder_files[::-1]
+    assert find_source_files(f"{root}/b")[-2:] == find_source_files(f"{root}/b/")[-2:] == folder_files
+    other_files = [identify_file_format(f"{root}/c.tar"), identify_file_format(f"{root}/b/deep/2.tar")]
+    assert find_source_files(root, all_files=True) == [other_files[0], *folder_files, other_files[1]]
     for missing in ("x.tar", "x/*.tar", "x/{0..1}.tar", "x"):
         with pytest.raises(FileNotFoundError, match=f"{root}/x.*: no such file or folder"):
-            find_files(f"{root}/{missing}")
+            find_source_files(f"{root}/{missing}")
     storage.get_filesystem("s3").pipe({f"{bucket}/z.zip": b"x"})
     with pytest.raises(ValueError, match=r"z\.zip: unknown format; unpack the archive"):
-        find_files(f"{root}/z.zip")
+        find_source_files(f"{root}/z.zip")
 
 
 # ---- paths in data ---------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_failing_shard_is_named_and_skipped(folder: Path, web_server: WebServe
     web_server.files |= {f"/{n}.tar": web_server.files["/x.tar"] for n in range(2)}
     web_server.files["/0.tar"] += b"x"
     url, log = f"{web_server.url}/{{0..1}}.tar?key=SECRET", SkipLog(max_skipped=0.3)
-    sources = find_files(url)
+    sources = find_source_files(url)
     web_server.broken = {"/0.tar"}
     records = list(open_records(url, log))
     assert len(records) == len(ROWS) and len(sources) == 2
@@ -341,12 +341,12 @@ def test_the_next_run_tries_again_to_read_a_failed_shard(
     web_server.add_folder(folder)
     url = f"{web_server.url}/{{0..1}}.tar"
     web_server.broken = {"/0.tar"}
-    assert [len(open_table([url], {}, SkipLog(max_skipped=0.5))) for _ in range(2)] == [2, 2]
+    assert [len(build_record_table([url], {}, SkipLog(max_skipped=0.5))) for _ in range(2)] == [2, 2]
     web_server.broken = set()
-    assert len(open_table([url], {}, SkipLog(max_skipped=0.5))) == 2  # all processes of a run use the same rows
+    assert len(build_record_table([url], {}, SkipLog(max_skipped=0.5))) == 2  # all processes of a run use the same rows
     monkeypatch.setattr(build_table, "START_TIME", time.time_ns())
     monkeypatch.setattr(remote, "_failures", {})
-    assert len(open_table([url], {}, SkipLog())) == 3
+    assert len(build_record_table([url], {}, SkipLog())) == 3
 
 
 def test_permanent_errors_are_not_retried(web_server: WebServer) -> None:
@@ -360,7 +360,7 @@ def test_permanent_errors_are_not_retried(web_server: WebServer) -> None:
             remote.get_local_path(url)
         assert web_server.count("GET") == before + 1
     with pytest.raises(RemoteError, match=r"127\.0\.0\.1:1/x\.tar: .*after 4 attempts"):
-        find_files("http://127.0.0.1:1/x.tar")
+        find_source_files("http://127.0.0.1:1/x.tar")
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3"])
@@ -383,7 +383,7 @@ def test_a_file_that_is_replaced_during_a_run_stops_the_run(
 
 
 def open_records_without_lookup(url: str) -> Any:
-    return read_rows(find_format(url))
+    return read_rows(identify_file_format(url))
 
 
 def test_a_file_that_is_replaced_between_two_blocks_is_rejected(
@@ -392,13 +392,13 @@ def test_a_file_that_is_replaced_between_two_blocks_is_rejected(
     monkeypatch.setattr(storage, "BLOCK_BYTES", 4000)
     monkeypatch.setenv("AWS_ENDPOINT_URL", web_server.url)
     web_server.files["/b/x.tar"] = DATA
-    fetch = storage.fetch_block
+    fetch = storage.fetch_byte_range
 
     def fetch_and_replace(*args: Any) -> None:
         fetch(*args)
         web_server.files["/b/x.tar"] = DATA[::-1]
 
-    monkeypatch.setattr(storage, "fetch_block", fetch_and_replace)
+    monkeypatch.setattr(storage, "fetch_byte_range", fetch_and_replace)
     for url in ("s3://b/x.tar", f"{web_server.url}/b/x.tar"):
         web_server.files["/b/x.tar"] = DATA
         with pytest.raises(ReplacedFileError):
@@ -439,7 +439,7 @@ def test_a_full_disk_stops_the_run(folder: Path, web_server: WebServer, monkeypa
     def fetch_to_full_disk(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage, "fetch_block", fetch_to_full_disk)
+    monkeypatch.setattr(storage, "fetch_byte_range", fetch_to_full_disk)
     with pytest.raises(CacheFullError, match=r"x\.tar: cannot write .*No space left .* LLM2CLIP_CACHE"):
         list(open_records(url))
     assert not is_cached(url)
@@ -449,14 +449,14 @@ def test_a_full_disk_frees_the_cache(web_server: WebServer, monkeypatch: pytest.
     urls = [f"{web_server.url}/{n}.tar" for n in range(2)]
     web_server.files |= {f"/{n}.tar": DATA for n in range(2)}
     remote.get_local_path(urls[0])
-    fetch = storage.fetch_block
+    fetch = storage.fetch_byte_range
 
     def fetch_if_space(*args: Any) -> None:
         if is_cached(urls[0]):
             raise OSError(28, "No space left on device")
         fetch(*args)
 
-    monkeypatch.setattr(storage, "fetch_block", fetch_if_space)
+    monkeypatch.setattr(storage, "fetch_byte_range", fetch_if_space)
     assert Path(remote.get_local_path(urls[1])).read_bytes() == DATA
     assert not is_cached(urls[0])
 
@@ -473,7 +473,7 @@ def test_two_processes_download_a_file_once(web_server: WebServer) -> None:
 def test_prefetch_downloads_in_the_background(web_server: WebServer) -> None:
     web_server.files |= {f"/{n}.tar": DATA for n in range(10)}
     urls = [f"{web_server.url}/{n}.tar" for n in range(10)]
-    remote.prefetch([*urls, f"{web_server.url}/missing.tar", "/local.tar"])
+    remote.prefetch_remote_files([*urls, f"{web_server.url}/missing.tar", "/local.tar"])
     wait_until_cached(urls)
     num_requests = web_server.count("GET")
     for url in urls:
@@ -492,7 +492,7 @@ def test_prefetch_has_few_threads_and_prefers_the_latest_call(monkeypatch: pytes
 
     monkeypatch.setattr(remote, "get_local_path", download)
     for call in range(20):
-        remote.prefetch([f"http://host/{call}-{n}.tar" for n in range(10)])
+        remote.prefetch_remote_files([f"http://host/{call}-{n}.tar" for n in range(10)])
     while len(started) < remote.PREFETCH_THREADS:
         time.sleep(0.001)
     proceed.set()
@@ -550,12 +550,12 @@ def test_messages_contain_no_credentials(web_server: WebServer, tmp_path: Path) 
     web_server.faults += ["403"]
     for failing in (f"{web_server.url}/gone.tar?sig=SECRET", "http://127.0.0.1:1/x.tar?sig=SECRET"):
         with pytest.raises(RemoteError) as remote_error:
-            find_files(failing)
+            find_source_files(failing)
         assert "SECRET" not in str(remote_error.value)
         assert remote_error.value.__cause__ is None and remote_error.value.__suppress_context__
     assert "SECRET" not in str(FileImage(url)) + str(TarImage(url, 0, 1)) + str(ParquetImage(url, 0, "image"))
     with pytest.raises(ValueError, match=r"^https://host/x\.tar: a URL must not contain a user name"):
-        find_files("https://user:SECRET@host/x.tar")
+        find_source_files("https://user:SECRET@host/x.tar")
     text = "cannot read https://u:p@h.org/a.tar?x=1&y=2: HTTP status 403, s3://b/a?.tar"
     assert hide_url_secrets(text) == "cannot read https://h.org/a.tar: HTTP status 403, s3://b/a?.tar"
 
@@ -614,9 +614,9 @@ def test_redirects_from_https_to_http_are_rejected(headers: dict[str, str], is_a
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "botocore.session", None)
     with pytest.raises(ImportError, match=r"s3:// requires additional .* Run pip install 'llm2clip\[remote\]'"):
-        find_files("s3://bucket/x.tar")
+        find_source_files("s3://bucket/x.tar")
 
 
 def test_remote_images_cannot_be_indexed() -> None:
     with pytest.raises(ValueError, match=r"s3://b/x\.tar: only local images can be indexed"):
-        _parse_source("s3://b/x.tar", {})
+        _parse_index_source("s3://b/x.tar", {})

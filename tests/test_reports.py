@@ -12,10 +12,10 @@ from figures import plot_intervals
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult
 from llm2clip.evaluate.comparison import (
     build_recall_table,
+    describe_benchmark_results,
     describe_caption_retrieval,
-    describe_results,
-    describe_share,
-    get_recalls,
+    describe_percentage_in_words,
+    get_informative_recalls,
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
 from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_interval_curves
@@ -27,17 +27,17 @@ from llm2clip.evaluate.training_report import (
 )
 from llm2clip.reports import (
     Code,
-    Details,
-    Example,
-    Examples,
+    CollapsibleSection,
     Figure,
     Heading,
     Paragraph,
+    ReportImage,
+    ReportImageGroup,
     Table,
     format_cell,
     render_html,
     render_markdown,
-    render_text,
+    render_plain_text,
     write_report,
 )
 
@@ -47,15 +47,15 @@ FIGURE, TABLE = Figure("<svg></svg>", "a plot"), Table(["a"], [[1]])
 def test_report_escapes_all_texts(tmp_path: Path) -> None:
     text = "<img src=x onerror=alert(1)> | `code`"
     jpeg = Image.new("RGB", (2, 2)).tobytes()  # the bytes are embedded without being decoded
-    thumbnails = [Example(jpeg, text, is_correct=True), Example(jpeg, text)]
+    thumbnails = [ReportImage(jpeg, text, is_correct=True), ReportImage(jpeg, text)]
     cards = [
-        Example(jpeg, title=text, details=[text], texts={text: [text, text]}),
-        Example(None, title=text, error=text),
+        ReportImage(jpeg, title=text, details=[text], texts={text: [text, text]}),
+        ReportImage(None, title=text, error=text),
     ]
     blocks = [
         Heading(text), Paragraph(text), Code(text), Table([text], [[text], [1.25], [None]]),
-        Figure("<svg></svg>", text), Examples(thumbnails, text, legend=[(text, "#fff")]),
-        Details(text, text), Examples(cards, as_cards=True),
+        Figure("<svg></svg>", text), ReportImageGroup(thumbnails, text, legend=[(text, "#fff")]),
+        CollapsibleSection(text, text), ReportImageGroup(cards, as_cards=True),
     ]  # fmt: skip
     write_report(tmp_path / "page.html", text, text, blocks)
     page, markdown = (tmp_path / "page.html").read_text(), (tmp_path / "page.md").read_text()
@@ -124,8 +124,8 @@ def test_markdown_omits_sections_that_consist_of_plots_and_images() -> None:
 
 
 def test_texts_of_cards_cannot_reorder_each_other() -> None:
-    card = Example(None, title="\u202ea.jpg", details=["\u202e1", "2"], texts={"rejected: \u202e": ["\u202ex"]})
-    page = render_html("T", [Examples([card], as_cards=True)])
+    card = ReportImage(None, title="\u202ea.jpg", details=["\u202e1", "2"], texts={"rejected: \u202e": ["\u202ex"]})
+    page = render_html("T", [ReportImageGroup([card], as_cards=True)])
     for element in (
         "<bdi>\u202ea.jpg</bdi>",
         "<bdi>\u202e1</bdi>, <bdi>2</bdi>",
@@ -139,7 +139,7 @@ def test_text_report_is_aligned_and_has_no_control_characters() -> None:
     blocks = [Heading("Sizes"), Table(["name", "size"], [["[red]\x1b[31m", 12.5], ["b", None]]), Paragraph(":cat: [b]")]
     lines = ["good\\x1b", "", "SIZES", "name           size", "[red]\\x1b[31m  12.5", "b                 –"]
     lines += ["", ":cat: [b]"]
-    assert render_text([*blocks, Heading("Plots"), FIGURE], "good\x1b").splitlines() == lines
+    assert render_plain_text([*blocks, Heading("Plots"), FIGURE], "good\x1b").splitlines() == lines
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_text_report_is_aligned_and_has_no_control_characters() -> None:
     ],
 )  # fmt: skip
 def test_share_in_words_never_claims_more_than_the_percentage(percent: float, text: str) -> None:
-    assert describe_share(percent) == text
+    assert describe_percentage_in_words(percent) == text
 
 
 def make_retrieval_result(model: str, recall: float, images: int = 1000, **row: Any) -> BenchmarkResult:
@@ -182,12 +182,14 @@ FINDS = "M ranks the correct image in the top 10 of 1,000 for 6 of 10 captions (
     ],
 )
 def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[BenchmarkResult], verdict: str) -> None:
-    assert describe_results("coco", [make_retrieval_result("M", 62.0), *others]) == FINDS + verdict
+    assert describe_benchmark_results("coco", [make_retrieval_result("M", 62.0), *others]) == FINDS + verdict
 
 
 def test_verdict_says_that_too_few_images_were_evaluated() -> None:
-    assert "Only 1 image evaluated: too few" in describe_results("data", [make_retrieval_result("M", 100.0, images=1)])
-    rough = describe_results("data", [make_retrieval_result("M", 62.0, images=30)])
+    assert "Only 1 image evaluated: too few" in describe_benchmark_results(
+        "data", [make_retrieval_result("M", 100.0, images=1)]
+    )
+    rough = describe_benchmark_results("data", [make_retrieval_result("M", 62.0, images=30)])
     assert "of 30 for 6 of 10" in rough and rough.endswith("recall is imprecise (95% interval 50 to 71%).")
     assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
     metrics = {"images": 5000, "CRA": 27.3}
@@ -205,7 +207,10 @@ def test_recall_that_a_random_order_reaches_is_not_shown() -> None:
     assert set(chance[1:]) == {None} and set(model[1:]) == {None, "1", "none"}
     ranks = torch.zeros(6, dtype=torch.int64)
     row = retrieval_metrics(ranks, ranks, torch.arange(6))
-    assert get_recalls(row, "T2I") == [100.0, 100.0, None] and get_recalls(row, "T2I", " chance")[2] is None
+    assert (
+        get_informative_recalls(row, "T2I") == [100.0, 100.0, None]
+        and get_informative_recalls(row, "T2I", " chance")[2] is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +224,7 @@ def test_recall_that_a_random_order_reaches_is_not_shown() -> None:
     ],
 )
 def test_verdict_of_other_benchmarks_names_the_main_metric(summary: dict[str, Any], verdict: str) -> None:
-    assert describe_results("b", [BenchmarkResult(summary, model="M")]) == verdict
+    assert describe_benchmark_results("b", [BenchmarkResult(summary, model="M")]) == verdict
 
 
 def test_recall_table_says_that_the_number_of_truncated_texts_is_unknown() -> None:

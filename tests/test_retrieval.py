@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 
 from format_fixtures import image_bytes
-from llm2clip.data.image_refs import MemoryImage
+from llm2clip.data.image_refs import InMemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.metrics import (
     compute_positive_ranks,
@@ -21,7 +21,7 @@ from llm2clip.evaluate.retrieval import (
     analyse_errors,
     compute_recall_by_length,
     find_worst_captions,
-    make_length_bins,
+    make_caption_length_bins,
     measure_caption_lengths,
 )
 
@@ -145,13 +145,16 @@ def test_recall_intervals_ignore_images_without_captions() -> None:
 
 
 def test_length_bins_have_about_as_many_captions_each() -> None:
-    assert make_length_bins(list(range(1, 101))) == [(1, 20), (21, 40), (41, 60), (61, 80), (81, 100)]
-    assert make_length_bins(list(range(1, 241)))[-1] == (201, 240) and len(make_length_bins(list(range(1, 241)))) == 6
-    assert make_length_bins([7] * 100) == [(7, 7)]
-    assert make_length_bins([3, 9, 5]) == [(3, 9)]
-    assert make_length_bins([5] * 50 + [8] * 50) == [(5, 7), (8, 8)]
-    assert make_length_bins([1] + [2] * 59 + [3] * 60) == [(1, 2), (3, 3)], "no bin of a single caption"
-    assert make_length_bins([2] * 60 + [3] * 59 + [9]) == [(2, 2), (3, 9)]
+    assert make_caption_length_bins(list(range(1, 101))) == [(1, 20), (21, 40), (41, 60), (61, 80), (81, 100)]
+    assert (
+        make_caption_length_bins(list(range(1, 241)))[-1] == (201, 240)
+        and len(make_caption_length_bins(list(range(1, 241)))) == 6
+    )
+    assert make_caption_length_bins([7] * 100) == [(7, 7)]
+    assert make_caption_length_bins([3, 9, 5]) == [(3, 9)]
+    assert make_caption_length_bins([5] * 50 + [8] * 50) == [(5, 7), (8, 8)]
+    assert make_caption_length_bins([1] + [2] * 59 + [3] * 60) == [(1, 2), (3, 3)], "no bin of a single caption"
+    assert make_caption_length_bins([2] * 60 + [3] * 59 + [9]) == [(2, 2), (3, 9)]
 
 
 def test_caption_lengths_are_in_words_or_characters() -> None:
@@ -168,7 +171,7 @@ def ranks() -> RetrievalRanks:
     texts = F.normalize(images[owner] + 1.2 * torch.randn(60, 6, generator=g), dim=-1)
     captions = [" ".join(["word"] * (1 + 2 * (n % 6))) for n in range(60)]
     records = [
-        Record(str(n), MemoryImage(image_bytes(n), f"{n}.jpg"), tuple(captions[5 * n : 5 * n + 5])) for n in range(12)
+        Record(str(n), InMemoryImage(image_bytes(n), f"{n}.jpg"), tuple(captions[5 * n : 5 * n + 5])) for n in range(12)
     ]
     return RetrievalRanks(records, images, texts, owner, *two_way_ranks(images, texts, owner))
 
@@ -201,7 +204,7 @@ def test_analyse_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRan
     assert sum(image.is_correct is True for image in images) == 1, "the caption's own image is among them, or appended"
     assert images[0].caption == f"1. cosine {float(scores.max()):.2f}" and all(image.jpeg for image in images)
     unit, lengths = measure_caption_lengths(ranks.captions)
-    assert (analysis.length_unit, analysis.length_bins) == (unit, make_length_bins(lengths))
+    assert (analysis.length_unit, analysis.length_bins) == (unit, make_caption_length_bins(lengths))
     assert analysis.recall_by_length == compute_recall_by_length(ranks, lengths, analysis.length_bins)
     last = analysis.failures[0].images[-1]  # the correct image, after the top five
     assert len(analysis.failures) == 3 and len(analysis.failures[0].images) == 6 and last.is_correct

@@ -11,7 +11,13 @@ import pytest
 
 from llm2clip.cli import main
 from llm2clip.reports import Table
-from llm2clip.runs.output_folder import RUN_LOCK, MetricsLog, folder_lock, read_latest_metrics, save_or_check_config
+from llm2clip.runs.output_folder import (
+    RUN_LOCK,
+    MetricsLog,
+    hold_folder_lock,
+    read_latest_metrics,
+    save_or_check_config,
+)
 from llm2clip.tools import runs
 from test_output_folder import RUN_CONFIGS
 
@@ -20,7 +26,7 @@ needs_lock_list = pytest.mark.skipif(not runs.LOCKS_FILE.exists(), reason="needs
 
 def make_run(folder: Path, command: str, outputs: tuple[str, ...] = ()) -> Path:
     """Create a run directory with a config, a lock that is not held, and empty outputs."""
-    with folder_lock(folder, RUN_LOCK):
+    with hold_folder_lock(folder, RUN_LOCK):
         save_or_check_config(RUN_CONFIGS[command], folder)
     for output in outputs:
         (folder / output).parent.mkdir(parents=True, exist_ok=True)
@@ -47,8 +53,8 @@ def list_rows(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the cells of each run, keyed by its path in the folder, and the lines below the table."""
     tables: list[Table] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "render_text", lambda blocks, width: tables.extend(blocks) or "")
-        skipped = runs.list_runs(folder)[1:]
+        patch.setattr(runs, "render_plain_text", lambda blocks, width: tables.extend(blocks) or "")
+        skipped = runs.list_run_directories(folder)[1:]
     rows = [dict(zip(runs.COLUMNS, row, strict=True)) for row in tables[0].rows]
     return {os.path.relpath(row["run"], folder): row for row in rows}, skipped
 
@@ -67,7 +73,7 @@ def test_runs_shows_the_progress_of_a_running_stage(folder: Path) -> None:
     MetricsLog(run / "align/evaluations.jsonl").write(
         50, **{"captions I2T R@1": 41.26, "captions T2I R@1": 38.0, "long_captions I2T R@1": 1.0}
     )
-    with folder_lock(run, RUN_LOCK):
+    with hold_folder_lock(run, RUN_LOCK):
         row = list_rows(folder)[0]["a"]
     date = row.pop("last change")
     assert time.mktime(time.strptime(date, "%Y-%m-%d %H:%M:%S")) == pytest.approx(time.time() + 30, abs=60)
@@ -98,7 +104,7 @@ def test_runs_shows_the_progress_of_llava(folder: Path) -> None:
     now = time.time()
     os.utime(marker, (now, now))
     os.utime(stage / "metrics.jsonl", (now + 30, now + 30))
-    with folder_lock(run, RUN_LOCK):
+    with hold_folder_lock(run, RUN_LOCK):
         row = list_rows(folder)[0]["a"]
     assert [row[name] for name in ("stage", "step", "loss", "time left")] == ["instruct", "60 of 64", "0.123", "12 s"]
     assert time.mktime(time.strptime(row["last change"], "%Y-%m-%d %H:%M:%S")) == pytest.approx(now + 30, abs=2)
@@ -118,7 +124,7 @@ def test_runs_estimates_the_time_left_from_the_start_of_a_resumed_run(folder: Pa
     os.utime(run / "checkpoints/checkpoint-50/complete", (now - 1e6, now - 1e6))  # saved before the interruption
     os.utime(run / "config.yaml", (now - 20, now - 20))
     os.utime(run / "metrics.jsonl", (now, now))
-    with folder_lock(run, RUN_LOCK):
+    with hold_folder_lock(run, RUN_LOCK):
         assert list_rows(folder)[0]["a"]["time left"] == "1 min 20 s"
         os.utime(run / "metrics.jsonl", (now - 60, now - 60))  # not written since the run was resumed
         assert list_rows(folder)[0]["a"]["time left"] is None
@@ -181,7 +187,7 @@ def test_runs_lists_stores_indexes_and_captions(folder: Path) -> None:
     }
     assert rows["store"]["result"] == "1,234 captions"
     (folder / "store/.incoming").rmdir()
-    with folder_lock(folder / "index"), folder_lock(folder, ".captions.jsonl.lock"):
+    with hold_folder_lock(folder / "index"), hold_folder_lock(folder, ".captions.jsonl.lock"):
         rows = list_rows(folder)[0]
     assert {name: row["state"] for name, row in rows.items()} == {
         "run": "interrupted", "store": "finished", "index": "running", "captions.jsonl": "running"

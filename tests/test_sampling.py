@@ -14,10 +14,10 @@ from align_fixtures import ALIGN, fresh_model
 from conftest import run_with_few_open_files
 from format_fixtures import image_bytes
 from llm2clip.config import AlignConfig
-from llm2clip.data.image_refs import MemoryImage
+from llm2clip.data.image_refs import InMemoryImage
 from llm2clip.data.records import CAPTION_FIELDS, Record
 from llm2clip.data.table import RecordTable
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.store.store import EmbeddingStore, find_caption_rows
 from llm2clip.train.sampling import (
     AlignBatches,
@@ -186,7 +186,7 @@ class NumberedCaptions:
         return rows[:, None].astype(np.float32)
 
 
-PREPROCESS = Preprocess(8, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
+PREPROCESS = PreprocessConfig(8, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
 
 
 def test_workers_send_large_batches_with_few_open_files() -> None:
@@ -196,7 +196,7 @@ def test_workers_send_large_batches_with_few_open_files() -> None:
 
 def _load_large_batches() -> None:
     data, broken = image_bytes(0), b"not an image"
-    records = [Record(str(n), MemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(300)]
+    records = [Record(str(n), InMemoryImage(broken if n % 100 == 7 else data, str(n)), (str(n),)) for n in range(300)]
     model: Any = SimpleNamespace(tower=SimpleNamespace(preprocess=PREPROCESS))
     config = dataclasses.replace(ALIGN, batch_size=150, epochs=1, workers=1)
     table = RecordTable.from_records(records)

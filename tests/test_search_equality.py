@@ -19,18 +19,18 @@ from starlette.testclient import TestClient
 from conftest import HANG_TIMEOUT
 from llm2clip import Index
 from llm2clip.cli import main
-from llm2clip.cli.search import NOT_CALIBRATED, NOTHING_CLOSE, parse_time, resolve_path_filter
+from llm2clip.cli.search import NOT_CALIBRATED, NOTHING_CLOSE, parse_iso_timestamp, resolve_path_filter
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.model_folder import save_query_templates
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.search.index import SearchOptions
-from llm2clip.search.inference import Limits
+from llm2clip.search.inference import ServerLimits
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.relevance import update_calibration
-from llm2clip.search.server import Access, create_app
+from llm2clip.search.server import AccessPolicy, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import NotFound, UnsupportedQuery
+from llm2clip.search.types import NotFoundError, UnsupportedQuery
 from search_fixtures import add_red_detector, make_index, reject_all_texts, running_server
 
 INVALID_ADDRESSES = (
@@ -88,7 +88,9 @@ def client(backend: SqliteBackend, model: DualEncoder) -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def address(backend: SqliteBackend, model: DualEncoder) -> Iterator[str]:
     """Return the address of a running server, with its token, as `serve` prints it."""
-    app = create_app(model, SqliteBackend(backend.folder), Limits(timeout=HANG_TIMEOUT), Access(token="secret"))
+    app = create_app(
+        model, SqliteBackend(backend.folder), ServerLimits(timeout=HANG_TIMEOUT), AccessPolicy(token="secret")
+    )
     with running_server(app) as address:
         yield f"{address}?token=secret"
 
@@ -229,7 +231,7 @@ def test_pages_of_an_index_follow_each_other(index: Index) -> None:
 def test_index_explains_mistakes(index: Index, backend: SqliteBackend) -> None:
     with pytest.raises(ValueError, match="the query is empty"):
         index.embed(SearchQuery())
-    with pytest.raises(NotFound, match="no image with id 999"):
+    with pytest.raises(NotFoundError, match="no image with id 999"):
         index.search(SearchQuery(like=["999"]))
     with pytest.raises(UnsupportedQuery, match="at least one text"):
         index.explain(SearchQuery(like=["1"]), "1")
@@ -377,11 +379,11 @@ def test_index_watch_updates_until_interrupted(
 def test_parse_time_accepts_dates_and_times() -> None:
     midnight = datetime(2024, 5, 31).timestamp()
     for text in ("2024-05-31", "20240531"):
-        assert parse_time(text, "--after") == midnight
-        end = parse_time(text, "--before", end_of_day=True)
+        assert parse_iso_timestamp(text, "--after") == midnight
+        end = parse_iso_timestamp(text, "--before", end_of_day=True)
         assert end is not None and midnight + 86399 < end < midnight + 86400
     for option, end_of_day in (("--after", False), ("--before", True)):
-        assert parse_time("2024-05-31T12:00", option, end_of_day) == midnight + 43200
+        assert parse_iso_timestamp("2024-05-31T12:00", option, end_of_day) == midnight + 43200
 
 
 def test_canonical_path_resolves_only_existing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,13 @@ from llm2clip.search.backends import open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.sqlite_backend import QuantizedVectors, SqliteBackend
-from llm2clip.search.types import IndexedContent, IndexedImage, IndexUnavailableError, ref_from_json, ref_to_json
+from llm2clip.search.types import (
+    IndexedContent,
+    IndexedImage,
+    IndexUnavailableError,
+    image_ref_from_json,
+    image_ref_to_json,
+)
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
 QUERY = np.eye(16, dtype=np.float32)[0]
@@ -102,7 +108,7 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
     index_sources([photos], dual_encoder, SqliteBackend(index, write=True))
     reader = SqliteBackend(index)
     old = search_names(reader)
-    vectors = reader._get_vectors()
+    vectors = reader._get_quantized_vectors()
 
     new = SqliteBackend(tmp_path / "new", write=True)
     index_sources([image_folder], dual_encoder, new)
@@ -110,9 +116,9 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
     index.rename(tmp_path / "old")  # the path does not exist for a moment
     assert search_names(reader) == search_names(reader, Filter(path=str(photos))) == old
     assert reader.search(QUERY, 3, Filter(), words=["1.png"])[0].matched == ("name",)
-    assert reader._get_vectors() is vectors
+    assert reader._get_quantized_vectors() is vectors
     reader._vectors = None
-    assert len(reader._get_vectors()) == len(vectors)
+    assert len(reader._get_quantized_vectors()) == len(vectors)
     (tmp_path / "new").rename(index)
     assert search_names(reader) == expected != old
     assert reader.count() == counts
@@ -188,12 +194,12 @@ def test_vectors_stay_in_memory_if_new_ones_cannot_be_read(tmp_path: Path, monke
         return read(db, last_id)
 
     add(1)
-    backend._get_vectors()
+    backend._get_quantized_vectors()
     monkeypatch.setattr(sqlite_backend, "_read_vector_chunks", failing_read)
     add(2)
     with pytest.raises(IndexUnavailableError, match="disk I/O error"):
-        backend._get_vectors()
-    assert len(backend._get_vectors()) == 2
+        backend._get_quantized_vectors()
+    assert len(backend._get_quantized_vectors()) == 2
     assert starts == [1, 1]  # only the second vector is read
 
 
@@ -301,7 +307,7 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
     complete = RecordingBackend(tmp_path / "complete", write=True)
     index_sources([photos], dual_encoder, complete, batch_size=2)
     metadata = complete.metadata()
-    for moment, call, committed in (("get_columns", 4, 2), ("finish_indexing", 1, 6)):
+    for moment, call, committed in (("get_column_values", 4, 2), ("finish_indexing", 1, 6)):
         exit_code = run_in_process(_add_until_killed, tmp_path / moment, metadata, batches, moment, call)
         assert exit_code == -signal.SIGKILL
         backend = SqliteBackend(tmp_path / moment, write=True)
@@ -314,7 +320,7 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
 
 def _add_until_killed(folder: Path, metadata: dict[str, Any], batches: list[Any], moment: str, call: int) -> None:
     """Add images to an index, and kill this process at a call of a function."""
-    owners = {"get_columns": sqlite_backend, "finish_indexing": SqliteBackend}
+    owners = {"get_column_values": sqlite_backend, "finish_indexing": SqliteBackend}
     function = getattr(owners[moment], moment)
     calls = count(1)
 
@@ -657,7 +663,7 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
         backend.add_images(contents, images)
         for query in queries:
             exact = vectors[:end].astype(np.float64) @ query.astype(np.float64)
-            ids, scores = backend._rank_nearest(query, 10, None)
+            ids, scores = backend._rank_nearest_vectors(query, 10, None)
             best = np.argsort(-exact)[:10]
             if exact[best[-1]] < 1:  # otherwise more than ten vectors are equal
                 assert set(ids - 1) == set(best)
@@ -665,10 +671,10 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
             assert scores == pytest.approx(exact[ids - 1], abs=1e-5)
             assert (np.diff(scores) <= 0).all()
     for allowed_ids in (np.arange(1, 6001, 100), np.arange(1, 6001, 2)):  # few are scored directly, many are scanned
-        ids, _ = backend._rank_nearest(queries[0], 10, allowed_ids)
+        ids, _ = backend._rank_nearest_vectors(queries[0], 10, allowed_ids)
         exact = vectors[allowed_ids - 1].astype(np.float64) @ queries[0]
         assert set(ids) == set(allowed_ids[np.argsort(-exact)[:10]])
-    ids, scores = backend._rank_nearest(queries[0], 10, np.empty(0, np.int64))
+    ids, scores = backend._rank_nearest_vectors(queries[0], 10, np.empty(0, np.int64))
     assert len(ids) == len(scores) == 0
 
 
@@ -685,7 +691,7 @@ def test_sqlite_pages_of_near_equal_vectors_are_complete(tmp_path: Path, noise: 
     query /= np.linalg.norm(query)
     pages = []
     for offset in range(0, 240, 20):
-        pages.extend(backend._rank_nearest(query.astype(np.float32), offset + 20, None)[0][offset:].tolist())
+        pages.extend(backend._rank_nearest_vectors(query.astype(np.float32), offset + 20, None)[0][offset:].tolist())
     assert len(set(pages)) == 240
     best = np.argsort(-(vectors.astype(np.float64) @ query))[:150] + 1
     assert noise == 0 or set(best) <= set(pages)
@@ -697,7 +703,7 @@ def test_ctrl_c_during_a_search_is_a_keyboard_interrupt(kind: type[Exception], m
         raise kind from KeyboardInterrupt()
 
     monkeypatch.setattr(sqlite_backend, "exact_search", fail_as_usearch)
-    vectors = QuantizedVectors(127).with_added([(np.arange(1, 3), QUERY[None].repeat(2, 0))])
+    vectors = QuantizedVectors(127).with_added_vectors([(np.arange(1, 3), QUERY[None].repeat(2, 0))])
     with pytest.raises(KeyboardInterrupt):
         vectors.find_nearest(QUERY, 1)
 
@@ -718,13 +724,13 @@ STORED_REFS = (
 
 @pytest.mark.parametrize(("ref", "text"), STORED_REFS)
 def test_ref_to_json_matches_the_stored_form(ref: ImageRef, text: str) -> None:
-    assert ref_to_json(ref) == text
-    assert ref_from_json(text) == ref
+    assert image_ref_to_json(ref) == text
+    assert image_ref_from_json(text) == ref
 
 
 def test_ref_from_json_rejects_unknown_types() -> None:
     with pytest.raises(ValueError, match="unknown image reference type"):
-        ref_from_json('["Popen", {}]')
+        image_ref_from_json('["Popen", {}]')
 
 
 @pytest.mark.parametrize(("version", "advice"), [(1, "Build a new index"), (99, "Update llm2clip")])

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.inference import Limits
-from llm2clip.search.server import Access, create_app
+from llm2clip.search.inference import ServerLimits
+from llm2clip.search.server import AccessPolicy, create_app
 from page_fixtures import on_both_devices, wait_until
 from search_fixtures import (
     HANG_TIMEOUT,
@@ -26,7 +26,7 @@ def address(tmp_path_factory: pytest.TempPathFactory, image_folder: Path, dual_e
     """Address of a running server with an index."""
     index = make_index(tmp_path_factory.mktemp("index"), image_folder, dual_encoder)
     model = add_red_detector(dual_encoder, "a red one")
-    app = create_app(model, index, Limits(timeout=HANG_TIMEOUT))
+    app = create_app(model, index, ServerLimits(timeout=HANG_TIMEOUT))
     with pytest.MonkeyPatch.context() as patch, running_server(app) as address:
         patch.setattr(
             "llm2clip.search.query.UNCENTRED_COPY_SIMILARITY", 1.1
@@ -722,7 +722,7 @@ def test_placeholders_are_readable_and_key_hints_are_hidden_on_touch_devices(pag
 
 
 def test_page_without_a_token_asks_for_it(browser: Any, dual_encoder: DualEncoder) -> None:
-    with running_server(create_app(dual_encoder, access=Access(token="secret"))) as address:
+    with running_server(create_app(dual_encoder, access=AccessPolicy(token="secret"))) as address:
         page = browser.new_page()
         page.goto(f"{address}#q=red")
         page.locator("input[name=token]").fill("wrong")

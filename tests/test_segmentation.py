@@ -33,11 +33,11 @@ from llm2clip.models.vision.segmentation import (
     PixelScores,
     ResizeForWindows,
     WindowAxis,
-    arrange_windows,
+    arrange_window_scores,
     extract_windows,
     segment,
 )
-from llm2clip.reports import Examples
+from llm2clip.reports import ReportImageGroup
 
 STUFF = Layout("coco/val2017/1.jpg", "coco/stuffthingmaps/val2017/1.png")
 ADE20K = Layout(
@@ -238,7 +238,7 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     assert original == size and resized.shape == (3, rows.length, columns.length)
     windows = extract_windows(resized, rows, columns)
     cells = torch.randn(len(windows), 3, windows.shape[2] // 4, windows.shape[3] // 4, generator=generator)
-    grid = arrange_windows(cells.permute(0, 2, 3, 1), rows, columns)
+    grid = arrange_window_scores(cells.permute(0, 2, 3, 1), rows, columns)
     scores = PixelScores(
         grid, rows.build_matrix(cells.shape[2], size[0]), columns.build_matrix(cells.shape[3], size[1])
     )
@@ -404,7 +404,7 @@ def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: P
     for has_background in (False, True):
         shown = dataclasses.replace(data, has_background=has_background)
         *_, examples = build_segmentation_blocks(shown, result)
-        assert isinstance(examples, Examples)
+        assert isinstance(examples, ReportImageGroup)
         image, overlay = (load_image(item.jpeg).float() for item in examples.images)
         change = (overlay - image).abs().sum(0)
         assert change[:, 40:].mean() > 20, "class 1 is coloured"

@@ -40,12 +40,12 @@ from llm2clip.search import inference
 from llm2clip.search import server as server_module
 from llm2clip.search.backends import open_backend
 from llm2clip.search.index import Index
-from llm2clip.search.inference import DECODERS, SCANS, Batcher, InferenceService, Limits, QueueFull
+from llm2clip.search.inference import DECODERS, SCANS, InferenceBatcher, InferenceService, QueueFull, ServerLimits
 from llm2clip.search.metadata import Filter
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS
-from llm2clip.search.server import Access, create_app, make_server_config
+from llm2clip.search.server import AccessPolicy, create_app, make_server_config
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Deadline, DeadlineExceeded, current_deadline
 from search_fixtures import (
@@ -470,7 +470,9 @@ def test_unusual_and_damaged_images_never_fail_the_server(client: TestClient, im
 
 
 def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret", hosts=None))
+    app = create_app(
+        dual_encoder, backend, ServerLimits(timeout=HANG_TIMEOUT), access=AccessPolicy(token="secret", hosts=None)
+    )
     with TestClient(app, base_url="http://example.org") as client:
 
         def thumbnail(**headers: str) -> int:
@@ -497,8 +499,11 @@ def test_token_is_required(dual_encoder: DualEncoder, backend: SqliteBackend) ->
 
 def test_model_name_is_public_only_if_its_path_is(dual_encoder: DualEncoder) -> None:
     expected = {"id": "model", "object": "model", "created": 0, "owned_by": "llm2clip"}
-    for access, code in ((Access("secret"), 401), (Access("secret", public_paths=("/health", "/v1/models")), 200)):
-        app = create_app(dual_encoder, None, Limits(timeout=HANG_TIMEOUT), access=access)
+    for access, code in (
+        (AccessPolicy("secret"), 401),
+        (AccessPolicy("secret", public_paths=("/health", "/v1/models")), 200),
+    ):
+        app = create_app(dual_encoder, None, ServerLimits(timeout=HANG_TIMEOUT), access=access)
         with TestClient(app, base_url=BASE_URL) as client:
             response = client.get("/v1/models")
             assert response.status_code == code
@@ -513,7 +518,7 @@ def test_model_in_the_working_directory_has_the_name_of_the_directory(
     dual_encoder: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    app = create_app(dataclasses.replace(dual_encoder, name="."), None, Limits(timeout=HANG_TIMEOUT))
+    app = create_app(dataclasses.replace(dual_encoder, name="."), None, ServerLimits(timeout=HANG_TIMEOUT))
     with TestClient(app, base_url=BASE_URL) as client:
         assert (
             client.get("/v1/models").json()["data"][0]["id"] == client.get("/health").json()["model"] == tmp_path.name
@@ -541,7 +546,7 @@ def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, ba
     [excluded] = re.findall(r"OTEL_PYTHON_FASTAPI_EXCLUDED_URLS='(.+)'", documentation)
     exporter, provider = memory.InMemorySpanExporter(), trace.TracerProvider()
     provider.add_span_processor(export.SimpleSpanProcessor(exporter))
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret"))
+    app = create_app(dual_encoder, backend, ServerLimits(timeout=HANG_TIMEOUT), access=AccessPolicy(token="secret"))
     instrumentation.FastAPIInstrumentor.instrument_app(app, tracer_provider=provider, excluded_urls=excluded)
     with TestClient(app, base_url=BASE_URL) as client:
         assert client.get("/?token=secret").status_code == 200
@@ -554,7 +559,9 @@ def test_traces_contain_routes_but_no_private_data(dual_encoder: DualEncoder, ba
 
 
 def test_session_cookie_does_not_contain_the_token(dual_encoder: DualEncoder, backend: SqliteBackend) -> None:
-    app = create_app(dual_encoder, backend, Limits(timeout=HANG_TIMEOUT), access=Access(token="secret", hosts=None))
+    app = create_app(
+        dual_encoder, backend, ServerLimits(timeout=HANG_TIMEOUT), access=AccessPolicy(token="secret", hosts=None)
+    )
     with TestClient(app, base_url="http://example.org", follow_redirects=False) as client:
         response = client.get("/?token=secret")
         assert response.status_code == 303 and response.headers["location"] == "/"
@@ -594,7 +601,7 @@ def test_sessions_expire_and_cannot_be_forged(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("token", ["", "sécret", "two words", "line\n"])
 def test_unusable_tokens_are_rejected(dual_encoder: DualEncoder, token: str) -> None:
     with pytest.raises(ValueError, match="printable ASCII"):
-        create_app(dual_encoder, access=Access(token=token))
+        create_app(dual_encoder, access=AccessPolicy(token=token))
 
 
 # ---- concurrency ----------------------------------------------------------------------------------------------------
@@ -735,7 +742,7 @@ def test_batcher_isolates_failing_items(error: BaseException) -> None:
         return [2 * item for item in items]
 
     with ThreadPoolExecutor(1) as executor, ThreadPoolExecutor(8) as clients:
-        batcher = Batcher(double, executor, max_batch_size=8, max_queue=10)
+        batcher = InferenceBatcher(double, executor, max_batch_size=8, max_queue=10)
         try:
             first = clients.submit(batcher.submit, [-1])
             wait_until(lambda: calls == [[-1]])
@@ -765,7 +772,7 @@ def test_batcher_removes_the_items_of_requests_that_have_timed_out() -> None:
         return items
 
     with ThreadPoolExecutor(1) as executor, ThreadPoolExecutor(1) as clients:
-        batcher = Batcher(work, executor)
+        batcher = InferenceBatcher(work, executor)
         try:
             running = clients.submit(batcher.submit, [1])
             wait_until(lambda: calls == [[1]])
@@ -788,7 +795,7 @@ def test_closed_batcher_wakes_its_callers_and_rejects_items() -> None:
         return items
 
     with ThreadPoolExecutor(1) as executor, ThreadPoolExecutor(2) as clients:
-        batcher = Batcher(work, executor, max_batch_size=1)
+        batcher = InferenceBatcher(work, executor, max_batch_size=1)
         try:
             running, waiting = clients.submit(batcher.submit, [1]), None
             wait_until(lambda: batcher._is_scheduled and len(batcher) == 0)
@@ -898,7 +905,7 @@ def test_servers_share_an_index_and_sessions(
     photos.mkdir()
     shutil.copy(image_folder / "0.png", photos)
     index_sources([photos], dual_encoder, index)
-    limits, access = Limits(timeout=HANG_TIMEOUT), Access(token="secret")
+    limits, access = ServerLimits(timeout=HANG_TIMEOUT), AccessPolicy(token="secret")
     with ExitStack() as stack:
         clients = []
         for _ in range(2):

@@ -25,8 +25,8 @@ from llm2clip.evaluate.short_queries import (
     CANDIDATES,
     LabelledQuery,
     QueryLengthResult,
-    build_queries,
     build_query_length_table,
+    build_short_queries,
     choose_query_templates,
     evaluate_short_queries,
     extract_caption_phrases,
@@ -75,7 +75,7 @@ def test_build_queries_finds_all_images_that_mention_a_phrase() -> None:
         ["grey wall", "grey"],
         ["grey sky", "Nothing else, here"],
     ]
-    queries = build_queries(captions, min_images=2, max_share=0.7)
+    queries = build_short_queries(captions, min_images=2, max_share=0.7)
     assert queries["1"] == [
         LabelledQuery("dog", (0, 1, 2, 3)),
         LabelledQuery("else", (1, 5)),
@@ -96,17 +96,17 @@ def test_build_queries_finds_all_images_that_mention_a_phrase() -> None:
         LabelledQuery("The red dog sits", (1,)),
     ]
     assert "8+" not in queries
-    assert [query.text for query in build_queries(captions, min_images=3, max_share=0.6)["1"]] == ["red"]
+    assert [query.text for query in build_short_queries(captions, min_images=3, max_share=0.6)["1"]] == ["red"]
 
 
 def test_equal_captions_share_their_images_and_samples_are_reproducible() -> None:
     long = "one two three four five six seven eight"
     captions = [[long], [f"{long.title()}!"], *([f"caption number {n} of an image"] for n in range(30))]
-    queries = build_queries(captions, max_queries=7)
+    queries = build_short_queries(captions, max_queries=7)
     assert queries["8+"] == [LabelledQuery(long, (0, 1))]
     assert len(queries["4–7"]) == 7 and len({query.text for query in queries["4–7"]}) == 7
-    assert queries["4–7"] == build_queries(captions, max_queries=7)["4–7"]
-    assert queries["4–7"] != build_queries(captions, max_queries=7, seed=1)["4–7"]
+    assert queries["4–7"] == build_short_queries(captions, max_queries=7)["4–7"]
+    assert queries["4–7"] != build_short_queries(captions, max_queries=7, seed=1)["4–7"]
     for query in queries["4–7"]:
         assert captions[query.relevant[0]] == [query.text] and len(query.relevant) == 1
 
@@ -200,7 +200,7 @@ def test_evaluate_short_queries_with_and_without_templates() -> None:
     ranks = make_ranks(captions * 3, random_vectors(12, 8))
     result = evaluate_short_queries(embeddings, ranks, QueryTemplates(("a photo of a {}",)))
     assert [length.words for length in result.plain] == ["1", "2", "3", "8+"]
-    queries = build_queries([record.captions for record in ranks.records])
+    queries = build_short_queries([record.captions for record in ranks.records])
     for lengths in (result.plain, result.with_templates):
         for length in lengths:
             assert len(length.scores) == len(queries[length.words])

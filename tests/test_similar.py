@@ -18,7 +18,7 @@ from torch import Tensor
 from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import (
     BURST_SECONDS,
@@ -53,7 +53,7 @@ def make_vectors(similarity: float, count: int) -> np.ndarray:
 
 
 def add_images(
-    backend: Backend, vectors: Sequence[np.ndarray], times: Sequence[float], modified: float = NOON - 1e6
+    backend: IndexBackend, vectors: Sequence[np.ndarray], times: Sequence[float], modified: float = NOON - 1e6
 ) -> None:
     """Add images 0.png, 1.png, ... with the given vectors and capture times, all with the same modification time."""
     backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
@@ -67,7 +67,7 @@ def add_images(
     backend.finish_indexing()
 
 
-def group_names(backend: Backend, count: int = 10) -> list[set[str]]:
+def group_names(backend: IndexBackend, count: int = 10) -> list[set[str]]:
     """Search the index, and return the file names of each group."""
     page = group_similar_hits(backend.search(QUERY, 100, Filter()), backend, count)
     groups = []

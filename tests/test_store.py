@@ -26,7 +26,7 @@ from llm2clip.data.records import Record
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError, folder_lock
+from llm2clip.runs.output_folder import FolderInUseError, FormatVersionError, hold_folder_lock
 from llm2clip.store import writer
 from llm2clip.store.encode import embed
 from llm2clip.store.layout import (
@@ -39,7 +39,7 @@ from llm2clip.store.layout import (
 )
 from llm2clip.store.maintenance import merge_stores, repair_store
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
-from llm2clip.store.writer import StoreWriter, shard_path, write_incoming_captions
+from llm2clip.store.writer import StoreWriter, get_shard_path, write_incoming_captions
 
 CAPTIONS = [f"caption number {i} of some" for i in range(50)]
 IDENTITY = {"weights": "abc", "layers": 3}
@@ -252,7 +252,7 @@ def test_embed_resumes_after_kill_at_any_moment(encoder: CaptionEncoder, llm: Pa
 
 
 def _lock_and_wait(folder: Path, connection: Any) -> None:
-    with folder_lock(folder):
+    with hold_folder_lock(folder):
         connection.send("locked")
         connection.recv()
 
@@ -565,7 +565,7 @@ def test_store_requests_only_the_pages_of_the_rows_if_it_takes_half_of_the_memor
         assert store._uses_madvise == pickle.loads(pickle.dumps(store))._uses_madvise == read_ahead
     requests: list[tuple[int, ...]] = []
     array: Any = SimpleNamespace(offset=128, _mmap=SimpleNamespace(madvise=lambda *args: requests.append(args)))
-    store._request_pages(array, np.array([0, 2, 4]))
+    store._prefetch_memory_pages(array, np.array([0, 2, 4]))
     starts = [128 + row * 12000 for row in (0, 2, 4)]
     first_bytes = [start // mmap.PAGESIZE * mmap.PAGESIZE for start in starts]
     assert requests == [
@@ -648,7 +648,11 @@ def test_key_index_matches_a_dictionary(keys: np.ndarray, tmp_path: Path) -> Non
     queries = np.concatenate([keys, missing, same_first_half, below_all])
     assert index.find_keys(queries).tolist() == [expected.get(bytes(key), -1) for key in queries]
     assert list(tmp_path.iterdir()) == [tmp_path / "index.npy"], "temporary files are deleted"
-    assert index.is_index_of(keys) and not index.is_index_of(keys[:-1]) and not index.is_index_of(keys[::-1])
+    assert (
+        index.is_intact_index_of(keys)
+        and not index.is_intact_index_of(keys[:-1])
+        and not index.is_intact_index_of(keys[::-1])
+    )
     assert build_key_index(tmp_path / "none.npy", keys[:0]) == 0
     assert KeyIndex(tmp_path / "none.npy").find_keys(queries)[0] == -1
 
@@ -675,7 +679,7 @@ def test_missing_shards_contain_each_new_caption_once_in_the_order_of_the_stream
         incoming.mkdir()
         write_incoming_captions(iter(stream), incoming, store, size, first_shard=3)
         shards = [expected[start : start + size] for start in range(0, len(expected), size)]
-        assert sorted(incoming.iterdir()) == [shard_path(incoming, 3 + n) for n in range(len(shards))]
+        assert sorted(incoming.iterdir()) == [get_shard_path(incoming, 3 + n) for n in range(len(shards))]
         assert [pq.read_table(file)["text"].to_pylist() for file in sorted(incoming.iterdir())] == shards
     (tmp_path / "none").mkdir()
     write_incoming_captions([], tmp_path / "none", None, 5, first_shard=0)

@@ -28,10 +28,10 @@ from llm2clip.caption.options import CaptionOptions
 from llm2clip.caption.run import caption_images
 from llm2clip.cli import build_parser
 from llm2clip.data.images import load_image
-from llm2clip.data.transforms import EvalTransform, Preprocess
+from llm2clip.data.transforms import EvalTransform, PreprocessConfig
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.runs.checkpoint import Checkpoints, load_training_state
+from llm2clip.runs.checkpoint import CheckpointManager, load_training_state
 from llm2clip.runs.output_folder import FormatVersionError
 from llm2clip.search.backends import open_backend
 from llm2clip.search.index import SearchOptions
@@ -137,7 +137,7 @@ def test_stored_captioning_run_asks_nothing_again(release: Path) -> None:
 
 
 def test_stored_checkpoint_is_resumed(release: Path) -> None:
-    checkpoints = Checkpoints(release / "run/align/checkpoints")
+    checkpoints = CheckpointManager(release / "run/align/checkpoints")
     checkpoints.check_signature(SIGNATURE)
     assert checkpoints.step == 2 and checkpoints.latest is not None
     resumed, uninterrupted = make_layer(), make_layer()
@@ -164,11 +164,11 @@ def test_stored_exports_return_the_same_embeddings(release: Path, expected: dict
     pixels = torch.stack(load_photos(release, EvalTransform(tower.preprocess)))
     clip = AutoModel.from_pretrained(release / "export-sentence-transformers", trust_remote_code=True)
     with torch.no_grad():
-        embeddings = F.normalize(clip.get_image_features(tower._normalize(pixels)).pooler_output, dim=-1)
+        embeddings = F.normalize(clip.get_image_features(tower._normalize_pixels(pixels)).pooler_output, dim=-1)
     assert embeddings.numpy() == pytest.approx(expected["images"], abs=1e-4)
     vision = AutoModel.from_pretrained(release / "export-vision")
     with torch.no_grad():
-        features = vision(tower._normalize(pixels)).last_hidden_state
+        features = vision(tower._normalize_pixels(pixels)).last_hidden_state
         assert torch.allclose(features, tower.forward_features(pixels), atol=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_stored_onnx_graphs_return_the_same_embeddings(release: Path, expected: 
     tokenizer.enable_padding(pad_id=0, pad_token="")
     texts = tokenizer.encode_batch(CAPTIONS)
     tokens = {"input_ids": [text.ids for text in texts], "attention_mask": [text.attention_mask for text in texts]}
-    preprocess = Preprocess.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
+    preprocess = PreprocessConfig.from_dict(json.loads((folder / "preprocessor_config.json").read_text()))
     pixels = torch.stack(load_photos(release, EvalTransform(preprocess))).numpy()
     for name, inputs, values in (
         ("text", tokens, expected["texts"]),
@@ -265,7 +265,7 @@ def set_parquet(file: Path) -> None:
         ("index/index.sqlite", set_sqlite, Index.open),
         ("index/index.sqlite", set_sqlite, lambda folder: SqliteBackend(folder, write=True)),
         ("captions.jsonl.sqlite", set_sqlite, lambda folder: CaptionDatabase(folder / "captions.jsonl.sqlite")),
-        ("run/align/checkpoints/checkpoint-2/complete", set_json, lambda folder: Checkpoints(folder.parent)),
+        ("run/align/checkpoints/checkpoint-2/complete", set_json, lambda folder: CheckpointManager(folder.parent)),
     ],
 )
 def test_newer_format_is_rejected_and_left_unchanged(

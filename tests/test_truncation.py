@@ -22,7 +22,7 @@ from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components, t
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryEncoder, SearchQuery, truncate_model_to_index
 from search_fixtures import BACKENDS, create_backend, create_patient_app, index_sources
@@ -199,14 +199,14 @@ def test_precomputed_embeddings_are_truncated(tmp_path: Path, image_folder: Path
 @pytest.fixture(params=BACKENDS)
 def truncated_index(
     request: pytest.FixtureRequest, image_folder: Path, dual_encoder: DualEncoder, tmp_path: Path
-) -> Backend:
+) -> IndexBackend:
     backend = create_backend(request.param, tmp_path / "index")
     index_sources([image_folder], dual_encoder, backend, dim=DIM)
     return backend
 
 
 def test_truncated_index_matches_brute_force(
-    truncated_index: Backend, image_folder: Path, dual_encoder: DualEncoder
+    truncated_index: IndexBackend, image_folder: Path, dual_encoder: DualEncoder
 ) -> None:
     files = sorted(image_folder.glob("*.png"))
     model = truncate_model_to_index(truncated_index.metadata(), dual_encoder)
@@ -227,7 +227,7 @@ def test_truncated_index_matches_brute_force(
 
 
 def test_server_truncates_queries_to_the_index_and_embeddings_to_the_request(
-    truncated_index: Backend, dual_encoder: DualEncoder
+    truncated_index: IndexBackend, dual_encoder: DualEncoder
 ) -> None:
     expected = QueryEncoder(dual_encoder.truncate(DIM)).embed(SearchQuery(texts=TEXTS[:1])).combined
     [first, *_] = truncated_index.search(expected, 1, Filter())

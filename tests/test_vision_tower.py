@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import CLIPVisionConfig
 
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.models.precision import FP32
 from llm2clip.models.vision.vision_tower import VisionTower, add_tower_lora, merge_tower_lora
 from llm2clip.store.encode import TowerEncoder
@@ -83,7 +83,7 @@ def pixels(size: int, count: int = 2) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def normalized(x: Tensor, preprocess: Preprocess) -> Tensor:
+def normalized(x: Tensor, preprocess: PreprocessConfig) -> Tensor:
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (preprocess.mean, preprocess.std))
     return (x / 255 - mean) / std
 
@@ -246,7 +246,7 @@ def test_preprocess_is_that_of_the_pretrained_model(
     saved: dict[str, tuple[Path, nn.Module]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     vit = VisionTower.from_pretrained(saved["test_vit"][0]).preprocess
-    assert vit == Preprocess(160, "shortest", 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert vit == PreprocessConfig(160, "shortest", 0.95, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert VisionTower.from_pretrained(saved["test_resnet"][0]).preprocess.interpolation == "bilinear"
     clip = VisionTower.from_pretrained(saved["clip"][0]).preprocess
     assert (clip.size, clip.resize_size, clip.resize, clip.mean[0]) == (32, 36, "shortest", 0.48145466)
@@ -262,7 +262,7 @@ def test_missing_preprocessor_config_falls_back_with_a_warning(
     with caplog.at_level(logging.WARNING):
         tower = VisionTower.from_pretrained(tmp_path)
     assert "has no preprocessor_config.json" in caplog.text
-    assert tower.preprocess == Preprocess(
+    assert tower.preprocess == PreprocessConfig(
         32, "shortest", 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), crop_rounding="down"
     )
 

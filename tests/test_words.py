@@ -23,7 +23,7 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search import ocr, sqlite_backend, words
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.metadata import Filter, normalize_text
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import Hit, IndexedContent, IndexedImage, IndexUnavailableError
@@ -47,7 +47,7 @@ def brute_force(images: Mapping[int, list[str]], text: str) -> set[int]:
 
 
 def add_image(
-    backend: Backend, name: str, captions: list[str], content: int, largest: float = 0.5, camera: str = ""
+    backend: IndexBackend, name: str, captions: list[str], content: int, largest: float = 0.5, camera: str = ""
 ) -> None:
     """Add an image with a random vector, which has no larger value than `largest`."""
     vector = np.random.default_rng(content).uniform(-largest, largest, DIM).astype(np.float16)
@@ -70,7 +70,7 @@ def create_index(folder: Path, count: int, kind: str = "sqlite") -> Any:
     return backend
 
 
-def search(backend: Backend, text: str = "", count: int = 1000, offset: int = 0, **conditions: Any) -> list[Hit]:
+def search(backend: IndexBackend, text: str = "", count: int = 1000, offset: int = 0, **conditions: Any) -> list[Hit]:
     query = np.arange(1, DIM + 1, dtype=np.float32)
     return backend.search(query / np.linalg.norm(query), count, Filter(**conditions), offset, [text] if text else [])
 
@@ -84,7 +84,7 @@ def names_of(found: list[Hit]) -> set[int]:
     return {int(Path(hit.images[0].name).stem) for hit in found}
 
 
-def check_full_text(backend: Backend) -> None:
+def check_full_text(backend: IndexBackend) -> None:
     if isinstance(backend, SqliteBackend):
         with backend._db.open_transaction() as connection:
             for table in words.FULL_TEXT_TABLES:  # raises an exception if a table is corrupt
@@ -261,7 +261,7 @@ def test_sqlite_and_postgres_find_the_same_images_and_fields(tmp_path: Path) -> 
         for backend in backends:
             backend.save_recognized_texts(texts)
 
-    def read_hits(backend: Backend, query: str, **conditions: Any) -> dict[str, tuple[str, ...]]:
+    def read_hits(backend: IndexBackend, query: str, **conditions: Any) -> dict[str, tuple[str, ...]]:
         return {hit.images[0].name: hit.matched for hit in search(backend, query, **conditions) if hit.matched}
 
     def compare() -> int:
@@ -421,7 +421,7 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     def fail(image: np.ndarray) -> str:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(ocr, "open_recognizer", lambda: fail)
+    monkeypatch.setattr(ocr, "open_text_recognizer", lambda: fail)
     index = tmp_path / "index"
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
     output = capsys.readouterr().out
@@ -431,7 +431,7 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     failures = [line for line in lines if line["reason"] == "text not recognised"]
     assert len(failures) == 6 and all("out of memory" in str(line) for line in failures)
     assert SqliteBackend(index).count() == (7, 6)
-    monkeypatch.setattr(ocr, "open_recognizer", lambda: lambda image: "found")
+    monkeypatch.setattr(ocr, "open_text_recognizer", lambda: lambda image: "found")
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
     assert "6 read for text" in capsys.readouterr().out  # failed images are tried again
 
@@ -454,7 +454,7 @@ def test_ocr_requires_its_packages(
 def test_real_models_read_text_of_all_orientations_and_scripts() -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (`ocr` extra)")
     pytest.importorskip("rapidocr", reason="rapidocr is not installed (`ocr` extra)")
-    recognize = ocr.open_recognizer()
+    recognize = ocr.open_text_recognizer()
     image = Image.new("RGB", (640, 320), "white")
     draw = ImageDraw.Draw(image)
     draw.text((30, 40), "HOTEL MIRAMAR", font=ImageFont.load_default(48), fill="black")
@@ -523,9 +523,9 @@ def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: py
     assert count_reads() == (51, 0)
     writer.remove_images(["/p/3"])
     assert count_reads() == (50, 0)
-    state = reader._db.read_state()
+    state = reader._db.read_database_state()
     writer.remove_images([])  # as in each update of `index --watch` without changes
-    assert reader._db.read_state() == state
+    assert reader._db.read_database_state() == state
     add_image(writer, "/p/51", [], 51, largest=0.6)  # the quantization scale changes
     assert count_reads() == (51, 51)
 

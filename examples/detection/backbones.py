@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from llm2clip.models.vision.dense import feature_map
+from llm2clip.models.vision.dense import compute_feature_map
 from llm2clip.models.vision.vision_tower import VisionTower
 
 CHANNELS = 256  # of the feature maps
@@ -40,7 +40,7 @@ class ViTPyramid(nn.Module):
         self.tower, self.bf16, self.out_channels = tower, bf16, CHANNELS
         size = tower.preprocess.size
         with torch.no_grad():
-            channels, rows, _ = feature_map(tower, torch.zeros(1, 3, size, size))[0].shape
+            channels, rows, _ = compute_feature_map(tower, torch.zeros(1, 3, size, size))[0].shape
         self.cell_size = size // rows
         upsample_to_4 = nn.Sequential(
             nn.ConvTranspose2d(channels, channels // 2, 2, 2),
@@ -58,7 +58,7 @@ class ViTPyramid(nn.Module):
             size = [side // STRIDE * self.cell_size for side in images.shape[-2:]]
             images = F.interpolate(images, size, mode="bilinear", antialias=True)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            cells = feature_map(self.tower, images)
+            cells = compute_feature_map(self.tower, images)
         maps = OrderedDict()
         for n, (scale, output) in enumerate(zip(self.scales, self.outputs, strict=True)):
             maps[str(n)] = output(scale(cells.float()))

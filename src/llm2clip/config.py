@@ -375,20 +375,22 @@ def require_at_least(minimum: int, config: Any, section: str, *names: str) -> No
 
     `None` is accepted. In a list or dict, each value is checked.
     """
-    _require(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
+    _require_valid_settings(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
 
 
 def require_positive(config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is not a finite number greater than 0. `None` is accepted."""
-    _require(lambda value: value > 0, "greater than 0", config, section, names)
+    _require_valid_settings(lambda value: value > 0, "greater than 0", config, section, names)
 
 
 def require_fraction(config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is not between 0 and 1."""
-    _require(lambda value: 0 <= value <= 1, "between 0 and 1", config, section, names)
+    _require_valid_settings(lambda value: 0 <= value <= 1, "between 0 and 1", config, section, names)
 
 
-def _require(is_valid: Callable[[float], bool], rule: str, config: Any, section: str, names: Iterable[str]) -> None:
+def _require_valid_settings(
+    is_valid: Callable[[float], bool], rule: str, config: Any, section: str, names: Iterable[str]
+) -> None:
     for name in names:
         setting = getattr(config, name)
         values = setting.values() if isinstance(setting, dict) else setting if isinstance(setting, list) else [setting]

@@ -79,12 +79,12 @@ def use_onednn_matmul() -> Iterator[None]:
     applies to matmuls on the GPU.
     """
     use_onednn = not torch.accelerator.is_available() and is_onednn_faster()
-    with float32_matmul_precision("medium") if use_onednn else nullcontext():
+    with use_float32_matmul_precision("medium") if use_onednn else nullcontext():
         yield
 
 
 @contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
+def use_float32_matmul_precision(precision: str) -> Iterator[None]:
     """Set PyTorch's float32 matmul precision, and restore the previous precision on exit."""
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -107,7 +107,7 @@ def is_onednn_faster() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(256, 512, generator=generator), torch.randn(512, 256, generator=generator)
-    with float32_matmul_precision("medium"):
+    with use_float32_matmul_precision("medium"):
         result = a @ b
     exact = a.double() @ b.double()
     return bool((result - exact).norm() < FLOAT32_TOLERANCE * exact.norm())

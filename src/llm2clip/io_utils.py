@@ -97,19 +97,19 @@ def atomic_dir(folder: str | Path) -> Iterator[Path]:
 @contextmanager
 def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable[[Path], None]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned_files(target.parent, prefix, suffix)
+    _remove_abandoned_temp_files(target.parent, prefix, suffix)
     # With a predictable name, other users with write access to the folder could create a link at the temporary path.
     temporary = target.with_name(f"{prefix}{secrets.token_hex(8)}{suffix}")
     create(temporary)
     mode = temporary.stat().st_mode
     try:
-        with _hold_lock(temporary), explain_write_errors(target):
+        with _hold_temp_file_lock(temporary), explain_write_errors(target):
             yield temporary
             for path in [temporary, *temporary.rglob("*")]:
                 if path.is_dir():
                     fsync_folder(path)  # so that the folder lists its files after a power failure
                 else:
-                    restore_mode(path, mode)
+                    restore_file_mode(path, mode)
                     fsync_file(path)
             temporary.replace(target)
         fsync_folder(target.parent)
@@ -126,7 +126,7 @@ def remove_path(path: Path) -> None:
 
 
 @contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
+def _hold_temp_file_lock(path: Path) -> Iterator[None]:
     """Lock a temporary file or folder. Do nothing if the operating system or the file system does not support locks."""
     if fcntl is None:
         yield
@@ -140,7 +140,7 @@ def _hold_lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_abandoned_files(folder: Path, prefix: str, suffix: str) -> None:
+def _remove_abandoned_temp_files(folder: Path, prefix: str, suffix: str) -> None:
     if fcntl is None:
         return
     for name in glob.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 16}{glob.escape(suffix)}", root_dir=folder):
@@ -185,7 +185,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         raise OSError(message) from error
 
 
-def restore_mode(file: Path, mode: int) -> None:
+def restore_file_mode(file: Path, mode: int) -> None:
     """Set read and write permissions as in `mode`. safetensors writes files that only the owner can read."""
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not support permissions
@@ -260,7 +260,7 @@ def format_install_command(*extras: str) -> str:
     return f"pip install 'llm2clip[{','.join(extras)}]'" if extras else "pip install llm2clip"
 
 
-def check_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoundError) -> None:
+def require_extra(extra: str, feature: str, error: type[Exception] = ModuleNotFoundError) -> None:
     """Raise an error if a package of an extra (a key of `EXTRAS`) is not installed. The packages are not imported."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
@@ -301,14 +301,14 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def check_not_empty(texts: Iterable[str]) -> None:
+def check_text_not_empty(texts: Iterable[str]) -> None:
     """Raise ValueError if a text is empty or only whitespace."""
     for index, text in enumerate(texts):
         if isinstance(text, str) and not text.strip():
             raise ValueError(f"text {index} is empty. Describe what the image should show")
 
 
-def make_text_key(text: str) -> int:
+def hash_text_to_int64(text: str) -> int:
     """Hash a text to a signed 64-bit integer that is the same in all processes."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
@@ -349,7 +349,7 @@ def open_regular_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     return open(path, "rb")
 
 
-def find_first(folder: Path, *names: str) -> Path:
+def find_first_existing(folder: Path, *names: str) -> Path:
     """Return the first file or folder in `names` that exists in `folder`.
 
     Raises:
@@ -404,7 +404,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def sanitize_name(name: str) -> str:
+def sanitize_file_name(name: str) -> str:
     """Replace characters that may be invalid in file names with dashes."""
     return re.sub(r"[^\w.-]+|^\.+", "-", name)
 

@@ -37,8 +37,8 @@ from transformers.utils import cached_file
 
 from llm2clip.config import AUTO, AlignConfig, DistillConfig, EncoderConfig, EvaluateConfig, FitConfig
 from llm2clip.cpu_tuning import free_memory
-from llm2clip.data.build_table import DataSplits, open_table, read_splits
-from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.build_table import DataSplits, build_record_table, read_data_splits
+from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.pairs import CaptionItems, TuningItems, check_has_caption_pairs, read_tuning_sources
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
@@ -68,10 +68,10 @@ from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components
 from llm2clip.models.loading import check_model_source
 from llm2clip.models.model_folder import find_model_folder, save_query_templates
-from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
+from llm2clip.models.pretrained import convert_gguf_to_cached_folder, resolve_pretrained_name
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
-from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, latest_checkpoint, run_lock, save_or_check_config
+from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, hold_run_lock, latest_checkpoint, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import StageTimer
 from llm2clip.store.encode import embed as embed_locally
@@ -124,7 +124,7 @@ class Run:
     def get_stage_folder(self, stage: str) -> Path:
         return self.out / stage if self.command == "fit" else self.out
 
-    def check_models(self) -> None:
+    def check_models_and_trackers(self) -> None:
         """Check that the models, the loss and the trackers named in the settings exist.
 
         For `fit`, also load the pretrained parts for `align`, so that errors occur before `tune`.
@@ -140,17 +140,17 @@ class Run:
             if self.config.encoder.path == AUTO:
                 self.encoders = find_available_candidates()
             else:
-                check_encoder(self.config.encoder)
+                check_encoder_exists(self.config.encoder)
 
     @cached_property
     def data(self) -> DataSplits:
         """Training records, with phrases if `align` uses them, and held-out records."""
         is_fit, config = self.command == "fit", self.config
         folder = self.out / "data" if is_fit else None
-        data = read_splits(self.sources, config.evaluate, config.columns, self.log, "header", not is_fit, folder)
+        data = read_data_splits(self.sources, config.evaluate, config.columns, self.log, "header", not is_fit, folder)
         print_once(data.summary, self.log.summary())
         if config.align.uses_phrases:
-            data.train = add_phrases(data.train)
+            data.train = add_noun_phrases(data.train)
         # Raises an error if there are too few images. A resumed run keeps its number of images per step.
         if latest_checkpoint(self.get_stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
@@ -166,8 +166,10 @@ class Run:
             fields = TEXT_FIELDS if self.config.align.uses_phrases else CAPTION_FIELDS
             held_out = (table.iterate_texts(CAPTION_FIELDS) for table in self.data.held_out.values())
             return chain(self.data.train.iterate_texts(fields), *held_out)
-        records = open_table(self.sources, self.config.columns, self.log, "ignore")
-        return add_phrases(records).iterate_texts(TEXT_FIELDS) if phrases else records.iterate_texts(CAPTION_FIELDS)
+        records = build_record_table(self.sources, self.config.columns, self.log, "ignore")
+        return (
+            add_noun_phrases(records).iterate_texts(TEXT_FIELDS) if phrases else records.iterate_texts(CAPTION_FIELDS)
+        )
 
     def read_tuning_pairs(self) -> list[TuningItems]:
         """Read the training data of `tune`: one list of image captions or text pairs per source."""
@@ -190,7 +192,7 @@ class Run:
             raise ValueError("Nothing to tune on: pass caption sources, or text pairs with --tune.text_pairs")
         held_out: list[RecordTable] = []
         if self.sources:
-            data = read_splits(
+            data = read_data_splits(
                 self.sources, EvaluateConfig(), columns, self.log, "unchecked", keep_selected_splits=True
             )
             held_out = list(data.held_out.values())
@@ -215,11 +217,11 @@ def open_run(
         ValueError: A setting names a model, a loss or a tracker that does not exist.
     """
     run = Run(command, sources, out, config)
-    run.check_models()
+    run.check_models_and_trackers()
     settings = dataclasses.asdict(config)
     if command != "fit":
         settings = {name: settings[name] for name in STAGE_SETTINGS[command]}
-    with run_lock(out):
+    with hold_run_lock(out):
         if settings and process_state().is_main_process:
             save_or_check_config({"data": run.sources, **other_settings, **settings}, out)
         run.log = _open_skip_log(out / "skipped.jsonl", config.max_skipped)
@@ -299,14 +301,16 @@ def tune(run: Run) -> Path:
     # On a CPU, the same encoder is evaluated and then tuned. On a GPU, a second copy in bf16 is evaluated.
     raw = open_encoder(encoder, "cpu") if process_state().device.type == "cpu" and not is_done else None
     if measure:
-        load_or_compute_json(out / "cra_raw.json", lambda: _measure_cra(captions, encoder, raw))
+        load_or_compute_json(out / "cra_raw.json", lambda: _measure_caption_retrieval(captions, encoder, raw))
     if not is_done:
         # Load the encoder on the CPU, so that a GPU holds only the weights in the training precision.
         train_encoder(pairs, raw or open_encoder(encoder, "cpu"), config, out)
         del raw
         free_memory()  # the LLM is no longer needed
     if measure and config.steps > 0:
-        load_or_compute_json(out / "cra_tuned.json", lambda: _measure_cra(captions, EncoderConfig(str(encoder_dir))))
+        load_or_compute_json(
+            out / "cra_tuned.json", lambda: _measure_caption_retrieval(captions, EncoderConfig(str(encoder_dir)))
+        )
     return encoder_dir
 
 
@@ -444,14 +448,14 @@ def distill(options: DistillOptions, out: Path) -> Path:
     if options.texts is not None:
         for _ in iterate_lines(Path(options.texts)):  # raises an error if the file is unreadable
             pass
-    with run_lock(out):
+    with hold_run_lock(out):
         if process_state().is_main_process:
             settings = vars(options).items()
             save_or_check_config({name: value for name, value in settings if name != "max_skipped"}, out)
         log = _open_skip_log(out / "skipped.jsonl", options.max_skipped)
         if teacher is None:
             return model_dir
-        data = read_splits(options.data, options.evaluate, options.columns, log, "header", True, out / "data")
+        data = read_data_splits(options.data, options.evaluate, options.columns, log, "header", True, out / "data")
         print_once(data.summary, log.summary())
         if student is None:
             teacher.open_store(out / "store")
@@ -473,7 +477,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
 def _prepare_distill_texts(
     data: DataSplits, options: DistillOptions, student: CaptionEncoder, teacher: Teacher, out: Path
 ) -> DistillTexts:
-    train = add_phrases(data.train)
+    train = add_noun_phrases(data.train)
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
     token_texts = list(filter(None, decode_vocabulary(student)))
@@ -494,11 +498,11 @@ def _open_skip_log(file: Path | None, max_skipped: float) -> SkipLog:
     return SkipLog(file if process_state().is_main_process else None, max_skipped)
 
 
-def check_encoder(config: EncoderConfig) -> None:
+def check_encoder_exists(config: EncoderConfig) -> None:
     """Raise OSError or ValueError if a caption encoder does not exist. The weights are not loaded."""
-    path = resolve_pretrained(config.path)
+    path = resolve_pretrained_name(config.path)
     if path.endswith(".gguf"):
-        resolve_gguf(path)
+        convert_gguf_to_cached_folder(path)
     elif not Path(path).is_dir():
         check_model_source(path)
         # Raises an error if the hub has no such model.
@@ -521,7 +525,7 @@ def _drop_unencodable_captions(held_out: HeldOut, store: EmbeddingStore) -> Held
     return {column: drop_refused_captions(records, store) for column, records in held_out.items()}
 
 
-def _measure_cra(
+def _measure_caption_retrieval(
     captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
 ) -> dict[str, Any]:
     model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))

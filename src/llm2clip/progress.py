@@ -28,7 +28,7 @@ class ProgressBar(tqdm):
         is_due = time.monotonic() - self._last_line_time >= LOG_INTERVAL
         line = (msg if msg is not None else str(self)).strip()
         if (is_complete or is_due) and line and line != self._last_line:
-            self._write_line(line)
+            self._write_log_line(line)
         return True
 
     def close(self) -> None:
@@ -40,7 +40,7 @@ class ProgressBar(tqdm):
         line = str(self).strip()
         already_written = self._last_line.startswith(line.split("[")[0])  # ignores the elapsed time
         if self.leave and self.n and not already_written:
-            self._write_line(line)
+            self._write_log_line(line)
         type(self)._decr_instances(self)  # type: ignore[attr-defined]
         return None
 
@@ -52,7 +52,7 @@ class ProgressBar(tqdm):
         if not self._writes_lines:
             super().clear(*args, **kwargs)
 
-    def _write_line(self, line: str) -> None:
+    def _write_log_line(self, line: str) -> None:
         self.fp.write(line + "\n")
         self.fp.flush()
         self._last_line = line

@@ -26,16 +26,16 @@ class PublishedTable:
         return self.rows[row][self.columns.index(column)]
 
 
-def _build_tables() -> dict[str, PublishedTable]:
+def _build_published_tables() -> dict[str, PublishedTable]:
     tables = {}
     for name, table in _CONTENT["tables"].items():
-        rows = {row: tuple(map(_parse_cell, cells)) for row, cells in table["rows"].items()}
+        rows = {row: tuple(map(_parse_published_cell, cells)) for row, cells in table["rows"].items()}
         fields = {**table, "rows": rows, "columns": tuple(table["columns"])}
         tables[name] = PublishedTable(source=_CONTENT["sources"][table["year"]], **fields)
     return tables
 
 
-def _parse_cell(value: Any) -> Cell:
+def _parse_published_cell(value: Any) -> Cell:
     if value is None:
         return None
     return tuple(value) if isinstance(value, list) else (value,)
@@ -45,7 +45,7 @@ _CONTENT = yaml.safe_load((files("llm2clip") / "published_results.yaml").read_te
 PUBLISHED_NAMES: dict[str, str] = _CONTENT["retrieval columns"]
 VISION_TRANSFER_METRICS: dict[str, tuple[str, list[str]]] = _CONTENT["vision transfer columns"]
 RETRIEVAL_TABLES = ("eva02_text_towers", "clip_text_encoders", "chinese_retrieval", "multilingual_retrieval")
-TABLES = _build_tables()
+TABLES = _build_published_tables()
 CRA = {model: cell[0] for model, (cell,) in TABLES["cra"].rows.items() if cell}
 CRA_NOTE = TABLES["cra"].note
 

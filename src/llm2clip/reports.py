@@ -69,7 +69,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Example:
+class ReportImage:
     """Image with a caption and other texts."""
 
     jpeg: bytes | None  # None if the image cannot be decoded
@@ -82,25 +82,25 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Examples:
+class ReportImageGroup:
     """Images shown side by side."""
 
-    images: Sequence[Example]
+    images: Sequence[ReportImage]
     title: str = ""  # title above the images, such as the query that retrieved them
     as_cards: bool = False  # show wide cards with space for texts instead of thumbnails
     legend: Sequence[tuple[str, str]] = ()  # names and CSS colours of the legend entries, such as ("cat", "#ff0000")
 
 
 @dataclass(frozen=True)
-class Details:
+class CollapsibleSection:
     """Collapsed text, such as a run's settings. Clicking the summary expands the text."""
 
     summary: str
     text: str
 
 
-Block = Heading | Paragraph | Code | Table | Figure | Examples | Details
-_ONLY_HTML = Figure | Examples | Details
+Block = Heading | Paragraph | Code | Table | Figure | ReportImageGroup | CollapsibleSection
+_ONLY_HTML = Figure | ReportImageGroup | CollapsibleSection
 
 
 def write_report(
@@ -111,11 +111,11 @@ def write_report(
         markdown = render_markdown(title, blocks, verdict, html_file.name)
         atomic_write_text(html_file.with_suffix(".md"), markdown)
     atomic_write_text(html_file, render_html(title, blocks, verdict))
-    if _lacks_plots(blocks):
+    if _has_missing_plots(blocks):
         print(f"{html_file} has no plots. To add plots, run {format_install_command('reports')}", file=sys.stderr)
 
 
-def _lacks_plots(blocks: Sequence[Block]) -> bool:
+def _has_missing_plots(blocks: Sequence[Block]) -> bool:
     return any(isinstance(block, Figure) and block.svg is None for block in blocks)
 
 
@@ -125,17 +125,17 @@ def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html
     Sections with visual blocks but no tables or code are omitted. If blocks were omitted and `html_name` is not empty,
     a paragraph refers to the HTML file.
     """
-    parts = [f"# {_escape_tags(title)}"]
+    parts = [f"# {_escape_html_tags(title)}"]
     if verdict:
-        parts.append(f"**{_escape_tags(verdict)}**")
+        parts.append(f"**{_escape_html_tags(verdict)}**")
     if html_name and any(isinstance(block, _ONLY_HTML) for block in blocks):
-        contents = "Images and details" if _lacks_plots(blocks) else "Plots and images"
+        contents = "Images and details" if _has_missing_plots(blocks) else "Plots and images"
         parts.append(f"{contents} are in {html_name}.")
     for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
-            parts.append(f"{'#' * block.level} {_escape_tags(block.text)}")
+            parts.append(f"{'#' * block.level} {_escape_html_tags(block.text)}")
         elif isinstance(block, Paragraph):
-            text = _escape_tags(block.text)
+            text = _escape_html_tags(block.text)
             parts.append(f"**{text}**" if block.status else text)
         elif isinstance(block, Code):
             parts.append(f"```{block.language}\n{block.text}\n```")
@@ -144,7 +144,7 @@ def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html
     return "\n\n".join(parts) + "\n"
 
 
-def render_text(blocks: Sequence[Block], verdict: str = "", width: int = 120) -> str:
+def render_plain_text(blocks: Sequence[Block], verdict: str = "", width: int = 120) -> str:
     """Render a report as plain text for a terminal, without figures, images and collapsed text."""
     page = StringIO()
     console = Console(file=page, width=width, highlight=False, markup=False, emoji=False)
@@ -164,14 +164,14 @@ def _make_terminal_table(table: Table) -> RichTable:
     rows = [[escape_control_characters(format_cell(value)) for value in row] for row in table.rows]
     terminal_table = RichTable(box=None, pad_edge=False)
     for number, name in enumerate(table.header):
-        is_numeric = all(_is_numeric(row[number]) for row in rows)
+        is_numeric = all(_is_numeric_text(row[number]) for row in rows)
         terminal_table.add_column(Text(name), justify="right" if is_numeric else "left", overflow="fold")
     for row in rows:
         terminal_table.add_row(*map(Text, row))
     return terminal_table
 
 
-def _escape_tags(text: str) -> str:
+def _escape_html_tags(text: str) -> str:
     """Escape HTML tags outside of code in backticks, because Markdown allows HTML."""
     return re.sub(r"(`[^`]+`)|<(?=[a-z/!?])", lambda match: match[1] or "&lt;", text, flags=re.IGNORECASE)
 
@@ -200,7 +200,7 @@ def _format_markdown_table(table: Table) -> str:
     rows += [[format_cell(value) for value in row] for row in table.rows]
     lines = []
     for row in rows:
-        cells = [_escape_tags(text).replace("|", "\\|").replace("\n", " ") for text in row]
+        cells = [_escape_html_tags(text).replace("|", "\\|").replace("\n", " ") for text in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -208,11 +208,11 @@ def _format_markdown_table(table: Table) -> str:
 def render_html(title: str, blocks: Sequence[Block], verdict: str = "") -> str:
     """Render a report as a single HTML page."""
     style = (files("llm2clip") / "templates" / "report.css").read_text(encoding="utf-8")
-    return _load_template().render(title=title, blocks=blocks, verdict=verdict, style=style)
+    return _load_report_template().render(title=title, blocks=blocks, verdict=verdict, style=style)
 
 
 @lru_cache
-def _load_template() -> jinja2.Template:
+def _load_report_template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -223,7 +223,7 @@ def _load_template() -> jinja2.Template:
     environment.filters |= {
         "inline": _format_inline_html,
         "cell": format_cell,
-        "cell_classes": _choose_cell_classes,
+        "cell_classes": _choose_cell_css_classes,
         "labelled_svg": _add_text_alternative,
         "base64": lambda data: base64.b64encode(data).decode(),
         "type_name": lambda block: type(block).__name__,
@@ -263,16 +263,16 @@ def format_with_interval(value: float, interval: Sequence[float], number_format:
     return f"{format(value, number_format)} ({format_interval(interval, number_format)})"
 
 
-def _choose_cell_classes(text: str, statuses: Mapping[str, str]) -> str:
+def _choose_cell_css_classes(text: str, statuses: Mapping[str, str]) -> str:
     classes = []
     if text in statuses:
         classes.append(statuses[text])
     if len(text) > LONG_CELL:
         classes.append("long")
-    if _is_numeric(text):
+    if _is_numeric_text(text):
         classes.append("number")
     return " ".join(classes)
 
 
-def _is_numeric(text: str) -> bool:
+def _is_numeric_text(text: str) -> bool:
     return re.fullmatch(r"[-+±–×x., \d%]+", text) is not None

@@ -80,11 +80,11 @@ class Answer:
     output_tokens: int = 0
 
 
-class StoppedError(Exception):
+class CaptioningStoppedError(Exception):
     """Raised when the captioner is stopped before an answer is received."""
 
 
-def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_tokens: int = 0) -> Answer:
+def convert_output_to_answer(text: str, truncated: bool, input_tokens: int = 0, output_tokens: int = 0) -> Answer:
     """Convert the output of a model to a caption, or to an error if the output is a refusal, empty or too long.
 
     Reasoning, control characters, invisible characters, markdown and surrounding quotes are removed.
@@ -98,7 +98,7 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
     text = _REASONING_END.split(text)[-1]  # the chat template may contain the start tag of the reasoning
     if _REASONING_START.search(text):
         return Answer(None, "the reasoning is longer than the prompt's max_tokens", *tokens)
-    text = _strip_markup(text)
+    text = _strip_caption_markup(text)
     if truncated:
         complete = _SENTENCE_END.match(text)
         if complete is None:
@@ -113,7 +113,7 @@ def clean_answer(text: str, truncated: bool, input_tokens: int = 0, output_token
     return Answer(text, None, *tokens)
 
 
-def _strip_markup(text: str) -> str:
+def _strip_caption_markup(text: str) -> str:
     text = _MARKDOWN_LINE.sub("", text)
     text = " ".join(_INVISIBLE.sub("", _CONTROL.sub(" ", text)).split())
     text = _EMPHASIS.sub(r"\2", text)

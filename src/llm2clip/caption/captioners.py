@@ -17,12 +17,12 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import to_pil_image
 
-from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError, clean_answer
+from llm2clip.caption.answers import Answer, CaptioningStoppedError, CaptionRequest, convert_output_to_answer
 from llm2clip.caption.options import Prompt, format_missing_server_error
 from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
-from llm2clip.data.storage import compute_backoff, is_temporary_status, parse_retry_after
+from llm2clip.data.storage import compute_backoff, is_temporary_http_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
-from llm2clip.models.loading import get_name_with_hash, load_vision_language_model
+from llm2clip.models.loading import get_model_name_with_hash, load_vision_language_model
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
 
@@ -84,9 +84,9 @@ class EndpointCaptioner:
         self, endpoint: str, model: str, concurrency: int = 8, retries: int = 6, timeout: float = 300.0
     ) -> None:
         self.name, self.workers = model, concurrency
-        self.url = _parse_endpoint(endpoint)
+        self.url = _parse_endpoint_url(endpoint)
         self.retries, self.timeout = retries, timeout
-        self.is_loopback = _is_loopback(self.url.host)
+        self.is_loopback = _is_loopback_host(self.url.host)
         self.worked_before = False
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -95,9 +95,9 @@ class EndpointCaptioner:
         self._max_tokens_field = "max_tokens"
         self._client = httpx.AsyncClient(
             follow_redirects=False,
-            timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout)),  # `_post` limits the total time
+            timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, timeout)),  # `_post_json` limits the total time
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            headers=_build_headers(),
+            headers=_build_request_headers(),
             verify=httpx.create_ssl_context(),
             # A proxy could read unencrypted images, and could not reach a server on this machine.
             trust_env=self.url.scheme == "https" and not self.is_loopback,
@@ -120,14 +120,15 @@ class EndpointCaptioner:
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     def stop(self) -> None:
-        """Make `generate_answers` raise StoppedError instead of waiting before a retry."""
+        """Make `generate_answers` raise CaptioningStoppedError instead of waiting before a retry."""
         self._stopped.set()
 
     def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         """Return an answer for each request.
 
         Raises:
-            StoppedError: The captioner was stopped before an answer was received. The next run repeats the requests.
+            CaptioningStoppedError: The captioner was stopped before an answer was received. The next run repeats the
+                requests.
             EndpointError: No request can succeed, for example because the key is wrong.
         """
         return [self._request_with_retries(request) for request in requests]
@@ -146,7 +147,7 @@ class EndpointCaptioner:
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
                     raise EndpointError(format_missing_server_error(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
-                    return self._handle_failure(error)
+                    return self._handle_request_failure(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
                 attempt += 1
             else:
@@ -154,9 +155,9 @@ class EndpointCaptioner:
                     self._failures_in_a_row, self._has_succeeded = 0, True
                     self._was_connected = True
                 return answer
-        raise StoppedError
+        raise CaptioningStoppedError
 
-    def _handle_failure(self, error: _RequestError) -> Answer:
+    def _handle_request_failure(self, error: _RequestError) -> Answer:
         """Return the answer for a failed request. Raise EndpointError if the server appears to fail for all images."""
         status = error.status
         with self._lock:
@@ -164,7 +165,7 @@ class EndpointCaptioner:
                 counts = True
             elif status < 400 or status in SETTINGS_STATUSES:
                 if not self._has_succeeded:
-                    raise EndpointError(f"{self.url}: {error}{_suggest_fix(status)}")
+                    raise EndpointError(f"{self.url}: {error}{_suggest_http_error_fix(status)}")
                 counts = True
             else:  # the server rejects the image; a model without vision rejects every image
                 counts = not (self._has_succeeded or self.worked_before)
@@ -186,30 +187,32 @@ class EndpointCaptioner:
             max_tokens_field: request.prompt.max_tokens,
         }
         try:
-            response, data = asyncio.run_coroutine_threadsafe(self._post(body), self._loop).result()
+            response, data = asyncio.run_coroutine_threadsafe(self._post_json(body), self._loop).result()
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            problem = _RequestError(f"the connection failed: {_sanitize_message(str(error)) or 'timeout'}")
+            problem = _RequestError(f"the connection failed: {_sanitize_server_message(str(error)) or 'timeout'}")
             problem.was_connected = False
             raise problem from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _RequestError(f"no response within {self.timeout:g} seconds") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            message = _sanitize_message(str(error)) or type(error).__name__
+            message = _sanitize_server_message(str(error)) or type(error).__name__
             raise _RequestError(f"the connection failed: {message}") from error
         status = response.status_code
         if status != 200:
             seconds = parse_retry_after(response.headers.get("retry-after", ""))
             retry_after = min(MAX_RETRY_AFTER, seconds) if seconds > 0 else 0.0
-            raise _RequestError(_describe_http_error(response, data), status, is_temporary_status(status), retry_after)
-        return _parse_response(data)
+            raise _RequestError(
+                _describe_http_error(response, data), status, is_temporary_http_status(status), retry_after
+            )
+        return _parse_chat_response(data)
 
-    async def _post(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
+    async def _post_json(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
         """Return the response and its content. Limit the total time, because httpx limits only the time per read."""
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
-            return response, await _read_limited_body(response)
+            return response, await _read_size_limited_body(response)
 
 
-def _parse_endpoint(endpoint: str) -> httpx.URL:
+def _parse_endpoint_url(endpoint: str) -> httpx.URL:
     try:
         url = httpx.URL(endpoint.strip())
     except httpx.InvalidURL as error:
@@ -225,7 +228,7 @@ def _parse_endpoint(endpoint: str) -> httpx.URL:
     return url.copy_with(path=f"{path}/chat/completions")
 
 
-def _is_loopback(host: str) -> bool:
+def _is_loopback_host(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -236,14 +239,14 @@ def _get_api_key() -> str:
     return os.environ.get(KEY_VARIABLE, "").strip()
 
 
-def _build_headers() -> dict[str, str]:
+def _build_request_headers() -> dict[str, str]:
     headers, key = {"Accept-Encoding": "identity"}, _get_api_key()
     if not key.isascii() or not key.isprintable():
         raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
     return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
 
-async def _read_limited_body(response: httpx.Response) -> bytes:
+async def _read_size_limited_body(response: httpx.Response) -> bytes:
     data = bytearray()
     if response.headers.get("content-encoding", "identity") != "identity":  # decompression could yield gigabytes
         raise _RequestError("the response is compressed, although the request does not allow it")
@@ -254,7 +257,7 @@ async def _read_limited_body(response: httpx.Response) -> bytes:
     return bytes(data)
 
 
-def _parse_response(data: bytes) -> Answer:
+def _parse_chat_response(data: bytes) -> Answer:
     try:
         response = json.loads(data)
         choice = response["choices"][0]
@@ -262,17 +265,17 @@ def _parse_response(data: bytes) -> Answer:
         usage = response.get("usage") or {}
         tokens = [_parse_token_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        excerpt = _sanitize_message(data.decode(errors="replace"))
+        excerpt = _sanitize_server_message(data.decode(errors="replace"))
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     try:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
     except (TypeError, AttributeError) as error:  # another attempt would have the same result
-        excerpt = _sanitize_message(data.decode(errors="replace"))
+        excerpt = _sanitize_server_message(data.decode(errors="replace"))
         raise _RequestError(f"the content of the response is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter blocked the answer", *tokens)
-    # The key is redacted before `clean_answer`, which quotes parts of the text in its errors.
-    return clean_answer(_redact_key(text), choice.get("finish_reason") == "length", *tokens)
+    # The key is redacted before `convert_output_to_answer`, which quotes parts of the text in its errors.
+    return convert_output_to_answer(_redact_api_key(text), choice.get("finish_reason") == "length", *tokens)
 
 
 def _parse_token_count(value: Any) -> int:
@@ -282,7 +285,7 @@ def _parse_token_count(value: Any) -> int:
 def _describe_http_error(response: httpx.Response, data: bytes) -> str:
     status = f"HTTP {response.status_code}"
     if 300 <= response.status_code < 400:
-        location = _sanitize_message(response.headers.get("location", ""))
+        location = _sanitize_server_message(response.headers.get("location", ""))
         return f"{status}: the server redirects to {location}. Redirects are not followed"
     text = data.decode(errors="replace")
     try:
@@ -290,21 +293,21 @@ def _describe_http_error(response: httpx.Response, data: bytes) -> str:
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # the error is not in OpenAI's format
-    return f"{status}: {_sanitize_message(text or response.reason_phrase)}"
+    return f"{status}: {_sanitize_server_message(text or response.reason_phrase)}"
 
 
-def _sanitize_message(text: str) -> str:
+def _sanitize_server_message(text: str) -> str:
     """Escape control characters in a server's message, redact the key, and truncate the message."""
-    text = escape_control_characters(" ".join(_redact_key(text).split())).encode(errors="replace").decode()
+    text = escape_control_characters(" ".join(_redact_api_key(text).split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
 
-def _redact_key(text: str) -> str:
+def _redact_api_key(text: str) -> str:
     key = _get_api_key()
     return text.replace(key, "[key]") if key else text
 
 
-def _suggest_fix(status: int) -> str:
+def _suggest_http_error_fix(status: int) -> str:
     if status in (401, 403):
         return f". Put the server's key in the environment variable {KEY_VARIABLE}"
     if status == 404:
@@ -337,7 +340,7 @@ class LocalCaptioner:
         self.model, self.processor = load_vision_language_model(
             model, self.device, resolve_precision("caption", precision, self.device)
         )
-        self.name = get_name_with_hash(model)
+        self.name = get_model_name_with_hash(model)
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
@@ -384,7 +387,7 @@ class LocalCaptioner:
     @use_onednn_matmul()
     def _generate_batch(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
         inputs = self.processor.apply_chat_template(
-            [self._build_messages(request) for request in requests],
+            [self._build_chat_messages(request) for request in requests],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -395,10 +398,10 @@ class LocalCaptioner:
         num_input = inputs["input_ids"].shape[1]
         answers = []
         for attention, new_tokens in zip(inputs["attention_mask"], tokens[:, num_input:].tolist(), strict=True):
-            answers.append(self._decode_answer(int(attention.sum()), new_tokens))
+            answers.append(self._decode_generated_answer(int(attention.sum()), new_tokens))
         return answers
 
-    def _build_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
+    def _build_chat_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
         text = request.prompt_text
         for token in filter(None, self.tokenizer.all_special_tokens):  # special tokens include image placeholders
             text = text.replace(token, " ")
@@ -416,12 +419,12 @@ class LocalCaptioner:
             options["bad_words_ids"] = [[image_token]]
         return options
 
-    def _decode_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
+    def _decode_generated_answer(self, num_input_tokens: int, new_tokens: list[int]) -> Answer:
         end = self.model.generation_config.eos_token_id
         end_tokens = {end} if isinstance(end, int) else set(end or ())
         length = next((n for n, token in enumerate(new_tokens) if token in end_tokens), len(new_tokens))
         text = self.tokenizer.decode(new_tokens[:length], skip_special_tokens=True)
-        return clean_answer(text, length == len(new_tokens), num_input_tokens, length)
+        return convert_output_to_answer(text, length == len(new_tokens), num_input_tokens, length)
 
 
 Captioner = EndpointCaptioner | LocalCaptioner

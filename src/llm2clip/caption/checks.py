@@ -23,7 +23,7 @@ from llm2clip.caption.database import CaptionDatabase, ImageRow
 from llm2clip.caption.options import Kind, Prompt
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import iter_image_batches
-from llm2clip.io_utils import UNSPACED, make_text_key
+from llm2clip.io_utils import UNSPACED, hash_text_to_int64
 from llm2clip.progress import ProgressBar
 from llm2clip.store.layout import iter_chunks
 
@@ -107,12 +107,12 @@ _OTHER_OPENINGS = (
 )
 
 
-def _compile_alternatives(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
+def _compile_regex_alternation(patterns: Iterable[str], suffix: str = "") -> re.Pattern[str]:
     return re.compile(f"(?:{'|'.join(patterns)}){suffix}", re.IGNORECASE)
 
 
-_ENGLISH_OPENING = _compile_alternatives(_ENGLISH_OPENINGS, _AFTER_OPENING)
-_ANY_OPENING = _compile_alternatives((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
+_ENGLISH_OPENING = _compile_regex_alternation(_ENGLISH_OPENINGS, _AFTER_OPENING)
+_ANY_OPENING = _compile_regex_alternation((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 
 
 # ---- checks of one text ----------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def normalize_words(words: Sequence[str]) -> str:
+def join_normalized_words(words: Sequence[str]) -> str:
     """Join words into a key that ignores case and Unicode compatibility variants."""
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
@@ -257,7 +257,7 @@ def check_captions(
         database.connection.execute(_TEMPORARY_TABLE)
         for position, prompt in enumerate(prompts):
             for batch in _iterate_captions(database, model, prompt):
-                rows = [_make_check_row(answer, position, prompt, checks) for answer in batch]
+                rows = [_make_text_check_row(answer, position, prompt, checks) for answer in batch]
                 database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?)", rows)
             code = find_language_code(language) if language else _find_main_language(database, position)
             if code is not None:
@@ -286,7 +286,7 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
         last = rows[-1][:2]
 
 
-def _make_check_row(
+def _make_text_check_row(
     answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextCheckSummary
 ) -> tuple[str, int, int, int, str | None, str | None]:
     """Return a row of the temporary table, and update the counts in `checks`."""
@@ -296,7 +296,7 @@ def _make_check_row(
     checks.num_captions += 1
     checks.num_shortened += shortened != text
     language = None if problem else identify_language(shortened)
-    words_key = make_text_key(normalize_words(split_words(shortened)))
+    words_key = hash_text_to_int64(join_normalized_words(split_words(shortened)))
     return image_hash, position, sample, words_key, language, problem
 
 
@@ -341,7 +341,7 @@ def score_captions(
     result = ImageCheckSummary(encoder.name, max_rank, sample_size=len(sample_hashes))
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_image_rows(distinct=True), IMAGES_PER_BATCH):
-            hashes, embeddings = _encode_images(database, rows, encoder)
+            hashes, embeddings = _encode_caption_images(database, rows, encoder)
             result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
@@ -392,10 +392,10 @@ def _encode_sample_images(database: CaptionDatabase, encoder: DualEncoder) -> tu
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
-    return _encode_images(database, [database.read_image_row(number) for number in numbers], encoder)
+    return _encode_caption_images(database, [database.read_image_row(number) for number in numbers], encoder)
 
 
-def _encode_images(
+def _encode_caption_images(
     database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder
 ) -> tuple[list[str], Tensor]:
     refs = [find_image_file(database, row) for row in rows]

@@ -95,7 +95,7 @@ class CaptionDatabase:
     def __init__(self, file: str | Path) -> None:
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._convert_errors():
+        with self._convert_sqlite_errors():
             self.connection = sqlite3.connect(
                 self.file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
@@ -115,7 +115,7 @@ class CaptionDatabase:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit the changes of the `with` block. If the block raises an exception, roll the changes back."""
-        with self._convert_errors():
+        with self._convert_sqlite_errors():
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -133,7 +133,7 @@ class CaptionDatabase:
             for row in rows:
                 earlier = self.find_image_row(row.key)
                 if earlier is not None:
-                    record = json.dumps(_merge_records(earlier.record, row.record))
+                    record = json.dumps(_merge_record_dicts(earlier.record, row.record))
                     self.connection.execute("UPDATE images SET record = ? WHERE number = ?", (record, earlier.number))
                 else:
                     values = (row.number, row.key, row.hash, json.dumps(row.record), row.version)
@@ -237,7 +237,7 @@ class CaptionDatabase:
                 self.connection.execute(query, (answer.problem, answer.score, answer.rank, *key))
 
     @contextmanager
-    def _convert_errors(self) -> Iterator[None]:
+    def _convert_sqlite_errors(self) -> Iterator[None]:
         """Convert SQLite errors, such as a full disk or a corrupt file, to OSErrors that name the file."""
         try:
             yield
@@ -250,7 +250,7 @@ def _parse_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
     return ImageRow(number, key, image_hash, json.loads(record), version)
 
 
-def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def _merge_record_dicts(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Merge the lists of two records, such as captions. For other fields, the first record takes precedence."""
     merged = second | first
     for name, values in second.items():

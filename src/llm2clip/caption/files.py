@@ -35,9 +35,9 @@ from llm2clip.caption.checks import (
 )
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.options import Prompt
-from llm2clip.data.formats import find_files
+from llm2clip.data.formats import find_source_files
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
-from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_header
+from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_image_header
 from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version
 from llm2clip.data.images import ImageError, load_image, make_thumbnail
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, RecordReader, Source
@@ -45,7 +45,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import atomic_path, explain_write_errors, format_count, hide_url_secrets, to_valid_unicode
 from llm2clip.progress import ProgressBar
-from llm2clip.reports import Block, Example, Examples, Heading, Paragraph, Table, write_report
+from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
 WRITTEN_BY_CAPTION = "not read, because it was written by `llm2clip caption`"
@@ -90,7 +90,7 @@ class CaptionOutputPaths:
 # ---- list the images -------------------------------------------------------------------------------------------------
 
 
-def list_image_rows(
+def read_source_image_rows(
     sources: Sequence[str],
     columns: dict[str, str],
     output: CaptionOutputPaths,
@@ -132,7 +132,7 @@ def _iterate_image_records(
     # The output of another run is read only if the user names the file.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
     files = []
-    for file in find_files(parsed.path, all_files=True, log=log):
+    for file in find_source_files(parsed.path, all_files=True, log=log):
         if omits_output and _is_caption_output(file.path):
             log.add_note(WRITTEN_BY_CAPTION, file.path)
         else:
@@ -167,7 +167,7 @@ def _hash_file(image: FileImage, earlier: ImageRow | None) -> tuple[str, str]:
 
 def _copy_image(data: bytes, output: CaptionOutputPaths) -> tuple[str, str]:
     image_hash = hashlib.sha256(data).hexdigest()
-    image_format = (open_header(BytesIO(data)).format or "").lower()
+    image_format = (open_image_header(BytesIO(data)).format or "").lower()
     suffix = {"jpeg": "jpg", "mpo": "jpg", "heif": "heic"}.get(image_format, image_format)
     path = output.images.absolute() / f"{image_hash}.{suffix}"
     if not path.exists() or path.stat().st_size != len(data):
@@ -191,14 +191,16 @@ def _is_copied_image(path: str) -> bool:
 # ---- records and failures --------------------------------------------------------------------------------------------
 
 
-def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> tuple[int, int]:
+def write_captioned_records(
+    database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]
+) -> tuple[int, int]:
     """Write the records with their accepted captions. Return the numbers of records and generated captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows():
             answers = database.list_answers(row.hash, model, prompts)
             accepted = [answer for answer in answers if answer.text is not None and answer.problem is None]
-            record = _add_captions(row, accepted, prompts, database.has_source_captions(row.hash))
+            record = _add_generated_captions(row, accepted, prompts, database.has_source_captions(row.hash))
             if any(record.get(name) for name in CAPTION_FIELDS):
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 num_records += 1
@@ -206,7 +208,7 @@ def write_records(database: CaptionDatabase, file: Path, model: str, prompts: Se
     return num_records, num_captions
 
 
-def _add_captions(
+def _add_generated_captions(
     row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequence[Prompt], has_source_captions: bool
 ) -> dict[str, Any]:
     """Return the record of an image with generated captions and their origin.
@@ -233,7 +235,7 @@ def _add_captions(
     return record
 
 
-def write_failures(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
+def write_failed_requests(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
     """Write the failed requests, if any, and their reasons to a file. Return the number of failed requests."""
     num_failures = 0
     with _open_jsonl(file) as stream:
@@ -271,17 +273,17 @@ class CaptionReport:
 
 
 def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionReport) -> None:
-    blocks = build_report_blocks(database, report)
+    blocks = build_caption_report_blocks(database, report)
     cards = [_make_caption_card(database, row, report) for row in select_worst_images(database, report)]
     if cards:
         text = f"{format_count(len(cards), 'image')}, most failed or rejected captions first, then highest rank first."
-        blocks += [Heading("Images"), Paragraph(text), Examples(cards, as_cards=True)]
+        blocks += [Heading("Images"), Paragraph(text), ReportImageGroup(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)
-    write_report(file, "Captions", describe_captions(database, report), blocks, with_markdown=False)
+    write_report(file, "Captions", describe_caption_results(database, report), blocks, with_markdown=False)
 
 
-def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
+def describe_caption_results(database: CaptionDatabase, report: CaptionReport) -> str:
     num_captions = report.checks.num_captions
     problems = database.count_rejected_by_problem(report.model, report.prompts)
     num_failed = sum(count for _, count, _ in database.count_errors_by_reason(report.model, report.prompts, MAX_ERRORS))
@@ -299,7 +301,7 @@ def describe_captions(database: CaptionDatabase, report: CaptionReport) -> str:
     return verdict + failures
 
 
-def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
+def build_caption_report_blocks(database: CaptionDatabase, report: CaptionReport) -> list[Block]:
     problems = database.count_rejected_by_problem(report.model, report.prompts)
     input_tokens, output_tokens = database.count_tokens(report.model)
     numbers = {
@@ -320,7 +322,7 @@ def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> lis
     blocks += [
         Heading("Rejected captions"),
         Table(["problem", "captions", "share"], rows) if rows else Paragraph("No caption is rejected."),
-        Paragraph(_describe_comparison(report.scores, problems[MISMATCH])),
+        Paragraph(_describe_image_comparison(report.scores, problems[MISMATCH])),
         Paragraph(f'Captions shared by more than {report.checks.max_images:,} images are rejected as "{MANY_IMAGES}".'),
     ]
     rows = []
@@ -331,7 +333,7 @@ def build_report_blocks(database: CaptionDatabase, report: CaptionReport) -> lis
     return blocks
 
 
-def _describe_comparison(scores: ImageCheckSummary | None, num_mismatches: int) -> str:
+def _describe_image_comparison(scores: ImageCheckSummary | None, num_mismatches: int) -> str:
     if scores is not None:
         text = (
             f"{scores.encoder} compared {format_count(scores.num_captions, 'caption')} with "
@@ -356,7 +358,7 @@ def select_worst_images(database: CaptionDatabase, report: CaptionReport) -> lis
     return [database.read_image_row(number) for number in numbers]
 
 
-def _make_caption_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> Example:
+def _make_caption_card(database: CaptionDatabase, row: ImageRow, report: CaptionReport) -> ReportImage:
     texts: dict[str, list[str]] = {}
     for answer in database.list_answers(row.hash, report.model, report.prompts):
         label, text = "failed requests", shorten_text(answer.error or "")
@@ -371,7 +373,7 @@ def _make_caption_card(database: CaptionDatabase, row: ImageRow, report: Caption
     return make_image_card(find_image_file(database, row), [row.record["image"]], texts)
 
 
-def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> Example:
+def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str, Sequence[str]]) -> ReportImage:
     """Return a card with the thumbnail, name and size of an image, or with the decoding error."""
     jpeg, size, error = None, [], ""
     try:
@@ -381,7 +383,7 @@ def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str,
     except (ImageError, OSError) as problem:
         error = to_valid_unicode(str(problem))
     title = to_valid_unicode(Path(str(image)).name)
-    return Example(jpeg, title=title, details=[*size, *map(to_valid_unicode, details)], texts=texts, error=error)
+    return ReportImage(jpeg, title=title, details=[*size, *map(to_valid_unicode, details)], texts=texts, error=error)
 
 
 def shorten_text(text: str) -> str:

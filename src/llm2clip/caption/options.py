@@ -80,19 +80,19 @@ class Prompt:
     max_tokens: int = 100  # per answer
 
     def __post_init__(self) -> None:
-        self._check_field("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
+        self._check_field_value("kind", self.kind in get_args(Kind), " or ".join(get_args(Kind)))
         is_text = isinstance(self.text, str) and 0 < len(self.text.strip()) <= MAX_TEXT_CHARACTERS
-        self._check_field("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
-        self._check_integer("samples", MAX_SAMPLES)
+        self._check_field_value("text", is_text, f"a text of 1 to {MAX_TEXT_CHARACTERS:,} characters")
+        self._check_integer_field("samples", MAX_SAMPLES)
         is_temperature = type(self.temperature) in (int, float) and 0 <= self.temperature <= 2
-        self._check_field("temperature", is_temperature, "a number from 0 to 2")
-        self._check_integer("max_tokens", MAX_TOKENS)
+        self._check_field_value("temperature", is_temperature, "a number from 0 to 2")
+        self._check_integer_field("max_tokens", MAX_TOKENS)
 
-    def _check_integer(self, field: str, maximum: int) -> None:
+    def _check_integer_field(self, field: str, maximum: int) -> None:
         value = getattr(self, field)
-        self._check_field(field, type(value) is int and 1 <= value <= maximum, f"an integer from 1 to {maximum}")
+        self._check_field_value(field, type(value) is int and 1 <= value <= maximum, f"an integer from 1 to {maximum}")
 
-    def _check_field(self, field: str, is_valid: bool, description: str) -> None:
+    def _check_field_value(self, field: str, is_valid: bool, description: str) -> None:
         if not is_valid:
             value = repr(getattr(self, field))
             shown = value if len(value) <= 100 else f"{value[:100]}..."
@@ -108,7 +108,7 @@ class Prompt:
         if CAPTION_FIELD not in self.text:
             return self.text
         if caption is None:
-            return _drop_caption_lines(self.text)
+            return _drop_caption_placeholder_lines(self.text)
         one_line = " ".join(caption.split()).encode(errors="replace").decode()  # without lone surrogates
         return self.text.replace(CAPTION_FIELD, one_line)
 
@@ -143,13 +143,13 @@ def load_prompts(
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(f"{path}: the name of a prompt must consist of a-z, 0-9 and _ (got {name!r})")
         try:
-            prompts.append(_parse_prompt(name, values, language, use_captions))
+            prompts.append(_parse_prompt_entry(name, values, language, use_captions))
         except ValueError as error:
             raise ValueError(f"{path}, prompt {name}: {error}") from None
     return prompts
 
 
-def _parse_prompt(name: str, values: Any, language: str | None, use_captions: bool) -> Prompt:
+def _parse_prompt_entry(name: str, values: Any, language: str | None, use_captions: bool) -> Prompt:
     if not isinstance(values, dict):
         raise ValueError(f"must have fields of the form `name: value` (got {values!r})")
     known = [field.name for field in fields(Prompt) if field.name != "name"]
@@ -160,11 +160,11 @@ def _parse_prompt(name: str, values: Any, language: str | None, use_captions: bo
         if key not in values:
             raise ValueError(f"the field {key} is missing")
     prompt = Prompt(name, **values)
-    text = (prompt.text if use_captions else _drop_caption_lines(prompt.text)).strip()
+    text = (prompt.text if use_captions else _drop_caption_placeholder_lines(prompt.text)).strip()
     if not text:
         raise ValueError(f"text must contain a line without {CAPTION_FIELD} (got {prompt.text!r})")
     return replace(prompt, text=f"{text}\nAnswer in {language}." if language else text)
 
 
-def _drop_caption_lines(text: str) -> str:
+def _drop_caption_placeholder_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)

@@ -20,29 +20,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2clip.caption.answers import Answer, CaptionRequest, StoppedError
+from llm2clip.caption.answers import Answer, CaptioningStoppedError, CaptionRequest
 from llm2clip.caption.checks import check_captions, find_image_file, score_captions
 from llm2clip.caption.database import CaptionDatabase, ImageRow, StoredAnswer
 from llm2clip.caption.files import (
     CaptionOutputPaths,
     CaptionReport,
-    build_report_blocks,
-    describe_captions,
-    list_image_rows,
+    build_caption_report_blocks,
+    describe_caption_results,
+    read_source_image_rows,
     write_caption_report,
-    write_failures,
-    write_records,
+    write_captioned_records,
+    write_failed_requests,
 )
 from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
 from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
-from llm2clip.io_utils import check_extra, format_count
+from llm2clip.io_utils import format_count, require_extra
 from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
-from llm2clip.reports import render_text
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.reports import render_plain_text
+from llm2clip.runs.output_folder import hold_folder_lock
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
 
     For the exceptions, see `caption_images`.
     """
-    check_extra("caption", "captioning")  # checked now, because py3langid is needed only after captioning
+    require_extra("caption", "captioning")  # checked now, because py3langid is needed only after captioning
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
 
     CaptionOutputPaths(out).check_records_path()
@@ -116,14 +116,14 @@ def caption_images(
     output = CaptionOutputPaths(out)
     output.check_records_path()
     is_main = process_state().is_main_process
-    with folder_lock(out.parent, f".{out.name}.lock") if is_main else nullcontext():
+    with hold_folder_lock(out.parent, f".{out.name}.lock") if is_main else nullcontext():
         log = SkipLog(output.skipped if is_main else None, options.max_skipped)
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
                 closing(CaptionDatabase(output.database)) as earlier,  # reads the rows of the previous run
             ):
-                database.replace_image_rows(list_image_rows(sources, options.columns, output, log, earlier))
+                database.replace_image_rows(read_source_image_rows(sources, options.columns, output, log, earlier))
                 if not database.count_images():
                     raise ValueError(f"there are no images to caption: {log.summary()}")
         wait_for_everyone()
@@ -137,7 +137,9 @@ def caption_images(
                 if sys.exception() is None:  # after an exception, torchrun stops the other ranks
                     wait_for_everyone()
                 if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not after a second Ctrl+C
-                    was_completed = sys.exception() is None and not run.was_interrupted and not run.count_missing()
+                    was_completed = (
+                        sys.exception() is None and not run.was_interrupted and not run.count_missing_captions()
+                    )
                     lines = _check_and_write_captions(run, sources, log, open_encoder if was_completed else None)
             if is_main and not run.was_interrupted:
                 _check_missing_captions(run)
@@ -157,19 +159,22 @@ def _check_and_write_captions(
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
     report = CaptionReport(sources, model, prompts, checks, seconds=run.elapsed_seconds)
-    lines = _write_files(run, report, log)
+    lines = _write_output_files(run, report, log)
     if open_encoder is not None:
         scores = score_captions(database, model, prompts, open_encoder(), run.options.check_max_rank)
-        lines = _write_files(run, replace(report, scores=scores, seconds=run.elapsed_seconds), log)
+        lines = _write_output_files(run, replace(report, scores=scores, seconds=run.elapsed_seconds), log)
     return lines
 
 
-def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[str]:
+def _write_output_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[str]:
     database, output, model, prompts = run.database, run.output, report.model, report.prompts
-    num_records, num_captions = write_records(database, output.records, model, prompts)
-    num_failures = write_failures(database, output.failures, model, prompts)
+    num_records, num_captions = write_captioned_records(database, output.records, model, prompts)
+    num_failures = write_failed_requests(database, output.failures, model, prompts)
     write_caption_report(output.report, database, report)
-    lines = [render_text(build_report_blocks(database, report), describe_captions(database, report)), ""]
+    lines = [
+        render_plain_text(build_caption_report_blocks(database, report), describe_caption_results(database, report)),
+        "",
+    ]
     num_images = database.count_images()
     _, num_rejected = database.count_images_without_caption(model, prompts)
     if num_rejected > run.options.max_skipped * num_images:
@@ -191,7 +196,7 @@ def _write_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -> list[
 
 
 def _check_missing_captions(run: _CaptionRun) -> None:
-    if num_missing := run.count_missing():  # a rank does not know whether other ranks were interrupted
+    if num_missing := run.count_missing_captions():  # a rank does not know whether other ranks were interrupted
         raise ValueError(
             f"another process was stopped. Captions that have not been requested: {num_missing:,}. All other captions "
             "are stored. To request the missing captions, run the same command again"
@@ -261,7 +266,7 @@ class _CaptionRun:
         ):
             threads = []
             for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
-                threads.append(threading.Thread(target=self._process_batches, args=(batches, bar), daemon=True))
+                threads.append(threading.Thread(target=self._process_request_batches, args=(batches, bar), daemon=True))
                 threads[-1].start()
             for thread in threads:
                 while thread.is_alive():  # Python handles signals only between calls to join
@@ -274,7 +279,7 @@ class _CaptionRun:
         self._stopped.set()
         self.captioner.stop()
 
-    def count_missing(self) -> int:
+    def count_missing_captions(self) -> int:
         num_answers = self.database.count_answers(self.captioner.name, self.prompts)
         return self.database.count_images() * self._captions_per_image - num_answers
 
@@ -288,14 +293,14 @@ class _CaptionRun:
                     return
                 if int(row.hash[:8], 16) % state.num_processes != state.process_index:
                     continue
-                for request in self._make_requests(row, database):
+                for request in self._make_caption_requests(row, database):
                     batch = batches[request.prompt.key]
                     batch.append(request)
                     if len(batch) >= self.captioner.batch_size:
                         yield batches.pop(request.prompt.key)
         yield from batches.values()
 
-    def _make_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
+    def _make_caption_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
         """Return the requests for missing captions of an image. If the image is unreadable, store the error instead."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
@@ -321,23 +326,23 @@ class _CaptionRun:
             self.database.add_answers([self._make_stored_answer(request, failure) for request in requests])
         return []
 
-    def _process_batches(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
+    def _process_request_batches(self, batches: Iterator[list[CaptionRequest]], bar: ProgressBar) -> None:
         """Request captions and store the answers. All threads share `batches`. An error stops the run."""
         try:
-            while batch := self._get_next_batch(batches):
+            while batch := self._get_next_request_batch(batches):
                 answers = self.captioner.generate_answers(batch)
                 rows = [self._make_stored_answer(*pair) for pair in zip(batch, answers, strict=True)]
                 with self._lock:
                     self.database.add_answers(rows)
                     bar.total = max(bar.total or 0, bar.n + len(rows))  # with several ranks, the total is an estimate
                     bar.update(len(rows))
-        except StoppedError:
+        except CaptioningStoppedError:
             pass
         except BaseException as error:
             self._error = self._error or error
             self.stop()
 
-    def _get_next_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
+    def _get_next_request_batch(self, batches: Iterator[list[CaptionRequest]]) -> list[CaptionRequest] | None:
         with self._batches_lock:
             batch = next(batches, None)
         return None if self._stopped.is_set() else batch
@@ -366,19 +371,19 @@ def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore_handlers() -> None:
+    def restore_signal_handlers() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    def handle_signal(*_: Any) -> None:
-        restore_handlers()
+    def handle_stop_signal(*_: Any) -> None:
+        restore_signal_handlers()
         run.was_interrupted = True
         run.stop()
         print("\nStopping. Waiting for the answers to requests in flight.", file=sys.stderr)
 
     for number in previous:
-        signal.signal(number, handle_signal)
+        signal.signal(number, handle_stop_signal)
     try:
         yield
     finally:
-        restore_handlers()
+        restore_signal_handlers()

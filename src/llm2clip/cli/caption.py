@@ -10,16 +10,16 @@ from urllib.parse import urlsplit
 from jsonargparse import Namespace
 
 from llm2clip.caption.options import CaptionOptions, format_missing_server_error
-from llm2clip.cli.checks import check_can_create, check_data, resolve_model
+from llm2clip.cli.checks import check_data_sources, check_path_can_be_created, resolve_model_name
 from llm2clip.cli.commands import (
     ArgumentParser,
     Commands,
-    add_flags,
-    add_reading_arguments,
+    add_data_reading_arguments,
+    add_dataclass_flags,
     format_command,
-    make_options,
+    make_options_from_args,
 )
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import require_extra
 from llm2clip.runs.output_folder import has_outputs
 
 CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the run directory
@@ -38,25 +38,25 @@ def add_commands(commands: Commands) -> None:
         help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of a transformers "
         "image-text-to-text model, which runs in this process.",
     )
-    add_flags(parser, CaptionOptions, skip={"columns", "max_skipped"})
-    add_reading_arguments(parser)
+    add_dataclass_flags(parser, CaptionOptions, skip={"columns", "max_skipped"})
+    add_data_reading_arguments(parser)
 
 
 def _run_caption(args: Namespace) -> list[str]:
-    check_extra("caption", "`caption`")
-    check_data(args, require_captions=False)
-    options = make_options(CaptionOptions, args)
+    require_extra("caption", "`caption`")
+    check_data_sources(args, require_captions=False)
+    options = make_options_from_args(CaptionOptions, args)
     if options.endpoint is None and args.model.startswith(("http://", "https://")):
         raise ValueError(f"--model {args.model} is a URL. Pass it to --endpoint, and the model's name to --model")
     if options.check is not None:
-        options.check = resolve_model(options.check)
-    model = resolve_model(args.model, allow_revision=False) if options.endpoint is None else args.model
+        options.check = resolve_model_name(options.check)
+    model = resolve_model_name(args.model, allow_revision=False) if options.endpoint is None else args.model
     out = Path(args.out).expanduser()
     if str(out) in args.data:
         raise ValueError(
             f"--out {args.out} is also the source. Pass the images, or choose another file for the captions"
         )
-    check_can_create(args.out)
+    check_path_can_be_created(args.out)
     _check_server(options.endpoint, out)
     return [*_run_captioning(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
@@ -74,9 +74,9 @@ def _check_server(endpoint: str | None, out: Path) -> None:
 
 def _run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
     if options.endpoint is None:
-        from llm2clip.llava.modeling_patches import register_classes
+        from llm2clip.llava.modeling_patches import register_llava_classes
 
-        register_classes()
+        register_llava_classes()
     from llm2clip.caption.run import run_captioning
 
     return run_captioning(sources, out, model, options)
@@ -108,18 +108,18 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         raise ValueError(f"--caption_model requires the URL of a server in --caption (got {args.caption})")
     if not args.caption:
         return None
-    check_extra("caption", "--caption")
+    require_extra("caption", "--caption")
     if is_server and not args.caption_model:
         raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
     _check_evaluate_fields(args)
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
-    args.data, args.columns = [_select_splits(out, sources)], {}
+    args.data, args.columns = [_select_caption_splits(out, sources)], {}
     if has_outputs(out.parent):
         if not out.exists():
             raise ValueError(f"{args.out} contains a run without --caption. Use another --out, or omit --caption")
         return None
-    model = args.caption_model if is_server else resolve_model(args.caption, allow_revision=False)
+    model = args.caption_model if is_server else resolve_model_name(args.caption, allow_revision=False)
     options = CaptionOptions(
         endpoint=args.caption if is_server else None, columns=columns, max_skipped=args.max_skipped
     )
@@ -146,7 +146,7 @@ def _check_evaluate_fields(args: Namespace) -> None:
         )
 
 
-def _select_splits(captions: Path, sources: Sequence[str]) -> str:
+def _select_caption_splits(captions: Path, sources: Sequence[str]) -> str:
     """Return the caption file as a source, with the same splits selected as in `sources`.
 
     Raises:

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import Namespace
 
 from llm2clip.config import AUTO
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import require_extra
 from llm2clip.models.loading import check_model_source, is_hub_id, split_revision
 from llm2clip.runs.output_folder import CONFIG_FILE, RUN_COMMANDS
 
@@ -24,41 +24,41 @@ PREFIXES = ("open_clip:", "timm:", "st:", "hf:")
 ENCODERS = ("smollm2-135m", "all-minilm-l6-v2", "gemma3-270m")  # caption encoders in `models/pretrained.py`
 
 
-def check_sources(*groups: Iterable[str] | None) -> None:
+def check_sources_exist(*groups: Iterable[str] | None) -> None:
     """Raise FileNotFoundError if a source does not exist, or if its pattern matches no file."""
-    from llm2clip.data.formats import find_files
+    from llm2clip.data.formats import find_source_files
     from llm2clip.data.records import Source
 
     for source in (source for group in groups for source in group or []):
         path = Source.parse(source).path
         if not path.startswith("hf:") and not os.path.exists(os.path.expanduser(path)):
-            find_files(path)  # expands patterns; raises an error if no file matches
+            find_source_files(path)  # expands patterns; raises an error if no file matches
 
 
-def check_data(
+def check_data_sources(
     args: Namespace, *others: Iterable[str] | None, image_check: Any = "header", require_captions: bool = True
 ) -> None:
-    """Check sources with `check_sources`, and read the first rows of small local files in `args.data`.
+    """Check sources with `check_sources_exist`, and read the first rows of small local files in `args.data`.
 
     Reading a few rows reveals unknown formats, missing columns and unusable images before the slow imports.
     """
-    from llm2clip.data.formats import find_files
+    from llm2clip.data.formats import find_source_files
     from llm2clip.data.records import EARLY_CHECK_ROWS, RecordReader, Source
     from llm2clip.data.skip_log import SkipLog
 
-    check_sources(args.data, *others)
+    check_sources_exist(args.data, *others)
     log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # smaller fractions are reported by the command itself
     for text in args.data:
         source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
-        files = find_files(path, all_files=not require_captions) if os.path.exists(path) else []
+        files = find_source_files(path, all_files=not require_captions) if os.path.exists(path) else []
         if files and sum(os.path.getsize(file.path) for file in files if os.path.exists(file.path)) < 1 << 22:
             reader = RecordReader(source, log, image_check, require_captions)
             for _ in islice(reader.read(files), EARLY_CHECK_ROWS):
                 pass
 
 
-def check_index(location: str | None, words: Sequence[str] = ()) -> None:
+def check_index_exists(location: str | None, words: Sequence[str] = ()) -> None:
     """Raise FileNotFoundError if a local folder is not an index, or ImportError if a required package is missing.
 
     If one of the query's `words` is an index, the error message suggests the correct order of the arguments. PostgreSQL
@@ -76,17 +76,21 @@ def check_index(location: str | None, words: Sequence[str] = ()) -> None:
         check_backend_packages(location)
 
 
-def check_stores(*folders: str) -> None:
+def check_stores_exist(*folders: str) -> None:
     """Raise FileNotFoundError if a folder does not exist or is not an embedding store."""
     for folder in folders:
         if detect_folder_kind(folder) != "store":
-            from llm2clip.data.formats import suggest_paths
+            from llm2clip.data.formats import suggest_similar_paths
 
-            reason = "it has no manifest.json" if os.path.isdir(folder) else f"no such folder; {suggest_paths(folder)}"
+            reason = (
+                "it has no manifest.json"
+                if os.path.isdir(folder)
+                else f"no such folder; {suggest_similar_paths(folder)}"
+            )
             raise FileNotFoundError(f"{folder} is not a store: {reason}. To create a store, run `llm2clip embed`")
 
 
-def check_port(host: str, port: int) -> None:
+def check_port_is_available(host: str, port: int) -> None:
     """Raise OSError if a server cannot listen on a port, for example because it is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -98,28 +102,28 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def resolve_model(name: str, allow_revision: bool = True) -> str:
+def resolve_model_name(name: str, allow_revision: bool = True) -> str:
     """Return the model folder if `name` is a run directory. Return other paths and valid model names unchanged."""
     hub_id, revision = split_revision(name) if allow_revision else (name, None)
-    folder = _resolve_name(hub_id, "config.json", ("model",), ())
+    folder = _resolve_name_or_subfolder(hub_id, "config.json", ("model",), ())
     return folder if revision is None else name
 
 
-def resolve_encoder(path: str) -> str:
+def resolve_encoder_path(path: str) -> str:
     """Return the encoder folder of a run directory or llm2clip model. Return other valid paths and names unchanged."""
     if path == AUTO:
         raise ValueError("only `fit` and `plan` support --encoder.path auto. Pass an encoder, such as RUN/tune/encoder")
-    return _resolve_name(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
+    return _resolve_name_or_subfolder(path, "modules.json", ("encoder", "tune/encoder", "text"), ENCODERS)
 
 
-def check_pretrained(*names: str) -> None:
+def check_pretrained_names(*names: str) -> None:
     """Raise FileNotFoundError if the name of a vision tower or LLM looks like a path that does not exist."""
     for name in names:
         if "/" in name or "\\" in name:  # names without slashes refer to timm models and built-in models
-            _resolve_name(name, "config.json", (), ())
+            _resolve_name_or_subfolder(name, "config.json", (), ())
 
 
-def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
+def _resolve_name_or_subfolder(name: str, config_file: str, subfolders: tuple[str, ...], known: tuple[str, ...]) -> str:
     """Return `name` or, for a folder without `config_file`, the first of its `subfolders` that contains the file.
 
     Raises:
@@ -140,21 +144,23 @@ def _resolve_name(name: str, config_file: str, subfolders: tuple[str, ...], know
     if split_revision(name.removeprefix("hf:"))[1] is not None:
         raise ValueError(f"{name}: this model cannot be loaded by revision. Download the revision, and pass its folder")
     if name.startswith("open_clip:"):
-        check_extra("open-clip", name)
+        require_extra("open-clip", name)
     if name in known or name.startswith(PREFIXES) or path.exists():
         return name
     from llm2clip.cli.commands import read_builtin_configs
-    from llm2clip.data.formats import suggest_paths
+    from llm2clip.data.formats import suggest_similar_paths
 
     if name.endswith((".npz", ".gguf")):
-        raise FileNotFoundError(f"{name}: no such file; {suggest_paths(name)}")
+        raise FileNotFoundError(f"{name}: no such file; {suggest_similar_paths(name)}")
     if not is_hub_id(name):
         if name in read_builtin_configs():
             raise FileNotFoundError(
                 f"{name} is a config, not a model. To train a model with it, run `llm2clip fit DATA --config {name}`"
             )
         names = f", nor one of {', '.join(known)}" if known else ""
-        raise FileNotFoundError(f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_paths(name)}")
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor a hub id (OWNER/NAME){names}; {suggest_similar_paths(name)}"
+        )
     check_model_source(name)
     return name
 
@@ -202,7 +208,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
     if not folder.is_dir():
         if folder.exists():
             raise NotADirectoryError(f"--out {path} is a file. Pass a new or empty folder")
-        check_can_create(path)
+        check_path_can_be_created(path)
         return
     actual = detect_folder_kind(folder)
     if actual not in (None, kind):
@@ -212,7 +218,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
         raise ValueError(f"--out {path} already contains data, such as {data_file}. Pass a new or empty folder")
 
 
-def check_can_create(path: str | Path, option: str = "--out") -> None:
+def check_path_can_be_created(path: str | Path, option: str = "--out") -> None:
     """Raise OSError if the file or folder in `option` cannot be created in its nearest existing ancestor."""
     parent = next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
     try:

@@ -59,17 +59,21 @@ class ArgumentParser(jsonargparse.ArgumentParser):
         while words and parser._subcommands_action is not None and words[0] in parser._subcommands_action.choices:
             parser = parser._subcommands_action.choices[words.pop(0)]  # the root parser reports subcommand errors
         if parser._subcommands_action is None or (words and words[0].startswith("-")):
-            message = _explain_error(message, parser)
+            message = _explain_jsonargparse_error(message, parser)
         else:
             commands = list(parser._subcommands_action.choices)
-            problem = f"no command {words[0]!r}{suggest_names(words[0], commands)}" if words else "a COMMAND is missing"
+            problem = (
+                f"no command {words[0]!r}{suggest_similar_names(words[0], commands)}"
+                if words
+                else "a COMMAND is missing"
+            )
             message = f"{problem}. Commands: {', '.join(commands)}"
         command = parser.prog.replace(" [options]", "")
         print(f"{command}: {message}\nFor help, run: {command} --help", file=sys.stderr)
         sys.exit(2)
 
 
-def _explain_error(message: str, parser: Any) -> str:
+def _explain_jsonargparse_error(message: str, parser: Any) -> str:
     """Rewrite a jsonargparse error message without Python type names. Return unknown messages unchanged."""
     actions = {action.dest: action for action in parser._actions}
     flags = {dest: action.option_strings[0] for dest, action in actions.items() if action.option_strings}
@@ -80,16 +84,16 @@ def _explain_error(message: str, parser: Any) -> str:
     if message.startswith(unknown):
         words = message.removeprefix(unknown)
         name = next((word for word in words.split() if word.startswith("-")), words).partition("=")[0]
-        return f"unknown argument {name}{suggest_names(name, flags.values())}"
+        return f"unknown argument {name}{suggest_similar_names(name, flags.values())}"
     if (match := re.match(r'Parser key "([^"]+)"', message)) and match[1] in actions:
         name = f"{parser.config_file}: {match[1]}" if parser.config_file else flags[match[1]]
         value = re.search(r"(?:Got value|Given value): (.*)|Not of type \w+: (.*) does not conform", message)
         got = f" (got {value[1] or value[2]})" if value else ""
-        return f"{name} must be {_describe_type(actions[match[1]]._typehint)}{got}"
+        return f"{name} must be {_describe_argument_type(actions[match[1]]._typehint)}{got}"
     return message
 
 
-def suggest_names(name: str, known: Iterable[str]) -> str:
+def suggest_similar_names(name: str, known: Iterable[str]) -> str:
     """Return " (did you mean X?)" with the most similar known names, or "" if there are none."""
     names = {other.lstrip("-"): other for other in known}  # dashes would inflate the similarity
     prefix, _, last_part = name.lstrip("-").rpartition(".")
@@ -105,7 +109,7 @@ def suggest_names(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
 
-def _describe_type(typehint: Any) -> str:
+def _describe_argument_type(typehint: Any) -> str:
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     if typehint in names:
         return names[typehint]
@@ -117,7 +121,7 @@ def _describe_type(typehint: Any) -> str:
         return "a list, such as '[a, b]'"
     if get_origin(typehint) is dict:
         return "a mapping, such as '{a: 1, b: 2}'"
-    parts = [_describe_type(part) for part in get_args(typehint) if part is not NoneType]
+    parts = [_describe_argument_type(part) for part in get_args(typehint) if part is not NoneType]
     return " or ".join(dict.fromkeys(parts)) or str(typehint)
 
 
@@ -157,7 +161,7 @@ class ConfigFileAction(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         known = {action.dest for action in parser._actions}
         try:
-            settings = _select_relevant_settings(_read_config(values), known)
+            settings = _select_relevant_settings(_read_config_file(values), known)
         except (OSError, ValueError) as error:
             raise TypeError(f"{values}: {error}") from error
         parser.config_file = values
@@ -175,12 +179,12 @@ def read_builtin_configs() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in entries}
 
 
-def _read_config(file_or_name: str) -> dict[str, Any]:
+def _read_config_file(file_or_name: str) -> dict[str, Any]:
     path = Path(file_or_name)
     builtin = read_builtin_configs()
     if not path.is_file() and file_or_name not in builtin:
         raise FileNotFoundError(
-            f"no such file or built-in config{suggest_names(file_or_name, builtin)}. Built-in configs: "
+            f"no such file or built-in config{suggest_similar_names(file_or_name, builtin)}. Built-in configs: "
             f"{', '.join(builtin)}"
         )
     try:
@@ -216,7 +220,7 @@ def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict
 
 def _check_setting_name(name: str, known: set[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown setting {name}{suggest_names(name, known)}")
+        raise ValueError(f"unknown setting {name}{suggest_similar_names(name, known)}")
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -252,7 +256,7 @@ class Columns:
     """Argument type of --columns, whose parsed value is a dict that maps field names to column names."""
 
 
-def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
+def parse_column_mapping(value: str | dict[str, str]) -> dict[str, str]:
     """Parse `field=column,field=column`, or raise ValueError. Dicts are returned unchanged."""
     if isinstance(value, dict):
         return value
@@ -263,7 +267,9 @@ def parse_columns(value: str | dict[str, str]) -> dict[str, str]:
 
 
 Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
-register_type(Columns, serializer=dict, deserializer=parse_columns, type_check=lambda value, _: type(value) is dict)
+register_type(
+    Columns, serializer=dict, deserializer=parse_column_mapping, type_check=lambda value, _: type(value) is dict
+)
 
 # Descriptions of restricted argument types for error messages.
 TYPE_DESCRIPTIONS: dict[type, str] = {
@@ -276,7 +282,7 @@ TYPE_DESCRIPTIONS: dict[type, str] = {
 }
 
 
-def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
+def add_data_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
     parser.add_argument(
         "--columns",
         type=Columns,
@@ -291,7 +297,7 @@ def add_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> 
     )
 
 
-def add_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
+def add_dataclass_flags(parser: ArgumentParser, options: type, skip: Collection[str] = ()) -> None:
     """Add a flag for each field of a dataclass, with the docstring of the field as the help text.
 
     Booleans must default to False and become switches without a value. Lists take one or more values, separated by
@@ -327,7 +333,7 @@ def format_column_flags(columns: dict[str, str]) -> list[str]:
     return ["--columns", ",".join(f"{field}={column}" for field, column in columns.items())] if columns else []
 
 
-def make_options(options: type[Options], args: Namespace) -> Options:
+def make_options_from_args(options: type[Options], args: Namespace) -> Options:
     """Create a dataclass from arguments with the same names as its fields. Other fields keep their defaults."""
     fields = dataclasses.fields(options)  # type: ignore[arg-type]
     return options(**{field.name: args[field.name] for field in fields if field.name in args})

@@ -4,15 +4,21 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from llm2clip.cli.checks import check_data, check_output_folder, list_local_sources, resolve_encoder, resolve_model
+from llm2clip.cli.checks import (
+    check_data_sources,
+    check_output_folder,
+    list_local_sources,
+    resolve_encoder_path,
+    resolve_model_name,
+)
 from llm2clip.cli.commands import (
     DATA_HELP,
     Commands,
-    add_flags,
-    add_reading_arguments,
+    add_data_reading_arguments,
+    add_dataclass_flags,
     format_column_flags,
     format_command,
-    make_options,
+    make_options_from_args,
 )
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 
@@ -39,8 +45,8 @@ def add_commands(commands: Commands) -> None:
         help=f"{DATA_HELP} Of a source without splits, only the images that `fit` would hold out are used.",
     )
     parser.add_argument("--baselines", nargs="+", type=str, help="Other models to compare with.")
-    add_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
-    add_reading_arguments(parser)
+    add_dataclass_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
+    add_data_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EvaluateConfig, "evaluate", skip={"data"})
 
@@ -51,10 +57,10 @@ def add_commands(commands: Commands) -> None:
 def _run_evaluate(args: Namespace) -> list[str]:
     if args.out is not None:
         check_output_folder(args.out, "evaluation")
-    check_data(args, args.captions)
-    models = [resolve_model(name) for name in [args.model, *(args.baselines or [])] if name]
-    args.encoder.path = resolve_encoder(args.encoder.path)
-    options = make_options(EvaluateOptions, args)
+    check_data_sources(args, args.captions)
+    models = [resolve_model_name(name) for name in [args.model, *(args.baselines or [])] if name]
+    args.encoder.path = resolve_encoder_path(args.encoder.path)
+    options = make_options_from_args(EvaluateOptions, args)
     from llm2clip.evaluate.arguments import check_evaluation_arguments
 
     check_evaluation_arguments(models, args.data or [], options)

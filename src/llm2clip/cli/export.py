@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_index, check_output_folder, check_stores, resolve_model
+from llm2clip.cli.checks import check_index_exists, check_output_folder, check_stores_exist, resolve_model_name
 from llm2clip.cli.commands import Commands, format_command
-from llm2clip.io_utils import check_extra, format_count
+from llm2clip.io_utils import format_count, require_extra
 from llm2clip.models.export import FORMATS, export_model
 from llm2clip.models.loading import describe_hub_error, find_hub_problem, is_hub_id
 
@@ -97,7 +97,7 @@ def _add_store_commands(commands: Commands) -> None:
 def _run_convert(args: Namespace) -> list[str]:
     for source in args.source:
         if "/" not in source:  # a name with a slash may refer to a file in a hub repository
-            resolve_model(source)
+            resolve_model_name(source)
     from llm2clip.models.export.model_card import write_model_card
     from llm2clip.models.llm2clip import LLM2CLIP
     from llm2clip.models.model_folder import is_model_folder
@@ -106,9 +106,9 @@ def _run_convert(args: Namespace) -> list[str]:
 
     source = args.source[0]
     if len(args.source) > 1 or find_lora_adapter(source) is not None:
-        return _convert_encoder(args, "LoRA adapters", lambda: load_encoder_with_lora(args.source))
+        return _convert_caption_encoder(args, "LoRA adapters", lambda: load_encoder_with_lora(args.source))
     if is_nv_embed(source):
-        return _convert_encoder(args, "NV-Embed-v2", lambda: load_nv_embed(source))
+        return _convert_caption_encoder(args, "NV-Embed-v2", lambda: load_nv_embed(source))
     if args.to is not None:
         if args.text is not None:
             raise ValueError("official checkpoints do not contain a caption encoder: use --text or --to, but not both")
@@ -125,7 +125,7 @@ def _run_convert(args: Namespace) -> list[str]:
     return _format_closing_lines(model, folder, source)
 
 
-def _convert_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
+def _convert_caption_encoder(args: Namespace, kind: str, load: Callable[[], CaptionEncoder]) -> list[str]:
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
@@ -178,9 +178,9 @@ def _run_export(args: Namespace) -> list[str]:
         return _export_vectors(args)
     if args.model is None:
         raise ValueError(f"--to {args.to} requires a model: llm2clip export MODEL --to {args.to} --out FOLDER")
-    args.model = resolve_model(args.model)
+    args.model = resolve_model_name(args.model)
     if args.to in ("onnx", "gallery"):
-        check_extra("onnx", f"--to {args.to}")
+        require_extra("onnx", f"--to {args.to}")
     if args.to == "gallery":
         return _export_gallery(args)
     for name in ("index", "max_mb", "gps"):
@@ -201,7 +201,7 @@ def _export_gallery(args: Namespace) -> list[str]:
             "--int8 and --dim cannot be used with --to gallery: a gallery always has 8-bit weights, and the vectors of "
             "its index. To truncate them, build an index with `llm2clip index --dim`"
         )
-    check_index(args["index"])
+    check_index_exists(args["index"])
     from llm2clip.search.gallery import MAX_MB, export_gallery
 
     messages = export_gallery(args.model, args["index"], args.out, args.max_mb or MAX_MB, args.gps)
@@ -219,7 +219,7 @@ def _export_vectors(args: Namespace) -> list[str]:
     for name in ("model", "int8", "dim", "max_mb"):
         if args[name]:
             raise ValueError(f"{'MODEL' if name == 'model' else '--' + name} cannot be used with --to vectors")
-    check_index(args["index"])
+    check_index_exists(args["index"])
     from llm2clip.search.export_vectors import export_vectors
 
     count = export_vectors(args["index"], args.out, args.gps)
@@ -227,7 +227,7 @@ def _export_vectors(args: Namespace) -> list[str]:
 
 
 def _run_push(args: Namespace) -> list[str]:
-    args.model = resolve_model(args.model)
+    args.model = resolve_model_name(args.model)
     if not is_hub_id(args.repo_id):
         raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -243,7 +243,7 @@ def _run_push(args: Namespace) -> list[str]:
     problem = find_hub_problem()
     if problem:
         raise OSError(f"cannot push to {args.repo_id}: {problem}")
-    files: dict[str, Any] = _list_files(folder)
+    files: dict[str, Any] = _list_files_to_upload(folder)
     files["README.md"] = render_model_card(folder, args.repo_id, args.license).encode()
     operations: list[Any] = [CommitOperationAdd(name, files[name]) for name in sorted(files)]
     api = HfApi()
@@ -268,7 +268,7 @@ def _run_push(args: Namespace) -> list[str]:
     return [f"Pushed: {url} (revision {commit.oid})"]
 
 
-def _list_files(folder: Path) -> dict[str, Path]:
+def _list_files_to_upload(folder: Path) -> dict[str, Path]:
     """Return the files in a folder, keyed by relative path. Hidden files and folders are omitted.
 
     Raises:
@@ -302,7 +302,7 @@ def _check_no_home_paths(folder: Path) -> None:
 
 
 def _verify_store(args: Namespace) -> list[str]:
-    check_stores(args.folder)
+    check_stores_exist(args.folder)
     from llm2clip.store.store import EmbeddingStore
 
     store = EmbeddingStore(args.folder)
@@ -312,7 +312,7 @@ def _verify_store(args: Namespace) -> list[str]:
 
 
 def _repair_store(args: Namespace) -> list[str]:
-    check_stores(args.folder)
+    check_stores_exist(args.folder)
     from llm2clip.store.maintenance import repair_store
     from llm2clip.store.store import EmbeddingStore
 
@@ -328,7 +328,7 @@ def _repair_store(args: Namespace) -> list[str]:
 
 def _merge_stores(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
-    check_stores(*args.folders)
+    check_stores_exist(*args.folders)
     from llm2clip.store.maintenance import merge_stores
 
     store = merge_stores(args.out, args.folders)

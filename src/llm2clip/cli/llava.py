@@ -7,8 +7,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
-from llm2clip.cli.checks import check_output_folder, check_pretrained, check_sources
-from llm2clip.cli.commands import SECTIONS, Commands, add_reading_arguments, format_command
+from llm2clip.cli.checks import check_output_folder, check_pretrained_names, check_sources_exist
+from llm2clip.cli.commands import SECTIONS, Commands, add_data_reading_arguments, format_command
 from llm2clip.io_utils import format_count
 from llm2clip.llava import LlavaConfig
 
@@ -64,16 +64,16 @@ def add_commands(commands: Commands) -> None:
         help="Base folder for relative image paths in LLaVA's JSON files. Default: the folder of each JSON file.",
     )
     parser.add_argument("--out", type=str, required=True, help="Run directory. The trained model is in OUT/model.")
-    add_reading_arguments(parser)
+    add_data_reading_arguments(parser)
     parser.add_class_arguments(LlavaConfig, "llava")
 
 
 def _run_build(args: Namespace) -> list[str]:
-    check_pretrained(args.vision, args.llm)
+    check_pretrained_names(args.vision, args.llm)
     from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
-    from llm2clip.llava.build import build_llava, load_tower
+    from llm2clip.llava.build import build_llava, load_vision_tower
 
-    folder = build_llava(load_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)
+    folder = build_llava(load_vision_tower(args.vision, args.image_size), args.llm, args.out, pad=args.pad)
     training_images = load_training_image_hashes(args.vision)
     if training_images is not None:
         save_training_image_hashes(folder, training_images)
@@ -86,8 +86,8 @@ def _run_build(args: Namespace) -> list[str]:
 
 def _run_train(args: Namespace) -> list[str]:
     check_output_folder(args.out, "llava")
-    check_sources(args.pretrain, args.instruct)
-    check_pretrained(args.model)
+    check_sources_exist(args.pretrain, args.instruct)
+    check_pretrained_names(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.llava.conversations import (
         make_captioning_conversations,

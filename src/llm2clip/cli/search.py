@@ -20,8 +20,14 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_data, check_index, check_output_folder, check_sources, resolve_model
-from llm2clip.cli.commands import ArgumentParser, Commands, add_reading_arguments, make_options
+from llm2clip.cli.checks import (
+    check_data_sources,
+    check_index_exists,
+    check_output_folder,
+    check_sources_exist,
+    resolve_model_name,
+)
+from llm2clip.cli.commands import ArgumentParser, Commands, add_data_reading_arguments, make_options_from_args
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, metadata_to_json
@@ -29,9 +35,9 @@ from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, F
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llm2clip.cli.server_index import ServerIndex
+    from llm2clip.cli.server_index import ServerIndexClient
     from llm2clip.data.skip_log import SkipLog
-    from llm2clip.search.backends import Backend
+    from llm2clip.search.backends import IndexBackend
     from llm2clip.search.build import IndexReport
     from llm2clip.search.explain import Explanation
     from llm2clip.search.index import Index, SearchPage
@@ -104,7 +110,7 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
         action="store_true",
         help="Also index images outside the source's folder that caption files or symbolic links refer to.",
     )
-    add_reading_arguments(sub, max_skipped=1.0)
+    add_data_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
     sub.add_argument(
         "--workers",
@@ -163,28 +169,28 @@ def _add_output_arguments(sub: ArgumentParser) -> None:
 
 
 def _run_index(args: Namespace) -> list[str]:
-    from llm2clip.io_utils import check_extra
+    from llm2clip.io_utils import require_extra
     from llm2clip.search.backends import check_backend_packages, get_backend_name, hide_password, open_backend
 
     if get_backend_name(args.out) == "sqlite":
         check_output_folder(args.out, "index")
     check_backend_packages(args.out)
     if args.ocr:
-        check_extra("ocr", "--ocr")
+        require_extra("ocr", "--ocr")
     if not args.prune:
-        check_sources(args.data)
+        check_sources_exist(args.data)
     if not (args.prune or os.path.exists(args.out)):  # an update suggests --prune instead if images are missing
-        check_data(args, require_captions=False)
-    args.model = _choose_model(args.out) if args.model is None else resolve_model(args.model)
+        check_data_sources(args, require_captions=False)
+    args.model = _choose_index_model(args.out) if args.model is None else resolve_model_name(args.model)
     from llm2clip.data.skip_log import SkipLog
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.models.llm2clip import check_truncate_dim
     from llm2clip.models.text_graph import save_text_graph
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.build import IndexOptions, build_index
-    from llm2clip.search.ocr import open_recognizer
+    from llm2clip.search.ocr import open_text_recognizer
 
-    recognize = open_recognizer() if args.ocr else None
+    recognize = open_text_recognizer() if args.ocr else None
     model = open_dual_encoder(args.model)  # loaded before --out is created, because loading may fail
     if args.dim is not None:
         check_truncate_dim(args.dim, model.embed_dim, model.name)
@@ -195,7 +201,7 @@ def _run_index(args: Namespace) -> list[str]:
 
     def update_index() -> tuple[IndexReport, SkipLog]:
         log = SkipLog(skipped_file, args.max_skipped)
-        options = dataclasses.replace(make_options(IndexOptions, args), recognize=recognize)
+        options = dataclasses.replace(make_options_from_args(IndexOptions, args), recognize=recognize)
         return build_index(args.data, model, backend, log, options), log
 
     report, log = update_index()
@@ -213,10 +219,10 @@ def _run_index(args: Namespace) -> list[str]:
         if report:
             print_once(f"{datetime.now():%H:%M:%S} {report}", log.summary())
     print_once(str(report), log.summary())
-    return _describe_index(hide_password(args.out), backend, log, skipped_file)
+    return _describe_updated_index(hide_password(args.out), backend, log, skipped_file)
 
 
-def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file: Path | None) -> list[str]:
+def _describe_updated_index(location: str, backend: IndexBackend, log: SkipLog, skipped_file: Path | None) -> list[str]:
     """Return the lines to print about an updated index. `location` must not contain a password."""
     images, contents = backend.count()
     lines = [f"Index: {location} ({format_count(images, 'image')}, {contents:,} distinct)"]
@@ -234,7 +240,7 @@ def _describe_index(location: str, backend: Backend, log: SkipLog, skipped_file:
     return lines
 
 
-def _choose_model(location: str) -> str:
+def _choose_index_model(location: str) -> str:
     """Return the model of an existing index or, for a new index, the default model.
 
     Raises:
@@ -264,20 +270,20 @@ def _run_search(args: Namespace) -> list[str]:
     if args["index"] is None and args.server is None:
         raise ValueError("pass an index, or the address of a running server with --server")
     if args.server is None:
-        check_index(args["index"], args.words)
+        check_index_exists(args["index"], args.words)
     elif args["index"] is not None:
         args.words.insert(0, args["index"])  # with --server, all positional arguments are words of the query
     args.texts = [*([" ".join(args.words)] if args.words else []), *args.text]
-    _check_query(args)
+    _check_query_arguments(args)
     _check_output_flags(args)
-    image_filter = _parse_filter(args)
+    image_filter = _parse_filter_arguments(args)
     if args.server is not None:
         return _search_server(args, image_filter)
     if args.model is not None:
-        args.model = resolve_model(args.model)
-    from llm2clip.models.prompts import QueryTemplates, check_templates
+        args.model = resolve_model_name(args.model)
+    from llm2clip.models.prompts import QueryTemplates, check_prompt_templates
 
-    check_templates(args.templates or [], "--templates")
+    check_prompt_templates(args.templates or [], "--templates")
     from llm2clip.search.index import Index, SearchOptions
     from llm2clip.search.query import SearchQuery
 
@@ -287,16 +293,16 @@ def _run_search(args: Namespace) -> list[str]:
     with redirect_stdout(sys.stderr):  # keeps other messages out of the output of --json and --paths
         index = Index.open(args["index"], args.model)
         page = index.search(query, args.top, filter=image_filter, options=options)
-    return _print_results(args, index, query, page, image_filter)
+    return _print_search_results(args, index, query, page, image_filter)
 
 
 def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
-    from llm2clip.cli.server_index import ServerIndex, encode_images
+    from llm2clip.cli.server_index import ServerIndexClient, encode_images
 
     for name in ("model", "templates"):
         if args[name] is not None:
             raise ValueError(f"--{name} cannot be used with --server, which has its own model and templates")
-    index = ServerIndex(args.server, args.token)
+    index = ServerIndexClient(args.server, args.token)
     query = {
         "texts": args.texts,
         "images": encode_images(args.images),
@@ -311,11 +317,11 @@ def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
         group_similar=not args.no_group,
         show_weak=args.show_weak,
     )
-    return _print_results(args, index, query, page, image_filter)
+    return _print_search_results(args, index, query, page, image_filter)
 
 
-def _print_results(
-    args: Namespace, index: Index | ServerIndex, query: Any, page: SearchPage, image_filter: Filter
+def _print_search_results(
+    args: Namespace, index: Index | ServerIndexClient, query: Any, page: SearchPage, image_filter: Filter
 ) -> list[str]:
     from rich.console import Console
 
@@ -336,10 +342,10 @@ def _print_results(
     return [NOT_CALIBRATED] if has_query and page.hits[0].relevance is None else []
 
 
-def _explain_no_results(args: Namespace, index: Index | ServerIndex, image_filter: Filter) -> str:
-    from llm2clip.cli.server_index import ServerIndex
+def _explain_no_results(args: Namespace, index: Index | ServerIndexClient, image_filter: Filter) -> str:
+    from llm2clip.cli.server_index import ServerIndexClient
 
-    if isinstance(index, ServerIndex):
+    if isinstance(index, ServerIndexClient):
         return "No results: the index is empty, or no image matches the filters."
     if not index.backend.count()[0]:
         return "No results: the index is empty."
@@ -360,25 +366,25 @@ def _check_output_flags(args: Namespace) -> None:
         raise ValueError("--explain prints a table: remove --json and --paths")
 
 
-def _check_query(args: Namespace) -> None:
+def _check_query_arguments(args: Namespace) -> None:
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and all(args[name] is None for name in CONDITIONS):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
-    from llm2clip.io_utils import check_not_empty
+    from llm2clip.io_utils import check_text_not_empty
 
-    check_not_empty(args.texts)
-    check_not_empty(args.negative)
+    check_text_not_empty(args.texts)
+    check_text_not_empty(args.negative)
     for image in (*args.images, *args.negative_images):
         if not os.path.exists(image):
             raise FileNotFoundError(f"No such file: {image}")
 
 
-def _parse_filter(args: Namespace) -> Filter:
+def _parse_filter_arguments(args: Namespace) -> Filter:
     """Create a filter. Raise ValueError if a time is invalid, or if --after is later than --before."""
     values = {name: args[name] for name in CONDITIONS}
     for name, condition in CONDITIONS.items():
         if condition.kind.endswith("time"):
-            values[name] = parse_time(values[name], f"--{name}", end_of_day=condition.kind == "last time")
+            values[name] = parse_iso_timestamp(values[name], f"--{name}", end_of_day=condition.kind == "last time")
     values["path"] = resolve_path_filter(values["path"])
     after, before = values["after"], values["before"]
     if after is not None and before is not None and after > before:
@@ -386,7 +392,7 @@ def _parse_filter(args: Namespace) -> Filter:
     return Filter(**values)
 
 
-def parse_time(text: str | None, option: str, end_of_day: bool = False) -> float | None:
+def parse_iso_timestamp(text: str | None, option: str, end_of_day: bool = False) -> float | None:
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
     Args:

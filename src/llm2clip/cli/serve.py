@@ -11,9 +11,9 @@ from urllib.parse import quote
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from llm2clip.cli.checks import check_index, check_port, resolve_model
+from llm2clip.cli.checks import check_index_exists, check_port_is_available, resolve_model_name
 from llm2clip.cli.commands import ArgumentParser, Commands, Port
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import require_extra
 
 
 def add_commands(commands: Commands) -> None:
@@ -97,20 +97,20 @@ def _run_serve(args: Namespace) -> list[str]:
     if args.port is None:
         args.port = 3003 if args.immich else 7860
     _check_immich_options(args)
-    check_port(args.host, args.port)
-    check_index(args["index"])
+    check_port_is_available(args.host, args.port)
+    check_index_exists(args["index"])
     if args.model is not None:
-        args.model = resolve_model(args.model)
-    check_extra("search", "`serve`")
+        args.model = resolve_model_name(args.model)
+    require_extra("search", "`serve`")
     if args.mcp:
-        check_extra("mcp", "--mcp")
+        require_extra("mcp", "--mcp")
         if args["index"] is None:
             raise ValueError("--mcp requires an index: llm2clip serve INDEX --mcp")
     from llm2clip.models.dual_encoder import open_dual_encoder
     from llm2clip.runs.ranks import print_once
     from llm2clip.search.backends import open_backend
-    from llm2clip.search.inference import Limits
-    from llm2clip.search.server import LOOPBACK, Access, create_app, serve
+    from llm2clip.search.inference import ServerLimits
+    from llm2clip.search.server import LOOPBACK, AccessPolicy, create_app, serve
 
     backend = open_backend(args["index"]) if args["index"] else None
     model_name = args.model or (backend.metadata()["model"] if backend else None)
@@ -119,9 +119,9 @@ def _run_serve(args: Namespace) -> list[str]:
     token = None if args.immich else resolve_access_token(args.token, args.no_token, args.host)
     add_routes = None
     if args.immich:
-        from llm2clip.search.immich import Upstream, add_immich_routes, describe_setup
+        from llm2clip.search.immich import UpstreamService, add_immich_routes, describe_immich_setup
 
-        upstream = Upstream(args.immich_upstream) if args.immich_upstream is not None else None
+        upstream = UpstreamService(args.immich_upstream) if args.immich_upstream is not None else None
         add_routes = partial(add_immich_routes, upstream=upstream)
     model_thread = ThreadPoolExecutor(1, "model")
     model = model_thread.submit(open_dual_encoder, model_name, precision=args.precision, stage="serve").result()
@@ -129,8 +129,8 @@ def _run_serve(args: Namespace) -> list[str]:
     app = create_app(
         model,
         backend,
-        limits=Limits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
-        access=Access(token, LOOPBACK if args.host in LOOPBACK else None, public_paths),
+        limits=ServerLimits(max_queue=args.max_queue, timeout=args.timeout, batch_size=args.batch_size),
+        access=AccessPolicy(token, LOOPBACK if args.host in LOOPBACK else None, public_paths),
         model_thread=model_thread,
         add_routes=add_routes,
     )
@@ -143,7 +143,7 @@ def _run_serve(args: Namespace) -> list[str]:
     def print_address(port: int) -> None:
         address = f"http://{host}:{port}/"
         if args.immich:
-            print_once(describe_setup(address, model.embed_dim, upstream))
+            print_once(describe_immich_setup(address, model.embed_dim, upstream))
             return
         known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may end up in logs
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address

@@ -21,7 +21,7 @@ MAX_RESPONSE_BYTES = 1 << 28
 NO_SERVER = "{} is not the address of a server started with `llm2clip serve`"
 
 
-class ServerIndex:
+class ServerIndexClient:
     """Index of a running server. Search results have the same attributes as those of `search.index.Index`."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
@@ -45,7 +45,7 @@ class ServerIndex:
             raise ValueError("the token contains characters that are not allowed in a token")
         # Redirects and, for http://, proxies are disabled, because other servers could then read the token.
         proxies = [ProxyHandler({})] if parts.scheme == "http" else []
-        self._opener = build_opener(_RejectRedirects, *proxies)
+        self._opener = build_opener(_RejectRedirectsHandler, *proxies)
 
     def search(self, query: dict[str, Any], **options: Any) -> Any:
         """Return a page of hits. `query` and `options` contain the fields of `search.schemas.SearchRequest`.
@@ -53,15 +53,15 @@ class ServerIndex:
         Raises:
             OSError: The server cannot be reached, rejects the token or the request, or is not an llm2clip server.
         """
-        page = self._post("search", {**query, **options})
+        page = self._post_json("search", {**query, **options})
         if not hasattr(page, "hits"):
             raise OSError(NO_SERVER.format(self.address))
         return page
 
     def explain(self, query: dict[str, Any], hit_id: str) -> Any:
-        return self._post("explain", {**query, "id": hit_id})
+        return self._post_json("explain", {**query, "id": hit_id})
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post_json(self, path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
@@ -81,7 +81,7 @@ class ServerIndex:
             raise OSError(NO_SERVER.format(self.address)) from error
 
 
-class _RejectRedirects(HTTPRedirectHandler):
+class _RejectRedirectsHandler(HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None
 

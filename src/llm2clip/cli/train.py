@@ -13,22 +13,22 @@ from jsonargparse.typing import NonNegativeInt
 
 from llm2clip.cli.caption import add_caption_arguments, prepare_captions
 from llm2clip.cli.checks import (
-    check_data,
+    check_data_sources,
     check_output_folder,
-    check_pretrained,
-    check_stores,
+    check_pretrained_names,
+    check_stores_exist,
     list_local_sources,
-    resolve_encoder,
-    resolve_model,
+    resolve_encoder_path,
+    resolve_model_name,
 )
 from llm2clip.cli.commands import (
     DATA_HELP,
     ArgumentParser,
     Commands,
-    add_reading_arguments,
+    add_data_reading_arguments,
     format_column_flags,
     format_command,
-    make_options,
+    make_options_from_args,
 )
 from llm2clip.config import (
     AUTO,
@@ -40,7 +40,7 @@ from llm2clip.config import (
     FitConfig,
     TuneConfig,
 )
-from llm2clip.io_utils import check_extra, format_count
+from llm2clip.io_utils import format_count, require_extra
 
 if TYPE_CHECKING:
     from llm2clip.data.table import RecordTable
@@ -60,7 +60,7 @@ def _add_fit_command(commands: Commands) -> None:
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
     add_caption_arguments(parser)
-    add_reading_arguments(parser)
+    add_data_reading_arguments(parser)
     add_stage_settings(parser)
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
@@ -76,7 +76,7 @@ def _add_tune_command(commands: Commands) -> None:
         "would hold out are skipped.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder. The tuned encoder is in OUT/encoder.")
-    add_reading_arguments(parser)
+    add_data_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(TuneConfig, "tune")
 
@@ -104,7 +104,7 @@ def _add_embed_command(commands: Commands) -> None:
         help="Also encode short phrases, such as 'red hat', on which `align` trains by default. Reads all captions "
         "into memory.",
     )
-    add_reading_arguments(parser)
+    add_data_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(EmbedConfig, "embed")
 
@@ -128,7 +128,7 @@ def _add_align_command(commands: Commands) -> None:
         "Default: a folder in OUT.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
-    add_reading_arguments(parser)
+    add_data_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")
     parser.add_class_arguments(AlignConfig, "align")
 
@@ -159,7 +159,7 @@ def _add_distill_command(commands: Commands) -> None:
         "encoded. Default: the store next to the model, if there is one.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
-    add_reading_arguments(parser)
+    add_data_reading_arguments(parser)
     parser.add_class_arguments(DistillConfig, "distill")
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
@@ -175,27 +175,27 @@ def add_stage_settings(parser: ArgumentParser) -> None:
 def _run_fit(args: Namespace) -> list[str]:
     check_output_folder(args.out, "fit")
     if args.tune.qlora:
-        check_extra("qlora", "--tune.qlora")
+        require_extra("qlora", "--tune.qlora")
     other_sources = (args.tune.data, args.tune.text_pairs, args.tune.exclude, args.evaluate.data)
-    check_data(args, *other_sources, require_captions=not (args.caption or args.caption_model))
+    check_data_sources(args, *other_sources, require_captions=not (args.caption or args.caption_model))
     if args.encoder.path != AUTO:
-        args.encoder.path = resolve_encoder(args.encoder.path)
-    check_pretrained(args.align.tower)
-    index_data = _format_index_data(args)  # includes images without an accepted caption
+        args.encoder.path = resolve_encoder_path(args.encoder.path)
+    check_pretrained_names(args.align.tower)
+    index_data = _format_index_sources(args)  # includes images without an accepted caption
     write_captions = prepare_captions(args)
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once
 
-    with open_run("fit", args.data, Path(args.out), make_options(FitConfig, args)) as run:
+    with open_run("fit", args.data, Path(args.out), make_options_from_args(FitConfig, args)) as run:
         if write_captions is not None:
-            _check_resources(run, None)
+            _check_disk_and_memory(run, None)
             write_captions()
-        print_once(*_check_resources(run, run.data.train))
+        print_once(*_check_disk_and_memory(run, run.data.train))
         model = fit(run)
     return [f"Model: {model}", *_format_next_commands(model, args, index_data=index_data)]
 
 
-def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
+def _check_disk_and_memory(run: Run, records: RecordTable | None) -> list[str]:
     """Check disk space and memory for a model that is not yet trained. Return warnings to print."""
     from llm2clip.runs.ranks import process_state
     from llm2clip.tools.plan import check_resources
@@ -208,12 +208,12 @@ def _check_resources(run: Run, records: RecordTable | None) -> list[str]:
 def _run_tune(args: Namespace) -> list[str]:
     check_output_folder(args.out, "tune")
     if args.tune.qlora:
-        check_extra("qlora", "--tune.qlora")
-    check_data(args, args.tune.data, args.tune.text_pairs, args.tune.exclude, image_check="ignore")
-    args.encoder.path = resolve_encoder(args.encoder.path)
+        require_extra("qlora", "--tune.qlora")
+    check_data_sources(args, args.tune.data, args.tune.text_pairs, args.tune.exclude, image_check="ignore")
+    args.encoder.path = resolve_encoder_path(args.encoder.path)
     from llm2clip.pipeline import open_run, tune
 
-    with open_run("tune", args.data, Path(args.out), make_options(FitConfig, args)) as run:
+    with open_run("tune", args.data, Path(args.out), make_options_from_args(FitConfig, args)) as run:
         encoder = tune(run)
     flags = [*format_column_flags(args.columns), "--encoder.path", encoder, "--out", "STORE"]
     hint = format_command("embed", *(args.data or ["DATA"]), *flags)
@@ -223,13 +223,13 @@ def _run_tune(args: Namespace) -> list[str]:
 def _run_embed(args: Namespace) -> list[str]:
     check_output_folder(args.out, "store")
     if args.engine == "ray":
-        check_extra("ray", "--engine ray")
-    check_data(args, image_check="ignore")
-    args.encoder.path = resolve_encoder(args.encoder.path)
+        require_extra("ray", "--engine ray")
+    check_data_sources(args, image_check="ignore")
+    args.encoder.path = resolve_encoder_path(args.encoder.path)
     from llm2clip.pipeline import embed, open_run
 
     out = Path(args.out)
-    with open_run("embed", args.data, out, make_options(FitConfig, args)) as run:
+    with open_run("embed", args.data, out, make_options_from_args(FitConfig, args)) as run:
         store = embed(run, args.encoder, phrases=args.phrases, engine=args.engine, ray_workers=args.ray_workers)
     flags = [*format_column_flags(args.columns), "--store", out, *_make_encoder_flags(args.encoder), "--out", "RUN"]
     captions = format_count(len(store), "caption")
@@ -238,15 +238,15 @@ def _run_embed(args: Namespace) -> list[str]:
 
 def _run_align(args: Namespace) -> list[str]:
     check_output_folder(args.out, "align")
-    check_data(args, args.held_out)
-    check_stores(args.store)
-    args.encoder.path = resolve_encoder(args.encoder.path)
-    check_pretrained(args.align.tower)
+    check_data_sources(args, args.held_out)
+    check_stores_exist(args.store)
+    args.encoder.path = resolve_encoder_path(args.encoder.path)
+    check_pretrained_names(args.align.tower)
     from llm2clip.pipeline import align, open_run
     from llm2clip.store.store import EmbeddingStore
 
     held_out = args.held_out or []
-    config = dataclasses.replace(make_options(FitConfig, args), evaluate=EvaluateConfig(data=held_out))
+    config = dataclasses.replace(make_options_from_args(FitConfig, args), evaluate=EvaluateConfig(data=held_out))
     with open_run("align", args.data, Path(args.out), config, held_out=held_out, store=args.store) as run:
         features = Path(args.features) if args.features else None
         model = align(run, EmbeddingStore(args.store), args.encoder, features)
@@ -255,19 +255,19 @@ def _run_align(args: Namespace) -> list[str]:
 
 def _run_distill(args: Namespace) -> list[str]:
     check_output_folder(args.out, "distill")
-    check_data(args, args.evaluate.data, image_check="ignore")
-    check_stores(*([args.store] if args.store else []))
+    check_data_sources(args, args.evaluate.data, image_check="ignore")
+    check_stores_exist(*([args.store] if args.store else []))
     if args.texts is not None and not Path(args.texts).is_file():
         raise FileNotFoundError(f"--texts {args.texts}: no such file")
-    args.model = resolve_model(args.model)
+    args.model = resolve_model_name(args.model)
     kind, _, argument = args.student.partition(":")
     if kind == "static" and argument:
-        args.student = f"static:{resolve_encoder(argument)}"
+        args.student = f"static:{resolve_encoder_path(argument)}"
     elif kind not in ("static", "layers"):
-        args.student = resolve_encoder(args.student)
+        args.student = resolve_encoder_path(args.student)
     from llm2clip.pipeline import DistillOptions, distill
 
-    model = distill(make_options(DistillOptions, args), Path(args.out))
+    model = distill(make_options_from_args(DistillOptions, args), Path(args.out))
     return [f"Model: {model}", *_format_next_commands(model, args, "--baselines", args.model)]
 
 
@@ -275,7 +275,7 @@ def _format_next_commands(
     model: Path, args: Namespace, *flags: str, index_data: Sequence[str] | None = None
 ) -> list[str]:
     """Format the commands to run next. `flags` are additional arguments for `evaluate`."""
-    index_data = index_data or _format_index_data(args)
+    index_data = index_data or _format_index_sources(args)
     index = model.parent / "index"
     return [
         f"Next: {format_command('evaluate', model, *args.data, *format_column_flags(args.columns), *flags)}",
@@ -285,7 +285,7 @@ def _format_next_commands(
     ]
 
 
-def _format_index_data(args: Namespace) -> list[str]:
+def _format_index_sources(args: Namespace) -> list[str]:
     """Return the sources that `index` can read, and the --columns flag."""
     return [*list_local_sources(args.data), *format_column_flags(args.columns)]
 

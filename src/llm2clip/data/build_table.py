@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.formats import UNREADABLE_FILE, FilePart, find_files, split_file
+from llm2clip.data.formats import UNREADABLE_FILE, FilePart, find_source_files, split_file_into_parts
 from llm2clip.data.image_facts import (
     MISSING_IMAGE,
     TOO_LARGE_IMAGE,
@@ -46,10 +46,10 @@ from llm2clip.data.records import (
     Source,
     merge_records,
 )
-from llm2clip.data.remote import get_file_size, pin_versions, prefetch
+from llm2clip.data.remote import get_file_size, pin_versions, prefetch_remote_files
 from llm2clip.data.skip_log import RecordingSkipLog, SkipLog
 from llm2clip.data.storage import is_remote
-from llm2clip.data.table import RecordBatches, RecordTable, decode_name, read_metadata, write_rows
+from llm2clip.data.table import RecordBatches, RecordTable, decode_file_name, read_arrow_metadata, write_record_rows
 from llm2clip.io_utils import (
     append_checksum,
     atomic_dir,
@@ -61,7 +61,7 @@ from llm2clip.io_utils import (
 )
 from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import hold_folder_lock
 
 FORMAT_VERSION = 5  # must be increased when the file formats or the merge rules change
 PART_BYTES = 16 << 20  # approximate size of each part of a large file
@@ -83,7 +83,7 @@ class NoImagesError(ValueError):
     """Raised when no record has an image although images are required."""
 
 
-def open_table(
+def build_record_table(
     sources: Sequence[str | Source],
     columns: dict[str, str],
     log: SkipLog,
@@ -117,10 +117,10 @@ def open_table(
     (folder / "parts").mkdir(exist_ok=True)
     (folder / "tables").mkdir(exist_ok=True)
     parsed = [Source.parse(source, columns) for source in sources]
-    with folder_lock(folder, "lock", timeout=-1):
-        _delete_unused_files(folder)
+    with hold_folder_lock(folder, "lock", timeout=-1):
+        _delete_unused_table_files(folder)
         tasks = _list_part_tasks(parsed, log, image_check, require_captions, folder)
-        _read_parts(tasks, log, workers)
+        _read_unsaved_parts(tasks, log, workers)
         table_folder = _build_merged_table(tasks, log, image_check, folder)
     log.count_duplicate_images(np.load(table_folder / "copies.npy"))
     files = [*(task.file for task in tasks), *table_folder.glob("merged.arrow")]
@@ -136,7 +136,7 @@ def open_table(
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
-    """Load the source index of each record in a table from `open_table`, as an int16 array of shape (N,)."""
+    """Load the source index of each record in a table from `build_record_table`, as an int16 array of shape (N,)."""
     assert table.folder is not None
     return np.load(table.folder / "sources.npy")
 
@@ -145,7 +145,7 @@ def load_source_indices(table: RecordTable) -> np.ndarray:
 
 
 @dataclass
-class _PartTask:
+class _ReadPartTask:
     """Task of reading one part of a source and saving its rows in `file`."""
 
     source_index: int
@@ -163,18 +163,18 @@ class _PartTask:
 
 def _list_part_tasks(
     sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, require_captions: bool, folder: Path
-) -> list[_PartTask]:
+) -> list[_ReadPartTask]:
     tasks = []
     num_bytes = 0
     for index, source in enumerate(sources):
-        for source_file in find_files(source.path, log=log):
+        for source_file in find_source_files(source.path, log=log):
             path, source_format = source_file.path, source_file.format
             version = source_format.compute_version(path)
             absolute_path = path if is_remote(path) else os.path.abspath(path)
             settings = [FORMAT_VERSION, source_format.name, path, absolute_path, version, source.path]
             settings += [source.splits, sorted(source.columns.items()), image_check, require_captions]
             pinned = version if is_remote(path) and not source_format.is_folder else None
-            for part in split_file(source_file, PART_BYTES):
+            for part in split_file_into_parts(source_file, PART_BYTES):
                 file = folder / "parts" / f"{_hash_json([*settings, part.start, part.stop])}.arrow"
                 summary = None
                 if file.exists():
@@ -185,7 +185,7 @@ def _list_part_tasks(
                 if summary is None or _must_reread_part(part, summary):
                     remove_path(file)
                     summary = None
-                tasks.append(_PartTask(index, source, part, image_check, require_captions, file, pinned, summary))
+                tasks.append(_ReadPartTask(index, source, part, image_check, require_captions, file, pinned, summary))
     return tasks
 
 
@@ -193,7 +193,7 @@ def _load_part_summary(file: Path, verify: bool) -> ReadSummary | None:
     """Return the summary of a saved part, or None if the file is corrupt. If `verify` is True, check its checksum."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         if not verify or has_valid_checksum(file):
-            return ReadSummary(**read_metadata(str(file), "summary"))
+            return ReadSummary(**read_arrow_metadata(str(file), "summary"))
     return None
 
 
@@ -213,13 +213,13 @@ def _must_reread_part(part: FilePart, summary: ReadSummary) -> bool:
     return False
 
 
-def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -> None:
+def _read_unsaved_parts(tasks: Sequence[_ReadPartTask], log: SkipLog, workers: int | None) -> None:
     """Read all parts that have no saved summary. Check each source as soon as all of its parts have been read."""
     missing = {task.file: task for task in tasks if task.summary is None}
     work = _estimate_read_bytes([task.part for task in missing.values()])
     if workers is None:
         workers = count_cores() if work >= MIN_PARALLEL_BYTES else 1
-    new_parts = iter(map_in_processes(_write_part, list(missing.values()), workers))
+    new_parts = iter(map_in_processes(_read_and_save_part, list(missing.values()), workers))
     files = [task.part.path for task in missing.values()]
     hide = work < MIN_PARALLEL_BYTES or not missing
     num_rows = 0
@@ -228,11 +228,11 @@ def _read_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -
             source_tasks = list(parts)
             reader = source_tasks[0].open_reader(log)
             for task in source_tasks:
-                prefetch(files[len(files) - len(missing) :][:PREFETCH_FILES])
+                prefetch_remote_files(files[len(files) - len(missing) :][:PREFETCH_FILES])
                 if missing.pop(task.file, None) is not None and (error := next(new_parts)) is not None:
                     raise error
                 os.utime(task.file)
-                task.summary = task.summary or ReadSummary(**read_metadata(str(task.file), "summary"))
+                task.summary = task.summary or ReadSummary(**read_arrow_metadata(str(task.file), "summary"))
                 reader.add_summary(task.summary)
                 num_rows += task.summary.num_records
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
@@ -252,7 +252,7 @@ def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
     return work
 
 
-def _write_part(task: _PartTask) -> Exception | None:
+def _read_and_save_part(task: _ReadPartTask) -> Exception | None:
     """Read a part and save its rows. Return an error, because errors in earlier parts must be raised first."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
@@ -261,7 +261,7 @@ def _write_part(task: _PartTask) -> Exception | None:
     rows = ((record, task.source.path, facts) for record, facts in reader.read_part(task.part, hash_images=True))
     try:
         with atomic_path(task.file) as file:
-            write_rows(file, rows, lambda: vars(reader.summarize(log)))
+            write_record_rows(file, rows, lambda: vars(reader.build_read_summary(log)))
     except (ValueError, OSError) as error:
         return error
     return None
@@ -270,7 +270,7 @@ def _write_part(task: _PartTask) -> Exception | None:
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
+def _build_merged_table(tasks: Sequence[_ReadPartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
     """Build and save the merged table, unless it already exists. Return the folder of the table."""
     summaries = [task.summary for task in tasks if task.summary is not None]
     source_paths = {task.source_index: task.source.path for task in tasks}
@@ -287,7 +287,7 @@ def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: I
     table = RecordTable(record_batches, np.arange(record_batches.num_rows))
     num_rows = [summary.num_records for summary in summaries]
     source_of_row = np.repeat(np.array([task.source_index for task in tasks], np.int16), num_rows)
-    first = find_first_occurrences(table.numeric_column("key_high"), table.numeric_column("key_low"))
+    first = find_first_occurrences(table.get_numeric_column("key_high"), table.get_numeric_column("key_low"))
     copies, originals = find_duplicate_images(table, first) if image_check != "ignore" else np.empty((2, 0), np.int64)
     final = first.copy()  # for each row, the first row with the same image
     final[copies] = originals
@@ -303,13 +303,13 @@ def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: I
     with atomic_dir(table_folder) as temporary:
         np.save(temporary / "rows.npy", rows.astype(small))
         np.save(temporary / "sources.npy", source_of_row[kept])
-        np.save(temporary / "copies.npy", table.select(copies).numeric_column("key_high"))
+        np.save(temporary / "copies.npy", table.select(copies).get_numeric_column("key_high"))
         for name in ARRAY_FILES:
             append_checksum(temporary / name)
         if len(origins):
             paths = [source_paths[index] for index in source_of_row[origins].tolist()]
             merged = _build_merged_records(table, members, final[members], paths)
-            write_rows(temporary / "merged.arrow", merged, lambda: None)
+            write_record_rows(temporary / "merged.arrow", merged, lambda: None)
     return table_folder
 
 
@@ -333,7 +333,7 @@ def _build_merged_records(
         yield merged, source_path, ImageFacts(*values)
 
 
-def _delete_unused_files(folder: Path) -> None:
+def _delete_unused_table_files(folder: Path) -> None:
     oldest = time.time() - UNUSED_DAYS * 86_400
     for path in [*(folder / "parts").iterdir(), *(folder / "tables").iterdir()]:
         if path.lstat().st_mtime < oldest:
@@ -362,7 +362,7 @@ class DataSplits:
     rule: str  # message that explains how images were held out and how to train on all images
 
 
-def read_splits(
+def read_data_splits(
     sources: Sequence[str],
     config: EvaluateConfig,
     columns: dict[str, str],
@@ -384,7 +384,7 @@ def read_splits(
        are held out from sources with selected splits only if all sources have selected splits and
        `keep_selected_splits` is False.
     """
-    records = open_table(sources, columns, log, image_check, folder)
+    records = build_record_table(sources, columns, log, image_check, folder)
     parsed = [Source.parse(source) for source in sources]
     source_of_record = load_source_indices(records)
     has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
@@ -396,7 +396,7 @@ def read_splits(
     notes: list[str] = []
     if config.data:
         parsed = [Source.parse(source) for source in config.data]
-        held_out = open_table(config.data, columns, log, image_check, folder)
+        held_out = build_record_table(config.data, columns, log, image_check, folder)
         source_of_held_out = load_source_indices(held_out)
         is_leaked = is_selected & mask_matching_images(held_out, records)
         is_training = is_selected & ~is_leaked
@@ -455,7 +455,7 @@ def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
     encoded = pc.fill_null(records.column("split"), NO_SPLIT.encode()).dictionary_encode().unify_dictionaries()
     names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
     indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]
-    return [decode_name(name) for name in names], np.concatenate([np.empty(0, np.int32), *indices])
+    return [decode_file_name(name) for name in names], np.concatenate([np.empty(0, np.int32), *indices])
 
 
 def _mask_records_in_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
@@ -470,7 +470,7 @@ def _choose_held_out_records(records: RecordTable, is_training: np.ndarray, has_
         is_candidate = is_training
     candidates = np.flatnonzero(is_candidate & records.has_image)
     count = min(MAX_HELD_OUT, max(1, len(candidates) // HELD_OUT_DIVISOR))
-    hashes = records.select(candidates).numeric_column("draw_hash")
+    hashes = records.select(candidates).get_numeric_column("draw_hash")
     is_held_out = np.zeros(len(records), bool)
     is_held_out[candidates[np.argsort(hashes, kind="stable")[:count]]] = True
     return is_held_out
@@ -487,11 +487,11 @@ def _build_tables_by_caption_field(
     fields = {"captions": held_out.select(held_out.count_texts("captions") > 0)}
     for name in CAPTION_FIELDS[1:]:
         if held_out.count_texts(name).any():
-            fields[name] = held_out.use_as_captions(name)
+            fields[name] = held_out.use_field_as_captions(name)
     sources = [Source(path, splits) for path, splits in dict.fromkeys((s.path, s.splits) for s in sources)]
     for name in extra_columns:
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # rows without a caption in the extra column are expected
-        candidates = open_table(sources, only_this_column, quiet, "header", folder)
+        candidates = build_record_table(sources, only_this_column, quiet, "header", folder)
         fields[name] = candidates.select(mask_matching_images(held_out, candidates))
     return fields

@@ -29,12 +29,12 @@ def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
     return bits
 
 
-def to_unit_interval(bits: np.ndarray) -> np.ndarray:
+def convert_bits_to_unit_interval(bits: np.ndarray) -> np.ndarray:
     """Convert uint64 random bits to float64 values in [0, 1), using the upper 53 bits. The shape is unchanged."""
     return (bits >> np.uint64(11)) * (1.0 / (1 << 53))
 
 
-def shuffle_rows(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
+def shuffle_row_prefixes(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Shuffle the first `counts[n]` values of each row `n`. The other values keep their positions.
 
     Args:

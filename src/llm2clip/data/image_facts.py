@@ -28,7 +28,7 @@ from llm2clip.data.image_header import (
     START_BYTES,
     DecodingLimitError,
     ImageFormatError,
-    open_header,
+    open_image_header,
     parse_image_size,
 )
 from llm2clip.data.image_refs import IMAGE_KINDS, FileImage, ImageRef, LoadedImage, TarImage, get_file_version
@@ -63,7 +63,7 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     Raises:
         UnusableRow: `check` is True, and the image is missing, unreadable or too large.
     """
-    samples = _read_byte_samples(image) if check or compute_hash else None
+    samples = _sample_image_bytes(image) if check or compute_hash else None
     width = height = image_hash = 0
     digest = None
     if check:
@@ -81,39 +81,39 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     return ImageFacts(width, height, image_hash, digest)
 
 
-class _ByteSamples(NamedTuple):
+class _SampledImageBytes(NamedTuple):
     size: int  # total number of bytes of the image
     start: bytes  # first bytes of the image, or all bytes
     middle: bytes
 
 
-def _read_byte_samples(image: LoadedImage) -> _ByteSamples | None:
+def _sample_image_bytes(image: LoadedImage) -> _SampledImageBytes | None:
     """Read samples of an image's bytes. Return None for unreadable files and for unloaded images in tables."""
     if image.data is not None:
         size = len(image.data)
-        start, length = _locate_middle_bytes(size)
-        return _ByteSamples(size, image.data, image.data[start : start + length])
+        start, length = _get_middle_byte_range(size)
+        return _SampledImageBytes(size, image.data, image.data[start : start + length])
     ref = image.ref
     if not isinstance(ref, FileImage | TarImage):
         return None
     try:
         with open_file(ref.path) as file:
             offset, size = (ref.offset, ref.size) if isinstance(ref, TarImage) else (0, file.seek(0, os.SEEK_END))
-            start, length = _locate_middle_bytes(size)
+            start, length = _get_middle_byte_range(size)
             file.seek(offset)
             first = file.read(min(size, max(START_BYTES, length)))
             if size <= len(first):
-                return _ByteSamples(size, first, first[start : start + length])
+                return _SampledImageBytes(size, first, first[start : start + length])
             file.seek(offset + start)
             middle = file.read(length)
     except FatalDataError:
         raise
     except (OSError, ValueError):
         return None
-    return _ByteSamples(size, first, middle) if len(middle) == length else None
+    return _SampledImageBytes(size, first, middle) if len(middle) == length else None
 
 
-def _locate_middle_bytes(size: int) -> tuple[int, int]:
+def _get_middle_byte_range(size: int) -> tuple[int, int]:
     length = min(SAMPLE_BYTES, size)
     return (size - length) // 2, length
 
@@ -121,7 +121,7 @@ def _locate_middle_bytes(size: int) -> tuple[int, int]:
 def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
-            return open_header(stream).size
+            return open_image_header(stream).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own limits
         raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
     except FatalDataError:
@@ -180,11 +180,11 @@ def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     return hashes
 
 
-def _hash_image(image: ImageRef, samples: _ByteSamples | None = None) -> int:
+def _hash_image(image: ImageRef, samples: _SampledImageBytes | None = None) -> int:
     """Return a 64-bit hash of an image, or 0 if the image is empty or missing."""
     if not isinstance(image, FileImage | TarImage):
         return int.from_bytes(hashlib.sha256(image.key.encode()).digest()[:8], "little")
-    samples = samples or _read_byte_samples(LoadedImage(image, None))
+    samples = samples or _sample_image_bytes(LoadedImage(image, None))
     if samples is None or not samples.size:
         return 0
     digest = hashlib.sha256(samples.size.to_bytes(8, "little") + hashlib.sha256(samples.middle).digest())
@@ -216,7 +216,7 @@ def mask_matching_images(records: RecordTable, candidates: RecordTable) -> np.nd
 
     Image files with identical bytes count as the same image.
     """
-    keys = [table.numeric_column("key_high") for table in (records, candidates)]
+    keys = [table.get_numeric_column("key_high") for table in (records, candidates)]
     is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
     known_hashes, candidate_hashes = _get_file_hashes(records), _get_file_hashes(candidates)
     shared = np.intersect1d(known_hashes, candidate_hashes)
@@ -287,7 +287,7 @@ def _hash_image_contents(table: RecordTable, positions: np.ndarray) -> np.ndarra
 
 def _get_file_hashes(table: RecordTable) -> np.ndarray:
     """Return the stored hash of each image file and tar member, and 0 for other images, of shape (N,), uint64."""
-    hashes, kinds = table.numeric_column("image_hash"), table.numeric_column("image_kind")
+    hashes, kinds = table.get_numeric_column("image_hash"), table.get_numeric_column("image_kind")
     kinds_with_hash = [number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name]
     hashes[~np.isin(kinds, kinds_with_hash)] = 0
     return hashes

@@ -1,6 +1,6 @@
 """Image header parsing, supported formats, and limits on image size and decoding cost.
 
-A small file can make a decoder process the same pixels or bytes thousands of times. `open_header` and
+A small file can make a decoder process the same pixels or bytes thousands of times. `open_image_header` and
 `check_decoding_cost` reject such files. `benchmarks/hostile_images.py` measures the decoding time of the slowest files
 that are accepted.
 """
@@ -80,9 +80,9 @@ def list_readable_formats() -> list[str]:
 
 
 def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
-    """Return the width and height of a JPEG that starts with `data`, about ten times faster than `open_header`.
+    """Return the width and height of a JPEG that starts with `data`, about ten times faster than `open_image_header`.
 
-    Return None for files that must be opened with Pillow, including all files that `open_header` rejects.
+    Return None for files that must be opened with Pillow, including all files that `open_image_header` rejects.
     """
     if file_size > MAX_FILE_BYTES or not data.startswith(b"\xff\xd8\xff"):
         return None
@@ -118,12 +118,12 @@ def _parse_jpeg_size(data: bytes) -> tuple[int, int] | None:
             size = width, height
         elif marker == _SOS and size is not None:
             return size
-        elif not _is_simple_segment(marker, data[content : content + 12], length - 2):
+        elif not _is_accepted_jpeg_segment(marker, data[content : content + 12], length - 2):
             break
     return None
 
 
-def _is_simple_segment(marker: int, start: bytes, length: int) -> bool:
+def _is_accepted_jpeg_segment(marker: int, start: bytes, length: int) -> bool:
     """Return True if Pillow is known to accept an application segment of `length` bytes that starts with `start`."""
     if marker == 0xE0:
         return length >= 7 or not start.startswith(b"JFIF")
@@ -134,7 +134,7 @@ def _is_simple_segment(marker: int, start: bytes, length: int) -> bool:
     return marker == 0xEE and (length >= 7 or not start.startswith(b"Adobe"))
 
 
-def open_header(stream: BinaryIO) -> Image.Image:
+def open_image_header(stream: BinaryIO) -> Image.Image:
     """Open an image without decoding its pixels. The caller must check that it has at most `MAX_PIXELS` pixels.
 
     Malicious files can make Pillow raise almost any type of exception.
@@ -143,12 +143,12 @@ def open_header(stream: BinaryIO) -> Image.Image:
         ImageFormatError: The file is not an image in a supported format.
         DecodingLimitError: The file or its header is too large.
     """
-    reader = _BoundedReader(stream)
+    reader = _BoundedImageStream(stream)
     start = stream.read(1024)
     stream.seek(0)
     formats = list_readable_formats()
     if is_heic(start):
-        _register_heic()
+        _register_heic_plugin()
         formats = ["HEIF"]
     try:
         image = Image.open(cast(BinaryIO, reader), formats=formats)
@@ -176,7 +176,7 @@ def _reject_unsupported_formats(start: bytes) -> None:
 
 
 @cache
-def _register_heic() -> None:
+def _register_heic_plugin() -> None:
     try:
         import pillow_heif
     except ImportError as error:
@@ -200,7 +200,7 @@ def is_heic(start: bytes) -> bool:
 def check_decoding_cost(data: bytes, header: Image.Image) -> None:
     """Raise `DecodingLimitError` if an image is too expensive to decode.
 
-    `data` is the encoded image, and `header` is the same image, opened with `open_header`.
+    `data` is the encoded image, and `header` is the same image, opened with `open_image_header`.
     """
     width, height = header.size
     if header.format in ("JPEG", "MPO"):
@@ -218,7 +218,7 @@ def check_decoding_cost(data: bytes, header: Image.Image) -> None:
             )
 
 
-class _BoundedReader:
+class _BoundedImageStream:
     """Stream that limits how often and how much a decoder can read, depending on the size of the file.
 
     Without the limits, reading a header with a million empty chunks, or with thousands of references to the same bytes,

@@ -12,7 +12,7 @@ from typing import Literal, cast
 import numpy as np
 
 from llm2clip.data.image_refs import IMAGE_KINDS, ParquetImage, TarImage
-from llm2clip.data.remote import prefetch
+from llm2clip.data.remote import prefetch_remote_files
 from llm2clip.data.storage import is_remote
 from llm2clip.data.table import RecordTable
 
@@ -21,7 +21,7 @@ WINDOW = 16  # number of shards whose images are shuffled together
 SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
 
 
-class EpochOrders:
+class EpochImageOrders:
     """Sequences of record indices in training order, one per epoch."""
 
     def __init__(
@@ -57,9 +57,9 @@ class EpochOrders:
             self._order = np.empty(0, np.int32)  # frees memory before the new order is drawn
             self._epoch = epoch
             if self.image_order == "shards":
-                self._order = draw_shard_order(self._shard_of_image, self.seed, epoch)
+                self._order = draw_shard_image_order(self._shard_of_image, self.seed, epoch)
             else:
-                self._order = draw_random_order(self.num_images, self.seed, epoch)
+                self._order = draw_random_image_order(self.num_images, self.seed, epoch)
             self._next_prefetch = 0
         if self._must_prefetch and start >= self._next_prefetch:
             self._prefetch_upcoming_shards(start)
@@ -70,22 +70,22 @@ class EpochOrders:
         """Start downloading the next remote shards. Update the position at which this method must be called again."""
         if self.image_order == "shards":
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
-            prefetch([self._shards[shard] for shard in upcoming])
+            prefetch_remote_files([self._shards[shard] for shard in upcoming])
             self._next_prefetch = start + max(1, self.num_images // len(self._shards))
             return
         if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
-            prefetch(self._shards)
+            prefetch_remote_files(self._shards)
         self._next_prefetch = self.num_images
 
 
-def draw_random_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
+def draw_random_image_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """Return a random permutation of image indices, of shape (num_images,). The dtype is int32 if possible."""
     order = np.arange(num_images, dtype=_choose_index_dtype(num_images))
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
 
 
-def draw_shard_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
+def draw_shard_image_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
     """Return a random permutation of N image indices in which the images of each window of shards are consecutive.
 
     `shard_of_image` contains the shard index of each image, of shape (N,). The last window may have fewer shards.
@@ -153,7 +153,7 @@ def choose_image_order(records: RecordTable) -> ImageOrder:
             raise ValueError(f"LLM2CLIP_IMAGE_ORDER must be random or shards (got {forced})")
         return cast(ImageOrder, forced)
     paths = _list_container_paths(records)
-    if len(paths) <= WINDOW or not np.isin(records.numeric_column("image_kind"), SHARD_KINDS).all():
+    if len(paths) <= WINDOW or not np.isin(records.get_numeric_column("image_kind"), SHARD_KINDS).all():
         return "random"
     return "shards" if any(map(is_remote, paths)) else "random"
 

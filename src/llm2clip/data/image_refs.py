@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
 from llm2clip.data.skip_log import UnusableRow
-from llm2clip.data.storage import get_parent, is_remote, join_path, parse_file_size
+from llm2clip.data.storage import get_parent_folder, is_remote, join_path, parse_file_size
 from llm2clip.data.table_cells import map_cached_batches, open_image_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
@@ -54,7 +54,7 @@ class ImageRef(ABC):
         container = self.container_path
         if container is None:
             return str(self)
-        return resolve_folder(container) + str(self)[len(hide_url_secrets(container)) :]
+        return resolve_folder_links(container) + str(self)[len(hide_url_secrets(container)) :]
 
     @property
     def identifies_image(self) -> bool:
@@ -129,7 +129,7 @@ class FileImage(ImageRef):
 
     @property
     def canonical_path(self) -> str:
-        return resolve_folder(self.path)
+        return resolve_folder_links(self.path)
 
     def _open(self) -> BinaryIO:
         return open_file(self.path)
@@ -215,7 +215,7 @@ class ParquetImage(_TableCellImage):
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryImage(ImageRef):
+class InMemoryImage(ImageRef):
     """Encoded image in memory, from a source that can be read only once."""
 
     data: bytes
@@ -238,7 +238,7 @@ class MemoryImage(ImageRef):
 
 
 @dataclass(frozen=True, slots=True)
-class StoredImage(_TableCellImage):
+class TableStoredImage(_TableCellImage):
     """Encoded image in a record table, from a source that can be read only once."""
 
     kind_name: ClassVar[str] = "the record table"
@@ -260,11 +260,11 @@ class StoredImage(_TableCellImage):
         return self.name
 
 
-# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `StoredImage`.
-IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, StoredImage)
+# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `TableStoredImage`.
+IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, TableStoredImage)
 
 
-def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
+def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     """Return a reference to the image in a table cell, or None if the cell is empty.
 
     A cell can contain a path relative to the folder of `file`, encoded bytes, a dict with the keys "bytes" and "path"
@@ -279,17 +279,17 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     if isinstance(value, dict) and {"bytes", "path"} & value.keys():
         name = value.get("path")
         value = value["bytes"] if value.get("bytes") is not None else name
-    if is_null(value) or value == b"":
+    if is_missing_value(value) or value == b"":
         return None
     if isinstance(value, ImageRef):
         return LoadedImage(value, None, str(value))
     if isinstance(value, bytes):
-        return LoadedImage(MemoryImage(value, name or f"image in {file}"), value, name)
+        return LoadedImage(InMemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
         raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
     if reject_urls and ":" in value and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
         raise UnusableRow("image is a URL", value)
-    path = join_path(get_parent(file), value)
+    path = join_path(get_parent_folder(file), value)
     if is_remote(file):
         return LoadedImage(FileImage(path), None, value)
     if "\\" in value and not os.path.exists(path):  # a relative path with Windows separators
@@ -298,7 +298,7 @@ def parse_image(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:
     return LoadedImage(FileImage(path), None, path)
 
 
-def is_null(value: object) -> bool:
+def is_missing_value(value: object) -> bool:
     """Return True for None, empty strings, empty lists and NaN, which pandas uses for missing values."""
     kind = type(value)
     if kind is str or kind is list:
@@ -315,7 +315,7 @@ def is_safe_relative_path(name: str) -> bool:
     return not os.path.isabs(name) and ".." not in name.replace("\\", "/").split("/")
 
 
-def resolve_folder(path: str) -> str:
+def resolve_folder_links(path: str) -> str:
     """Return the absolute path of a file, with symbolic links resolved in its folder only. URLs are unchanged."""
     if is_remote(path):
         return path

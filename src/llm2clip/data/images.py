@@ -29,10 +29,10 @@ from llm2clip.data.image_header import (
     DecodingLimitError,
     ImageFormatError,
     check_decoding_cost,
-    open_header,
+    open_image_header,
 )
 from llm2clip.data.image_refs import FileImage, ImageRef
-from llm2clip.data.remote import prefetch
+from llm2clip.data.remote import prefetch_remote_files
 from llm2clip.data.storage import join_path
 from llm2clip.io_utils import FatalDataError, describe_error
 from llm2clip.parallel import count_cores
@@ -49,13 +49,13 @@ class ImageError(ValueError):
 
 
 @runtime_checkable
-class Readable(Protocol):
+class ReadableStream(Protocol):
     """Binary file or other object whose `read` method returns bytes."""
 
     def read(self) -> bytes: ...
 
 
-ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray | Readable
+ImageLike = str | Path | bytes | Image.Image | Tensor | np.ndarray | ReadableStream
 
 
 def load_image(image: ImageLike) -> Tensor:
@@ -103,7 +103,7 @@ def decode_image(data: bytes) -> Tensor:
         ImageError: The image is unsupported, corrupt, too large or too expensive to decode.
     """
     with _convert_decoder_errors():
-        header = open_header(BytesIO(data))
+        header = open_image_header(BytesIO(data))
         _check_pixel_count(header)
         check_decoding_cost(data, header)
         pixels = _decode_with_torchvision(data, header)
@@ -154,7 +154,7 @@ def _get_file_name(image: object) -> object:
         return image
     if isinstance(image, Image.Image):
         return getattr(image, "filename", "")
-    if isinstance(image, Readable):
+    if isinstance(image, ReadableStream):
         return getattr(image, "name", "")
     raise ImageError(
         f"an image must be a path, bytes, an open file, a PIL image, an array or a tensor (got {type(image).__name__})"
@@ -284,7 +284,7 @@ def iter_image_batches(
         workers = min(8, count_cores() // 2)
     workers = workers if len(refs) >= MIN_IMAGES_FOR_WORKERS else 0
     loader = DataLoader(
-        _DecodedImages(refs, transform),
+        _DecodedImageDataset(refs, transform),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=pack_batch if workers else list,
@@ -296,14 +296,16 @@ def iter_image_batches(
         items = unpack_batch(batch) if workers else batch
         num_images += len(items)
         if num_images >= next_prefetch:
-            prefetch([ref.container_path or "" for ref in refs[num_images : num_images + 4 * PREFETCH_IMAGES]])
+            prefetch_remote_files(
+                [ref.container_path or "" for ref in refs[num_images : num_images + 4 * PREFETCH_IMAGES]]
+            )
             next_prefetch = num_images + PREFETCH_IMAGES
         decoded = {index: value for index, value in items if not isinstance(value, str)}
         failures = {index: value for index, value in items if isinstance(value, str)}
         yield list(decoded), list(decoded.values()), failures
 
 
-class _DecodedImages(Dataset):
+class _DecodedImageDataset(Dataset):
     def __init__(self, refs: Sequence[ImageRef], transform: Callable[[Tensor], Any]) -> None:
         self.refs, self.transform = refs, transform
 

@@ -27,7 +27,7 @@ from llm2clip.data.table_cells import map_batches
 from llm2clip.io_utils import append_checksum, atomic_path, has_valid_checksum
 from llm2clip.parallel import map_in_processes
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import hold_folder_lock
 
 T = TypeVar("T")
 MIN_IMAGES = 3  # phrases and nouns that occur in fewer images are often wrong and are discarded
@@ -38,36 +38,36 @@ LANGUAGE_SAMPLES = 10_000  # maximum number of records whose language is checked
 RULES_VERSION = 1  # must be increased when the extraction rules change
 
 
-def to_word_set(text: str) -> frozenset[str]:
+def make_word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ARTICLES = to_word_set("a an the his its their")  # a word that stands alone after one of these words is a noun
-NUMBERS = to_word_set("two three four five six seven eight nine ten")
+ARTICLES = make_word_set("a an the his its their")  # a word that stands alone after one of these words is a noun
+NUMBERS = make_word_set("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
     | NUMBERS
-    | to_word_set("this that these those her my your our some several many few both each every another no one")
+    | make_word_set("this that these those her my your our some several many few both each every another no one")
 )
 # Words that can precede a noun phrase without a determiner, as in "with sunglasses" or "dogs and cats".
-CONNECTIVES = to_word_set(
+CONNECTIVES = make_word_set(
     "and or of in on at to with without for from by near over under through across into onto behind beside between "
     "along around against above below inside outside beneath next like toward towards past off during before after"
 )
 # Function words that end a run of words and cannot precede a noun phrase.
-FUNCTION_WORDS = to_word_set(
+FUNCTION_WORDS = make_word_set(
     "is are was were be been being am do does did has have had can could will would may might must should he she it "
     "they them him who whom which what where when while as if than then there here not only very also just so too but "
     "because that's it's i you we me us all any other others more most much such same own up down out away back "
     "together"
 )
 # Nouns that do not name a visible object. Phrases that end with one of these nouns are discarded.
-VAGUE_NOUNS = to_word_set(
+VAGUE_NOUNS = make_word_set(
     "front top bottom side sides middle center centre left right end edge part parts kind type lot lots number group "
     "bunch couple pair pairs set image picture photo photograph view scene background foreground something someone"
 )
 # Function words that occur in most English captions but are rare in other languages.
-ENGLISH_WORDS = to_word_set("the of with and is are on at")
+ENGLISH_WORDS = make_word_set("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 _BEFORE_PHRASE = DETERMINERS | CONNECTIVES | {"."}
 # A single word before "and" or "or" may be an adjective ("a black and white dog"), so it does not count as a noun.
@@ -86,7 +86,7 @@ def is_english(captions: Sequence[str]) -> bool:
     return sum(not ENGLISH_WORDS.isdisjoint(words) for words in sentences) * 3 >= len(sentences) > 0
 
 
-def split_into_runs(caption: str) -> Iterator[tuple[str, list[str], str]]:
+def split_into_content_word_runs(caption: str) -> Iterator[tuple[str, list[str], str]]:
     """Yield (preceding token, words, following token) for each run of content words in a caption.
 
     Words are converted to lower case. The start and the end of a caption count as full stops.
@@ -115,17 +115,17 @@ def _tokenize(word: str) -> tuple[tuple[str, bool], ...]:
 
 def find_lone_nouns(caption: str) -> Iterator[str]:
     """Yield the words that stand alone between an article and either a function word or the end of a sentence."""
-    for before, run, after in split_into_runs(caption):
+    for before, run, after in split_into_content_word_runs(caption):
         if len(run) == 1 and before in ARTICLES and after in _AFTER_NOUN:
             yield run[0]
 
 
-def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
+def find_noun_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
     """Yield each phrase in a caption, followed by the last noun of the phrase. Texts can be yielded several times.
 
     A phrase ends with a noun and starts after a determiner, a number or a connective, or at the start of a sentence.
     """
-    for before, run, _ in split_into_runs(caption):
+    for before, run, _ in split_into_content_word_runs(caption):
         if before not in _BEFORE_PHRASE and not before.isdigit():
             continue
         stop = 0
@@ -145,7 +145,7 @@ def find_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
 # ---- extraction ------------------------------------------------------------------------------------------------------
 
 
-def add_phrases(records: RecordTable) -> RecordTable:
+def add_noun_phrases(records: RecordTable) -> RecordTable:
     """Return the records with phrases extracted from their captions. The phrases are saved in the table's folder.
 
     The records are returned unchanged if they already have phrases, or if no phrases are found, for example because the
@@ -160,9 +160,9 @@ def add_phrases(records: RecordTable) -> RecordTable:
         phrases = list(_extract_phrases(records))
     else:
         file = records.folder / f"phrases-{_hash_phrase_inputs(records)}.arrow"
-        with folder_lock(records.folder, "phrases.lock", timeout=-1):
+        with hold_folder_lock(records.folder, "phrases.lock", timeout=-1):
             if not file.exists() or not has_valid_checksum(file):
-                _write_phrases(file, _extract_phrases(records))
+                _write_phrase_file(file, _extract_phrases(records))
         phrases = [batch.column(0) for batch in map_batches(str(file))]
     if not any(len(lists.values) for lists in phrases):
         print_once(
@@ -180,7 +180,7 @@ def _hash_phrase_inputs(records: RecordTable) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write_phrases(file: Path, phrases: Iterator[pa.ListArray]) -> None:
+def _write_phrase_file(file: Path, phrases: Iterator[pa.ListArray]) -> None:
     schema = pa.schema([("phrases", TEXTS)])
     with atomic_path(file) as temporary:
         with pa.OSFile(str(temporary), "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
@@ -231,7 +231,7 @@ def _sample_captions(records: RecordTable) -> list[str]:
 
 def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
     """Count the images per phrase or, if `nouns_file` is None, per lone noun."""
-    find = find_lone_nouns if nouns_file is None else partial(find_phrases, nouns=_load_frequent_texts(nouns_file))
+    find = find_lone_nouns if nouns_file is None else partial(find_noun_phrases, nouns=_load_frequent_texts(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):
         counts.update({text for caption in captions for text in find(caption)})
@@ -243,7 +243,7 @@ def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file:
     texts: list[str] = []
     offsets = [0]
     for captions in _iterate_captions(records):
-        phrases = dict.fromkeys(phrase for caption in captions for phrase in find_phrases(caption, nouns))
+        phrases = dict.fromkeys(phrase for caption in captions for phrase in find_noun_phrases(caption, nouns))
         texts += [phrase for phrase in phrases if phrase in frequent]
         offsets.append(len(texts))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(texts, pa.string()))

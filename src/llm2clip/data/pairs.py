@@ -22,12 +22,12 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
-from llm2clip.data.build_table import load_source_indices, mask_training_splits, open_table
-from llm2clip.data.formats import BadRow, ReadOptions, find_files, read_rows
+from llm2clip.data.build_table import build_record_table, load_source_indices, mask_training_splits
+from llm2clip.data.formats import BadRow, ReadOptions, find_source_files, read_rows
 from llm2clip.data.image_facts import mask_matching_images
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, NO_SPLIT, Source, guess_columns, open_records
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.table import RecordTable, decode_name
+from llm2clip.data.table import RecordTable, decode_file_name
 from llm2clip.io_utils import DataFormatError, format_count, is_valid_unicode
 from llm2clip.runs.ranks import print_once, process_state
 
@@ -110,7 +110,7 @@ def read_tuning_sources(
 
     All caption sources except `train` are merged into one source. If no splits are selected for a source, only records
     with a training split or without a split are used. Held-out images are recognised by their files and, in
-    `config.data`, also by their ids; see `to_comparable_id`.
+    `config.data`, also by their ids; see `extract_comparable_id`.
 
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
@@ -126,7 +126,7 @@ def read_tuning_sources(
     if train:
         captions.append(CaptionItems(train.select(~_mask_records_by_id(train, excluded_ids))))
     if training_sources or config.data:
-        records = open_table([*training_sources, *config.data], columns, log, "unchecked", folder)
+        records = build_record_table([*training_sources, *config.data], columns, log, "unchecked", folder)
         num_read += len(records)
         is_usable = _mask_usable_records(records, held_out, training_sources, config)
         is_usable &= ~_mask_records_by_id(records, excluded_ids)
@@ -176,14 +176,14 @@ def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: S
     ids: set[str] = set()
     for name in sources:
         records = open_records(Source.parse(name, columns), log, "ignore")
-        ids.update(to_comparable_id(record.id) for record in records)
+        ids.update(extract_comparable_id(record.id) for record in records)
     return ids
 
 
 def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
     for batch in records.iterate_batches(["id"]):
         for name in batch.column(0).to_pylist():
-            yield to_comparable_id(decode_name(name))
+            yield extract_comparable_id(decode_file_name(name))
 
 
 def _mask_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
@@ -192,7 +192,7 @@ def _mask_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -
     return np.fromiter((name in comparable_ids for name in _list_comparable_ids(records)), bool, len(records))
 
 
-def to_comparable_id(record_id: str) -> str:
+def extract_comparable_id(record_id: str) -> str:
     """Return the part of an image id that is the same in all datasets that contain the image.
 
     Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. If a
@@ -213,8 +213,8 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
     """
     log, source = SkipLog() if log is None else log, Source.parse(path)
     num_pairs, columns_known = 0, False
-    options = ReadOptions(_choose_columns, image_bytes=False, splits=source.splits, log=log)
-    rows = chain.from_iterable(read_rows(file, options) for file in find_files(source.path))
+    options = ReadOptions(_choose_pair_columns, image_bytes=False, splits=source.splits, log=log)
+    rows = chain.from_iterable(read_rows(file, options) for file in find_source_files(source.path))
     for row_file, number, fields in rows:
         if isinstance(fields, BadRow):
             log.count_rows(fields.rows)
@@ -224,13 +224,13 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
             continue
         log.count_rows(1)
         try:
-            columns = _choose_columns(row_file, list(fields))
+            columns = _choose_pair_columns(row_file, list(fields))
             columns_known = True
         except DataFormatError:
             if not columns_known:  # the first row lacks the columns, so the file does not contain pairs
                 raise
             columns = {}  # this JSON object lacks the required keys
-        pair = _parse_pair(fields, columns)
+        pair = _parse_pair_row(fields, columns)
         if pair.anchor == pair.positive or not pair.anchor or not pair.positive:
             log.skip(row_file, number, "missing or identical texts", f"{pair.anchor[:80]!r}, {pair.positive[:80]!r}")
             if log.rows_seen >= EARLY_CHECK_ROWS:
@@ -245,7 +245,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
         raise ValueError(f"{path}: no text pairs; {log.summary()}")
 
 
-def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
+def _choose_pair_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     """Return a dict {pair field: column}. Raise `DataFormatError` if the query or positive column is missing."""
     chosen = guess_columns(PAIR_COLUMN_NAMES, columns)
     for field in ("query", "positive"):
@@ -257,10 +257,10 @@ def _choose_columns(file: str, columns: Sequence[str]) -> dict[str, str]:
     return chosen
 
 
-def _parse_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
+def _parse_pair_row(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
     query = _get_first_text(fields.get(columns.get("query", "")))
     positive = _get_first_text(fields.get(columns.get("positive", "")))
-    negatives = _list_texts(fields.get(columns.get("negatives", "")))
+    negatives = _list_cell_texts(fields.get(columns.get("negatives", "")))
     instruction = _get_first_text(fields.get(columns.get("instruction", "")))
     return Pair(
         anchor=query,
@@ -272,10 +272,10 @@ def _parse_pair(fields: Mapping[str, Any], columns: Mapping[str, str]) -> Pair:
 
 
 def _get_first_text(value: Any) -> str:
-    return next(iter(_list_texts(value)), "")
+    return next(iter(_list_cell_texts(value)), "")
 
 
-def _list_texts(value: Any) -> list[str]:
+def _list_cell_texts(value: Any) -> list[str]:
     """Return the texts in a cell that contains a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
@@ -301,7 +301,7 @@ def iter_pair_batches(
     if any(not items for items in sources):
         raise ValueError("a source has no captions or pairs to tune on")
     batches = [
-        _draw_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
+        _draw_pair_batches(items, batch_size, steps, seed + index, hard_negative_group_size)
         for index, items in enumerate(sources)
     ]
     num_items = np.array([float(len(items)) for items in sources])
@@ -360,7 +360,7 @@ def has_caption_pair(captions: ImageCaptions) -> bool:
     return len(set(captions.texts)) > 1
 
 
-def draw_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
+def draw_caption_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair:
     """Draw two different captions of an image.
 
     The kind of pair (short and short, short and long, or long and long) is drawn first, with equal probabilities.
@@ -385,7 +385,7 @@ def _count_unrelated_groups(items: TuningItems) -> int:
     """
     parents = list(range(len(items)))  # union-find: each item's chain of parents ends at the root of its group
 
-    def find_root(n: int) -> int:
+    def find_group_root(n: int) -> int:
         while parents[n] != n:
             parents[n] = parents[parents[n]]  # path halving
             n = parents[n]
@@ -394,7 +394,7 @@ def _count_unrelated_groups(items: TuningItems) -> int:
     first_items: dict[str, int] = {}  # text -> first item that contains it
     for n, item in enumerate(items):
         for text in item.texts:
-            parents[find_root(n)] = find_root(first_items.setdefault(text, n))
+            parents[find_group_root(n)] = find_group_root(first_items.setdefault(text, n))
     return sum(n == parent for n, parent in enumerate(parents))
 
 
@@ -412,7 +412,9 @@ def _list_pair_kinds(captions: ImageCaptions) -> list[tuple[list[str], list[str]
     return kinds
 
 
-def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, group_size: int) -> Iterator[list[Pair]]:
+def _draw_pair_batches(
+    items: TuningItems, batch_size: int, steps: int, seed: int, group_size: int
+) -> Iterator[list[Pair]]:
     usable = select_pairable_items(items, batch_size)
     rng = np.random.default_rng(seed)
     vectors = np.empty((len(usable), 0))
@@ -436,7 +438,7 @@ def _draw_batches(items: TuningItems, batch_size: int, steps: int, seed: int, gr
                 waiting, deferred = deferred, []
                 entry = waiting.pop()
             index, item = entry
-            pair = item if isinstance(item, Pair) else draw_pair(item, rng)
+            pair = item if isinstance(item, Pair) else draw_caption_pair(item, rng)
             if index in used_items or pair.anchor in used_texts or pair.positive in used_texts:
                 deferred.append(entry)
                 num_conflicts += 1
@@ -495,13 +497,13 @@ def draw_grouped_permutation(vectors: np.ndarray, group_size: int, rng: np.rando
     """
     if group_size <= 1:
         return rng.permutation(len(vectors))
-    groups = _split_into_groups(vectors, rng.permutation(len(vectors)), group_size, rng)
+    groups = _split_into_similar_groups(vectors, rng.permutation(len(vectors)), group_size, rng)
     if not groups:
         return np.empty(0, np.int64)
     return np.concatenate([groups[i] for i in rng.permutation(len(groups))])
 
 
-def _split_into_groups(
+def _split_into_similar_groups(
     vectors: np.ndarray, items: np.ndarray, group_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
     """Recursively halve the items along random directions until each group has at most `group_size` items."""
@@ -510,7 +512,7 @@ def _split_into_groups(
     direction = rng.standard_normal(vectors.shape[1], dtype=np.float32)
     ordered = items[np.argsort(vectors[items] @ direction, kind="stable")]
     half = max(1, len(items) // group_size // 2) * group_size
-    return _split_into_groups(vectors, ordered[:half], group_size, rng) + _split_into_groups(
+    return _split_into_similar_groups(vectors, ordered[:half], group_size, rng) + _split_into_similar_groups(
         vectors, ordered[half:], group_size, rng
     )
 

@@ -18,9 +18,18 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Literal, get_args
 
-from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOptions, SourceFormat, find_files, read_rows
+from llm2clip.data.formats import (
+    NOT_UTF8,
+    BadRow,
+    FilePart,
+    RawRow,
+    ReadOptions,
+    SourceFormat,
+    find_source_files,
+    read_rows,
+)
 from llm2clip.data.image_facts import ImageFacts, read_image_facts
-from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, is_null, parse_image
+from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, is_missing_value, parse_image_cell
 from llm2clip.data.skip_log import RecordingSkipLog, SkipLog, UnusableRow
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets, to_valid_unicode
@@ -141,7 +150,7 @@ def open_records(
     if image_check not in get_args(ImageCheck):
         raise ValueError(f"image_check must be one of {', '.join(get_args(ImageCheck))} (got {image_check!r})")
     log = SkipLog() if log is None else log
-    files = find_files(source.path, all_files=not require_captions, log=log)
+    files = find_source_files(source.path, all_files=not require_captions, log=log)
     return RecordReader(source, log, image_check, require_captions).read(files)
 
 
@@ -200,7 +209,7 @@ class RecordReader:
         read_bytes = self.image_check != "ignore"
         check_image = self.image_check == "header"
         splits = None if "split" in self.source.columns else self.source.splits
-        raw_rows = read_rows(part, ReadOptions(self.mapper.map_table, read_bytes, splits, self.log))
+        raw_rows = read_rows(part, ReadOptions(self.mapper.map_table_columns, read_bytes, splits, self.log))
         rows = self._parse_rows(raw_rows, part.format)
         for row in _merge_caption_rows(rows) if part.format.is_plain_text else rows:
             try:
@@ -216,7 +225,7 @@ class RecordReader:
             self.summary.num_records += 1
             yield row.record, facts
 
-    def summarize(self, log: RecordingSkipLog) -> ReadSummary:
+    def build_read_summary(self, log: RecordingSkipLog) -> ReadSummary:
         """Return the summary of the rows that this reader has read. `log` must be this reader's skip log."""
         return replace(self.summary, columns=list(self.mapper.columns), events=log.events)
 
@@ -253,13 +262,13 @@ class RecordReader:
                     num_rows *= fields.rows
                     raise UnusableRow(fields.reason, fields.value)
                 if source_format.is_table:
-                    columns = self.mapper.map_table(file, list(fields))
+                    columns = self.mapper.map_table_columns(file, list(fields))
                 else:
-                    columns = self.mapper.map_row(fields)
+                    columns = self.mapper.map_row_columns(fields)
                 values = {name: fields.get(column) for name, column in columns.items()}
                 if source_format.is_plain_text:
                     values = _clean_text_cells(values, self.log, file, number)
-                split = _parse_name(values.get("split"), "split") or NO_SPLIT
+                split = _parse_name_cell(values.get("split"), "split") or NO_SPLIT
                 self.summary.split_counts[split] += 1
                 if self.source.splits and split not in self.source.splits:
                     continue
@@ -276,8 +285,8 @@ class RecordReader:
     def _parse_row(
         self, file: str, number: int, values: dict[str, Any], split: str, parse_lists: bool
     ) -> tuple[Record, LoadedImage | None]:
-        record_id = _parse_name(values.get("id"), "id")
-        image = parse_image(values.get("image"), file, reject_urls=self.image_check == "header")
+        record_id = _parse_name_cell(values.get("id"), "id")
+        image = parse_image_cell(values.get("image"), file, reject_urls=self.image_check == "header")
         texts = {"captions": parse_captions(values.get("captions"), parse_lists, self.log, file, number)}
         for name in ("short_captions", "long_captions", "phrases"):
             # An empty string in these fields means that there are no captions.
@@ -359,11 +368,11 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
     """
     columns_by_name: dict[str, str] = {}
     for column in columns:
-        columns_by_name.setdefault(_normalize_name(column), column)
+        columns_by_name.setdefault(_normalize_column_name(column), column)
     chosen = {}
     for name, candidates in names.items():
         for candidate in candidates:
-            column = candidate if candidate in columns else columns_by_name.get(_normalize_name(candidate), "")
+            column = candidate if candidate in columns else columns_by_name.get(_normalize_column_name(candidate), "")
             if candidate and column:
                 chosen[name] = column
                 break
@@ -383,7 +392,7 @@ class ColumnMapper:
         self._names = COLUMN_NAMES | {field: (column,) for field, column in mapping.items()}
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
-    def map_table(self, file: str, columns: Sequence[str]) -> dict[str, str]:
+    def map_table_columns(self, file: str, columns: Sequence[str]) -> dict[str, str]:
         """Return a dict {field: column} for a table with these columns. Raise the same errors as `check`."""
         key = tuple(columns)
         if key not in self._cache:
@@ -392,12 +401,14 @@ class ColumnMapper:
             self.check(file)
         return self._cache[key]
 
-    def map_row(self, fields: Mapping[str, Any]) -> dict[str, str]:
+    def map_row_columns(self, fields: Mapping[str, Any]) -> dict[str, str]:
         """Return a dict {field: column} for a row that has its own keys. Keys with a non-null value are preferred."""
         names = filled = tuple(fields)
-        if any(map(is_null, fields.values())):
+        if any(map(is_missing_value, fields.values())):
             filled = tuple(
-                name for name in names if _normalize_name(name) in COLUMN_NAMES["image"] or not is_null(fields[name])
+                name
+                for name in names
+                if _normalize_column_name(name) in COLUMN_NAMES["image"] or not is_missing_value(fields[name])
             )
         key = (*names, "", *filled)
         if key not in self._cache:  # most rows of a source have the same keys
@@ -427,7 +438,7 @@ class ColumnMapper:
 
     @property
     def _has_only_images(self) -> bool:
-        return all(_normalize_name(column) in COLUMN_NAMES["image"] for column in self.columns)
+        return all(_normalize_column_name(column) in COLUMN_NAMES["image"] for column in self.columns)
 
     def describe_missing_column(self, field: str) -> str:
         if field == "captions" and self._has_only_images:
@@ -455,7 +466,7 @@ class ColumnMapper:
 
 
 @functools.lru_cache(maxsize=4096)
-def _normalize_name(column: str) -> str:
+def _normalize_column_name(column: str) -> str:
     return re.sub(r"[\s-]+", "_", column.strip().lower())
 
 
@@ -491,8 +502,8 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
         UnusableRow: A caption is not valid text, or the captions have more than `MAX_CAPTION_CHARACTERS` in total.
     """
     if isinstance(value, str):
-        value = _parse_list(value) if parse_lists else [value]
-    elif is_null(value):
+        value = _parse_text_list(value) if parse_lists else [value]
+    elif is_missing_value(value):
         return ()
     if not isinstance(value, list):
         raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
@@ -519,7 +530,7 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
     return tuple(captions)
 
 
-def _parse_list(text: str) -> list[Any]:
+def _parse_text_list(text: str) -> list[Any]:
     """Parse a JSON or Python list of strings. Return any other text as a list with one item."""
     if text.lstrip().startswith("["):
         parsers: list[Callable[[str], Any]] = [json.loads]
@@ -535,10 +546,10 @@ def _parse_list(text: str) -> list[Any]:
     return [text]
 
 
-def _parse_name(value: Any, field: str) -> str | None:
+def _parse_name_cell(value: Any, field: str) -> str | None:
     if type(value) is str:
         return value.strip() or None
-    if is_null(value):
+    if is_missing_value(value):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise UnusableRow("malformed row", f"{field} must be text or a number (got {value!r})")

@@ -32,7 +32,7 @@ from braceexpand import braceexpand
 from llm2clip.data import storage
 from llm2clip.data.storage import MissingRemoteFileError, RemoteError, is_remote
 from llm2clip.io_utils import FatalDataError, atomic_path, get_cache_dir, hide_url_secrets, open_regular_file
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import hold_folder_lock
 
 try:
     import fcntl
@@ -75,18 +75,18 @@ def find_remote_files(pattern: str) -> list[str]:
     name = hide_url_secrets(pattern)
     if "@" in storage.split_url(pattern)[1] and not pattern.startswith("hf"):
         raise ValueError(f"{name}: a URL must not contain a user name or password. Put them in ~/.netrc instead")
-    address = storage.strip_query(pattern)
+    address = storage.strip_query_string(pattern)
     is_pattern = (glob.has_magic(address) or "{" in address) and not _remote_file_exists(pattern)
     urls = []
     for url in [expanded + pattern[len(address) :] for expanded in braceexpand(address)] if is_pattern else [pattern]:
-        matches = _glob_remote_files(url) if is_pattern and glob.has_magic(storage.strip_query(url)) else [url]
+        matches = _glob_remote_files(url) if is_pattern and glob.has_magic(storage.strip_query_string(url)) else [url]
         if not matches:
             raise MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
         urls += matches
-    return look_up_versions(urls)
+    return pin_current_versions(urls)
 
 
-def look_up_versions(urls: Sequence[str]) -> list[str]:
+def pin_current_versions(urls: Sequence[str]) -> list[str]:
     """Pin the current versions of files in parallel. Return the URLs, with a slash at the end of each folder's URL."""
     with ThreadPoolExecutor(storage.LOOKUP_THREADS) as pool:
         return list(pool.map(_pin_file_or_mark_folder, urls))
@@ -101,7 +101,7 @@ def list_folder(folder: str) -> list[str]:
 
 def _list_remote_folder(folder: str) -> list[str]:
     folder = folder.rstrip("/") + "/"
-    scheme = storage.get_scheme(folder)
+    scheme = storage.get_url_scheme(folder)
     filesystem = storage.get_filesystem(scheme)
     names = set()
     for entry in storage.call_with_retries(lambda: filesystem.ls(storage.to_fsspec_path(folder), detail=True), folder):
@@ -121,7 +121,7 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
         OSError: A folder is unreadable, or a remote folder has too many subfolders.
     """
     if not is_remote(folder):
-        yield from os.walk(folder, onerror=_raise_error)
+        yield from os.walk(folder, onerror=_raise_listing_error)
         return
     pending = [(folder.rstrip("/"), 0)]  # the depth is limited, because a web server can list a folder in itself
     num_folders = 0
@@ -156,7 +156,7 @@ def get_file_size(path: str) -> int:
     return storage.parse_file_size(_look_up_version(path))
 
 
-def _raise_error(error: OSError) -> None:
+def _raise_listing_error(error: OSError) -> None:
     raise error
 
 
@@ -168,7 +168,7 @@ def _remote_file_exists(url: str) -> bool:
 
 def _glob_remote_files(pattern: str) -> list[str]:
     """Return the URLs that match a glob pattern. Hidden files match only a name pattern that starts with a dot."""
-    scheme = storage.get_scheme(pattern)
+    scheme = storage.get_url_scheme(pattern)
     filesystem = storage.get_filesystem(scheme)
     paths = storage.call_with_retries(
         lambda: filesystem.glob(storage.to_fsspec_path(pattern)), pattern, storage.LOOKUP_ATTEMPTS
@@ -185,13 +185,13 @@ def _pin_file_or_mark_folder(url: str) -> str:
     Web servers do not distinguish files from folders, so a web address without a file suffix is treated as a folder.
     """
     if url.endswith("/") or (
-        url.startswith("http") and "." not in storage.split_url(storage.strip_query(url))[2].rpartition("/")[2]
+        url.startswith("http") and "." not in storage.split_url(storage.strip_query_string(url))[2].rpartition("/")[2]
     ):
         return url.rstrip("/") + "/"
     info = storage.fetch_file_info(url)
     if info["type"] == "directory":
         return url + "/"
-    _versions[url] = storage.build_version(info, url)
+    _versions[url] = storage.build_file_version(info, url)
     return url
 
 
@@ -205,7 +205,7 @@ def get_remote_version(url: str) -> str:
         info = storage.fetch_file_info(url)
         if info["type"] == "directory":
             raise MissingRemoteFileError(f"{hide_url_secrets(url)} is a folder, not a file")
-        version = _versions.setdefault(url, storage.build_version(info, url))
+        version = _versions.setdefault(url, storage.build_file_version(info, url))
     return version
 
 
@@ -219,8 +219,8 @@ def pin_versions(versions: Mapping[str, str]) -> None:
     _versions.update(versions)
 
 
-def _check_version(url: str, version: str) -> None:
-    current = storage.build_version(storage.fetch_file_info(url, storage.MAX_ATTEMPTS), url)
+def _check_remote_version(url: str, version: str) -> None:
+    current = storage.build_file_version(storage.fetch_file_info(url, storage.MAX_ATTEMPTS), url)
     if current != version:
         raise storage.build_replaced_error(url, version, current)
 
@@ -239,7 +239,7 @@ def open_file(path: str) -> io.BufferedReader:
         return open_regular_file(path)
     version = _look_up_version(path)
     cached_path = get_cached_path(path, version)
-    while (file := _open_cached(cached_path, storage.parse_file_size(version))) is None:
+    while (file := _open_cached_file(cached_path, storage.parse_file_size(version))) is None:
         # Another process can remove the downloaded file before it is opened.
         _call_unless_recently_failed(path, functools.partial(_download_unless_cached, path, version, cached_path))
     return file
@@ -315,7 +315,7 @@ def get_cached_path(url: str, version: str) -> Path:
     return get_cache_folder() / digest[:2] / f"{digest}{suffix[0] if suffix else ''}"
 
 
-def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
+def _open_cached_file(path: Path, size: int) -> io.BufferedReader | None:
     """Open a cached file and lock it against removal. Return None if it is missing or was changed after download."""
     try:
         file = open_regular_file(path)
@@ -336,8 +336,8 @@ def _open_cached(path: Path, size: int) -> io.BufferedReader | None:
 def _download_unless_cached(url: str, version: str, path: Path) -> None:
     """Download a file into the cache, unless another process has just downloaded it."""
     size = storage.parse_file_size(version)
-    with folder_lock(get_cache_folder() / "locks", path.name[:2], timeout=-1):
-        if (file := _open_cached(path, size)) is not None:
+    with hold_folder_lock(get_cache_folder() / "locks", path.name[:2], timeout=-1):
+        if (file := _open_cached_file(path, size)) is not None:
             file.close()
             return
         _free_cache_space(size, url)
@@ -361,10 +361,12 @@ def _download_to_cache(url: str, version: str, path: Path) -> None:
     size = storage.parse_file_size(version)
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as stream:
-            _check_version(url, version)
+            _check_remote_version(url, version)
             while stream.tell() < size:
-                storage.fetch_block(url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream)
-            _check_version(url, version)
+                storage.fetch_byte_range(
+                    url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream
+                )
+            _check_remote_version(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
         if temporary.stat().st_mtime != DOWNLOADED_TIME:  # without the time, the file would be downloaded again
             raise FatalDataError(
@@ -378,7 +380,7 @@ def _free_cache_space(size: int, url: str) -> None:
     if size > _unlisted_allowances.get(key, -1):
         files = sorted(_list_cached_files())
         used = sum(file_size for _, file_size, _ in files)
-        limit = _get_size_limit(used)
+        limit = _get_cache_size_limit(used)
         if size > limit:
             raise CacheFullError(
                 f"{hide_url_secrets(url)}: the file size is {size / 1e9:.2f} GB, but the cache of remote files is "
@@ -390,7 +392,7 @@ def _free_cache_space(size: int, url: str) -> None:
     _unlisted_allowances[key] = _unlisted_allowances.get(key, 0.0) - size  # another thread may have removed the entry
 
 
-def _get_size_limit(used: int) -> float:
+def _get_cache_size_limit(used: int) -> float:
     """Return the cache's size limit in bytes. Default: half of (free space + cache size), at most 200 GB."""
     text = os.environ.get(SIZE_VARIABLE)
     if not text:
@@ -445,7 +447,7 @@ def _lock_file(file: BinaryIO, exclusive: bool) -> bool:
 # ---- prefetching -----------------------------------------------------------------------------------------------------
 
 
-def prefetch(paths: Sequence[str]) -> None:
+def prefetch_remote_files(paths: Sequence[str]) -> None:
     """Download remote files into the cache in background threads, several at a time. Ignore errors and local files.
 
     Each call with remote files replaces the pending downloads of earlier calls.
@@ -457,10 +459,10 @@ def prefetch(paths: Sequence[str]) -> None:
     _pending = deque(urls)
     for _ in range(min(PREFETCH_THREADS, len(urls))):
         if _free_threads.acquire(blocking=False):
-            threading.Thread(target=_download_pending, daemon=True).start()
+            threading.Thread(target=_download_pending_files, daemon=True).start()
 
 
-def _download_pending() -> None:
+def _download_pending_files() -> None:
     while True:
         try:
             url = _pending.popleft()

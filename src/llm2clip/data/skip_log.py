@@ -95,14 +95,14 @@ class SkipLog:
         self.skipped[reason] += rows
         if len(self.examples) < 3:
             self.examples.append(f"{file}, row {row}: {reason}: {str(value)[:MAX_VALUE_CHARACTERS]}")
-        self._write(file, row, reason, value)
+        self._write_log_entry(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
         """Record that a value of a row was dropped. Ignore repeated calls for the same row and reason."""
         file = hide_url_secrets(file)
         if self._record_once(file, row, reason):
             self.dropped[reason] += 1
-            self._write(file, row, reason, value)
+            self._write_log_entry(file, row, reason, value)
 
     def count_duplicate_images(self, hashes: np.ndarray) -> None:
         """Count merged duplicate images. `hashes` identifies the images, of shape (N,), uint64."""
@@ -119,7 +119,7 @@ class SkipLog:
 
     def summary(self) -> str:
         """Return a one-line summary: the counts of skipped rows and dropped values by reason, followed by the notes."""
-        return "; ".join([self._format_totals(), *self.list_notes()])
+        return "; ".join([self._format_skip_totals(), *self.list_notes()])
 
     def check(self) -> None:
         """Raise `TooManySkipped` if the fraction of skipped rows exceeds the limit."""
@@ -133,7 +133,7 @@ class SkipLog:
         if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or column mapping is probably wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
-            f"{self._format_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
+            f"{self._format_skip_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
 
     def list_notes(self) -> list[str]:
@@ -151,7 +151,7 @@ class SkipLog:
         self._recorded.add(key)
         return True
 
-    def _format_totals(self) -> str:
+    def _format_skip_totals(self) -> str:
         numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
             numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
@@ -159,7 +159,7 @@ class SkipLog:
             numbers += f"; {format_count(len(self._copies), 'duplicate image')} merged with the originals"
         return numbers
 
-    def _write(self, file: str, row: int, reason: str, value: object) -> None:
+    def _write_log_entry(self, file: str, row: int, reason: str, value: object) -> None:
         if self.path is None:
             return
         entry = {"file": file, "row": row, "reason": reason, "value": str(value)[:MAX_VALUE_CHARACTERS]}

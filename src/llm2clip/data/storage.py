@@ -67,12 +67,12 @@ def is_remote(path: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def get_parent(path: str) -> str:
-    return os.path.dirname(strip_query(path) if is_remote(path) else path)
+def get_parent_folder(path: str) -> str:
+    return os.path.dirname(strip_query_string(path) if is_remote(path) else path)
 
 
 def get_file_name(path: str) -> str:
-    return os.path.basename(strip_query(path) if is_remote(path) else path)
+    return os.path.basename(strip_query_string(path) if is_remote(path) else path)
 
 
 def join_path(folder: str, name: str) -> str:
@@ -101,18 +101,18 @@ def split_url(url: str) -> tuple[str, str, str]:
     return scheme, root, key
 
 
-def strip_query(url: str) -> str:
+def strip_query_string(url: str) -> str:
     """Remove the query string from a web address. In object storage, `?` is part of the name."""
     return url.partition("?")[0] if url.startswith("http") else url
 
 
-def get_scheme(url: str) -> str:
+def get_url_scheme(url: str) -> str:
     return url.partition("://")[0]
 
 
 def to_fsspec_path(url: str) -> str:
     """Return the path that fsspec uses for a URL."""
-    return url if get_scheme(url).startswith("http") else url.partition("://")[2]
+    return url if get_url_scheme(url).startswith("http") else url.partition("://")[2]
 
 
 def to_url(scheme: str, path: str) -> str:
@@ -124,15 +124,15 @@ def to_url(scheme: str, path: str) -> str:
 
 def fetch_file_info(url: str, max_attempts: int = LOOKUP_ATTEMPTS) -> dict[str, Any]:
     """Return the size, the etag or modification time, and the type ("file" or "directory") of a remote file."""
-    filesystem = get_filesystem(get_scheme(url))
-    options = {"refresh": True} if get_scheme(url) in ("s3", "hf") else {}
+    filesystem = get_filesystem(get_url_scheme(url))
+    options = {"refresh": True} if get_url_scheme(url) in ("s3", "hf") else {}
     info: dict[str, Any] = call_with_retries(
         lambda: filesystem.info(to_fsspec_path(url), **options), url, max_attempts=max_attempts
     )
     return info
 
 
-def build_version(info: Mapping[str, Any], url: str) -> str:
+def build_file_version(info: Mapping[str, Any], url: str) -> str:
     size = info.get("size")
     if size is None:
         raise RemoteError(f"{hide_url_secrets(url)}: the server does not report the size of the file")
@@ -156,17 +156,17 @@ def build_replaced_error(url: str, version: str, current: str) -> ReplacedFileEr
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def fetch_block(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
+def fetch_byte_range(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
     """Append a byte range of a remote file to `file`. If the server does not support ranges, write the entire file."""
     from fsspec.asyn import sync
 
-    filesystem = get_filesystem(get_scheme(url))
+    filesystem = get_filesystem(get_url_scheme(url))
     position = file.tell()
 
     def fetch() -> None:
         file.seek(position)
         file.truncate()
-        if get_scheme(url).startswith("http"):
+        if get_url_scheme(url).startswith("http"):
             sync(filesystem.loop, _stream_response, filesystem, url, version, start, end, file)
             return
         options = {"timeout": BLOCK_TIMEOUT} if filesystem.async_impl else {}
@@ -207,7 +207,7 @@ def _check_response_version(headers: Mapping[str, str], url: str, version: str) 
     total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
     if total.isdecimal():
         info = {"size": int(total), "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")}
-        current = build_version(info, url)
+        current = build_file_version(info, url)
         if current != version:
             raise build_replaced_error(url, version, current)
 
@@ -242,7 +242,7 @@ def _open_filesystem(scheme: str) -> Any:
     # trust_env uses the proxy in HTTPS_PROXY, and sends the credentials in ~/.netrc only to their own hosts.
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
     options = {"timeout": timeout, "trust_env": True}
-    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_session, **UNCACHED)
+    return fsspec.filesystem("https", client_kwargs=options, get_client=_open_http_session, **UNCACHED)
 
 
 def _open_s3() -> Any:
@@ -262,10 +262,10 @@ def _open_s3() -> Any:
     return filesystem
 
 
-async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
+async def _open_http_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
     from aiohttp import ClientResponse, ClientSession, TraceConfig
 
-    class Response(ClientResponse):
+    class HttpResponse(ClientResponse):
         async def text(self, encoding: str | None = None, errors: str = "replace") -> str:
             """Return a folder listing, the only response that fsspec reads as text."""
             data = bytearray()
@@ -277,7 +277,7 @@ async def _open_session(loop: asyncio.AbstractEventLoop, **options: Any) -> Any:
 
     trace = TraceConfig()
     trace.on_request_redirect.append(_check_redirect)
-    return ClientSession(trace_configs=[trace], response_class=Response, **options)
+    return ClientSession(trace_configs=[trace], response_class=HttpResponse, **options)
 
 
 async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
@@ -312,10 +312,10 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
             if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                 raise
             # The original exception is not chained, because its message can contain credentials.
-            if not _is_temporary(error):
-                raise _convert_error(error, url) from None
+            if not _is_temporary_error(error):
+                raise _convert_to_remote_error(error, url) from None
             if attempt >= max_attempts:
-                raise RemoteError(f"{_describe_error(error, url)} (after {attempt} attempts)") from None
+                raise RemoteError(f"{_describe_remote_error(error, url)} (after {attempt} attempts)") from None
         time.sleep(compute_backoff(attempt - 1, FIRST_DELAY, MAX_DELAY))
 
 
@@ -336,15 +336,15 @@ def parse_retry_after(value: str) -> float:
     return 0.0
 
 
-def is_temporary_status(status: int) -> bool:
+def is_temporary_http_status(status: int) -> bool:
     return status >= 500 or status in RETRIED_STATUSES
 
 
-def _is_temporary(error: BaseException) -> bool:
-    status = _get_status(error)
+def _is_temporary_error(error: BaseException) -> bool:
+    status = _get_http_status(error)
     if status is not None:
-        return is_temporary_status(status)
-    chain = _list_causes(error)
+        return is_temporary_http_status(status)
+    chain = _list_exception_causes(error)
     if any(type(cause).__name__ in PERMANENT_ERRORS for cause in chain):
         return False
     for cause in chain:
@@ -356,23 +356,23 @@ def _is_temporary(error: BaseException) -> bool:
     )
 
 
-def _convert_error(error: BaseException, url: str) -> RemoteError:
-    status = _get_status(error)
-    if status == 404 or (status is None and isinstance(_list_causes(error)[-1], FileNotFoundError)):
+def _convert_to_remote_error(error: BaseException, url: str) -> RemoteError:
+    status = _get_http_status(error)
+    if status == 404 or (status is None and isinstance(_list_exception_causes(error)[-1], FileNotFoundError)):
         return MissingRemoteFileError(f"{hide_url_secrets(url)}: no such file or folder")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return RemoteError(f"{_describe_error(error, url)}. Check your credentials for this storage")
-    return RemoteError(_describe_error(error, url))
+        return RemoteError(f"{_describe_remote_error(error, url)}. Check your credentials for this storage")
+    return RemoteError(_describe_remote_error(error, url))
 
 
-def _describe_error(error: BaseException, url: str) -> str:
-    status = _get_status(error)
-    reason = f"HTTP status {status}" if status is not None else describe_error(_list_causes(error)[-1])
+def _describe_remote_error(error: BaseException, url: str) -> str:
+    status = _get_http_status(error)
+    reason = f"HTTP status {status}" if status is not None else describe_error(_list_exception_causes(error)[-1])
     return hide_url_secrets(f"{url}: {reason}")
 
 
-def _get_status(error: BaseException) -> int | None:
-    for cause in _list_causes(error):
+def _get_http_status(error: BaseException) -> int | None:
+    for cause in _list_exception_causes(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -385,7 +385,7 @@ def _get_status(error: BaseException) -> int | None:
     return None
 
 
-def _list_causes(error: BaseException) -> list[BaseException]:
+def _list_exception_causes(error: BaseException) -> list[BaseException]:
     causes = [error]
     while len(causes) < 10 and (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)

@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data.image_facts import ImageFacts, get_distinct_image_hashes
-from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, MemoryImage, StoredImage
+from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, InMemoryImage, TableStoredImage
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
-from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_arrow_file, map_batches
+from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_batches, memory_map_arrow_file
 from llm2clip.io_utils import append_checksum
 
 TEXTS = pa.list_(pa.string())
-# Names are stored as bytes, because file names are not always valid Unicode; see `encode_name`.
+# Names are stored as bytes, because file names are not always valid Unicode; see `encode_file_name`.
 SCHEMA = pa.schema(
     [
         ("id", pa.binary()),
@@ -76,7 +76,7 @@ class RecordTable(Sequence[Record]):
     @classmethod
     def from_records(cls, records: Iterable[Record]) -> RecordTable:
         """Create a table in memory."""
-        builder = RowBuilder()
+        builder = RecordBatchBuilder()
         for record in records:
             builder.add(record)
         batch = builder.take_batch()
@@ -113,11 +113,11 @@ class RecordTable(Sequence[Record]):
         """
         tables = []
         for start in range(0, len(self), size):
-            record_batches, rows = self.record_batches.drop_unused_files(self.rows[start : start + size])
+            record_batches, rows = self.record_batches.drop_files_without_rows(self.rows[start : start + size])
             tables.append(RecordTable(record_batches, rows, self.folder, self._caption_field))
         return tables
 
-    def use_as_captions(self, field: str) -> RecordTable:
+    def use_field_as_captions(self, field: str) -> RecordTable:
         """Return a table in which the texts of one field are the records' only captions."""
         return RecordTable(self.record_batches, self.rows, self.folder, self.resolve_field(field), self._phrases)
 
@@ -145,7 +145,7 @@ class RecordTable(Sequence[Record]):
         chunks = [batch.column(0) for batch in self.iterate_batches([name])]
         return pa.chunked_array(chunks, TEXTS if name in TEXT_FIELDS else SCHEMA.field(name).type)
 
-    def numeric_column(self, name: str) -> np.ndarray:
+    def get_numeric_column(self, name: str) -> np.ndarray:
         """Return the values of a numeric column that has no nulls, of shape (N,)."""
         arrays = [batch.column(0).to_numpy(zero_copy_only=False) for batch in self.iterate_batches([name])]
         return np.concatenate([np.empty(0, SCHEMA.field(name).type.to_pandas_dtype()), *arrays])
@@ -166,14 +166,14 @@ class RecordTable(Sequence[Record]):
     @cached_property
     def has_image(self) -> np.ndarray:
         """Boolean mask of the records with an image, of shape (N,)."""
-        return self.numeric_column("image_kind") != NO_IMAGE
+        return self.get_numeric_column("image_kind") != NO_IMAGE
 
-    def get_images(self) -> ImageList:
-        return ImageList(self.record_batches, self.rows)
+    def get_images(self) -> ImageRefList:
+        return ImageRefList(self.record_batches, self.rows)
 
     def get_distinct_image_hashes(self) -> np.ndarray:
         """Return the sorted hashes of all distinct images, of shape (N,), uint64."""
-        hashes = self.numeric_column("image_hash")
+        hashes = self.get_numeric_column("image_hash")
         unknown = self.select(self.has_image & (hashes == 0))
         return np.union1d(hashes[hashes > 0], get_distinct_image_hashes(unknown.get_images()))
 
@@ -212,9 +212,9 @@ class RecordTable(Sequence[Record]):
         images = self.record_batches.get_images(self.rows[start:stop])
         for name, from_source, split, *texts, image in zip(*values.values(), images, strict=True):
             yield Record(
-                id=decode_name(name),
+                id=decode_file_name(name),
                 image=image,
-                split=None if split is None else decode_name(split),
+                split=None if split is None else decode_file_name(split),
                 id_from_source=from_source,
                 **dict(zip(TEXT_FIELDS, map(tuple, texts), strict=True)),
             )
@@ -229,12 +229,12 @@ class _PhraseLists:
 
     def take(self, start: int, stop: int) -> pa.Array:
         rows = self.rows[start:stop]
-        is_slice = len(rows) > 0 and are_consecutive(rows)
+        is_slice = len(rows) > 0 and are_consecutive_rows(rows)
         lists = self.lists.slice(int(rows[0]), len(rows)) if is_slice else self.lists.take(pa.array(rows))
         return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
 
 
-class ImageList(Sequence[ImageRef | None]):
+class ImageRefList(Sequence[ImageRef | None]):
     """Image references of the records in a table. Worker processes that receive the list memory-map the same files."""
 
     def __init__(self, record_batches: RecordBatches, rows: Any) -> None:
@@ -264,7 +264,7 @@ class ImageList(Sequence[ImageRef | None]):
         # The attribute keeps the shared memory alive until the workers have mapped it.
         if self._shared_rows is None:
             self._shared_rows = torch.from_numpy(np.array(self.rows))
-        return ImageList, (self.record_batches, self._shared_rows)
+        return ImageRefList, (self.record_batches, self._shared_rows)
 
 
 def _count_list_items(lists: pa.ListArray) -> np.ndarray:
@@ -306,7 +306,7 @@ class RecordBatches:
 
     @classmethod
     def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> RecordBatches:
-        """Memory-map the batches in Arrow files written by `write_rows`.
+        """Memory-map the batches in Arrow files written by `write_record_rows`.
 
         `versions` maps the URLs of remote files with images to the versions to pin; see `remote.pin_versions`.
         """
@@ -316,7 +316,7 @@ class RecordBatches:
         paths: list[tuple[str, int]] = []
         for file in files:
             mapped = map_batches(file)
-            names = read_metadata(file, "containers")
+            names = read_arrow_metadata(file, "containers")
             batches += mapped
             containers += [names] * len(mapped)
             paths += [(file, n) for n in range(len(mapped))]
@@ -333,7 +333,7 @@ class RecordBatches:
             return RecordBatches.open, (files, get_pinned_versions(containers))
         return RecordBatches, (self.batches, self.containers)
 
-    def drop_unused_files(self, rows: np.ndarray) -> tuple[RecordBatches, np.ndarray]:
+    def drop_files_without_rows(self, rows: np.ndarray) -> tuple[RecordBatches, np.ndarray]:
         """Return the batches of all files that contain the given rows, and the row numbers within these batches."""
         if not self.paths:
             return self, rows
@@ -361,7 +361,7 @@ class RecordBatches:
         for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
             local = sorted_rows[start:stop] - self.starts[batch_of_row[start]]
-            if are_consecutive(local):
+            if are_consecutive_rows(local):
                 pieces.append(batch.slice(int(local[0]), len(local)))
             else:
                 pieces.append(batch.take(pa.array(local)))
@@ -386,35 +386,35 @@ class RecordBatches:
         if kind == NO_IMAGE:
             return None
         image_class = IMAGE_KINDS[kind]
-        if image_class is not StoredImage:
+        if image_class is not TableStoredImage:
             path = self.containers[batch][container]
-            return image_class.from_columns(ImageColumns(path, decode_name(name), offset, size, digest))
+            return image_class.from_columns(ImageColumns(path, decode_file_name(name), offset, size, digest))
         local = int(row - self.starts[batch])
         if not self.paths:
             data = self.batches[batch].column("image_data")[local].as_py()
-            return MemoryImage.from_columns(ImageColumns(name=decode_name(name), data=data))
+            return InMemoryImage.from_columns(ImageColumns(name=decode_file_name(name), data=data))
         file, batch_in_file = self.paths[batch]
-        return StoredImage.from_columns(ImageColumns(file, decode_name(name), local, batch_in_file, digest))
+        return TableStoredImage.from_columns(ImageColumns(file, decode_file_name(name), local, batch_in_file, digest))
 
 
-def read_metadata(file: str, name: str) -> Any:
-    """Read the "summary" or the "containers" of a file written by `write_rows`."""
-    reader = map_arrow_file(file)
+def read_arrow_metadata(file: str, name: str) -> Any:
+    """Read the "summary" or the "containers" of a file written by `write_record_rows`."""
+    reader = memory_map_arrow_file(file)
     _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
     return json.loads(metadata[name])
 
 
-def encode_name(name: str) -> bytes:
+def encode_file_name(name: str) -> bytes:
     """Encode a name that may not be valid Unicode, such as a file name."""
     return name.encode("utf-8", "surrogatepass")
 
 
-def decode_name(name: bytes) -> str:
-    """Decode a name encoded by `encode_name`."""
+def decode_file_name(name: bytes) -> str:
+    """Decode a name encoded by `encode_file_name`."""
     return name.decode("utf-8", "surrogatepass")
 
 
-def are_consecutive(rows: np.ndarray) -> bool:
+def are_consecutive_rows(rows: np.ndarray) -> bool:
     """Return True if row numbers, of shape (N,) with N > 0, are consecutive."""
     return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
 
@@ -422,7 +422,7 @@ def are_consecutive(rows: np.ndarray) -> bool:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-class RowBuilder:
+class RecordBatchBuilder:
     """Builder of record batches. Images that exist only in memory are stored in the batches."""
 
     def __init__(self) -> None:
@@ -443,20 +443,20 @@ class RowBuilder:
         key_high, key_low = compute_merge_key(record, source)
         kind, image, container = NO_IMAGE, ImageColumns(), 0
         if record.image is not None:
-            kind = _KIND_NUMBERS.get(type(record.image), _KIND_NUMBERS[StoredImage])
+            kind = _KIND_NUMBERS.get(type(record.image), _KIND_NUMBERS[TableStoredImage])
             image = record.image.to_columns()
         if image.container is not None:
             container = self._containers.setdefault(image.container, len(self._containers))
         self.num_bytes += len(image.data or b"")
         self._rows.append(
             (
-                encode_name(record.id),
+                encode_file_name(record.id),
                 record.id_from_source,
-                None if record.split is None else encode_name(record.split),
+                None if record.split is None else encode_file_name(record.split),
                 *(getattr(record, field) for field in TEXT_FIELDS),
                 kind,
                 container,
-                encode_name(image.name),
+                encode_file_name(image.name),
                 image.offset,
                 image.size,
                 image.digest or facts.digest,
@@ -478,12 +478,12 @@ class RowBuilder:
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
-def write_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
-    """Write rows to an Arrow file. Each row is a tuple of the arguments of `RowBuilder.add`.
+def write_record_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
+    """Write rows to an Arrow file. Each row is a tuple of the arguments of `RecordBatchBuilder.add`.
 
-    `metadata` is called after the last row. The file also contains the result of the call; see `read_metadata`.
+    `metadata` is called after the last row. The file also contains the result of the call; see `read_arrow_metadata`.
     """
-    builder = RowBuilder()
+    builder = RecordBatchBuilder()
     with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
         for record, source, facts in rows:
             builder.add(record, source, facts)
@@ -509,7 +509,7 @@ def compute_merge_key(record: Record, source: str) -> tuple[int, int]:
         text = "\0".join(["id", source, record.split or "", record.id])
     else:
         return 0, 0
-    high, low = struct.unpack(">QQ", hashlib.blake2b(encode_name(text), digest_size=16).digest())
+    high, low = struct.unpack(">QQ", hashlib.blake2b(encode_file_name(text), digest_size=16).digest())
     return high, low
 
 
@@ -517,4 +517,4 @@ def compute_held_out_hash(record: Record) -> int:
     """Return the 64-bit hash that decides whether an image is held out."""
     # The captions are included because several records can have the same id.
     text = "\0".join([record.id, *record.texts])
-    return int.from_bytes(hashlib.sha256(encode_name(text)).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(encode_file_name(text)).digest()[:8], "big")

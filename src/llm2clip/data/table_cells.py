@@ -26,7 +26,7 @@ MAX_CELL_BYTES = 256 << 20  # size limit for an image in a table cell
 
 
 @dataclass(frozen=True)
-class _CellWindow:
+class _DecodedCellWindow:
     """Consecutive decoded cells in a row group."""
 
     start: int  # index of the first cell in the row group
@@ -34,7 +34,7 @@ class _CellWindow:
     num_bytes: int
 
 
-_windows: OrderedDict[tuple[object, ...], _CellWindow] = OrderedDict()  # least recently used first
+_windows: OrderedDict[tuple[object, ...], _DecodedCellWindow] = OrderedDict()  # least recently used first
 
 
 def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:
@@ -48,7 +48,7 @@ def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.S
     key = (path, version, group, column)
     window = _windows.pop(key, None)
     if window is None or not window.start <= row < window.start + len(window.cells):
-        window = _decode_window(path, group, column, row, batch_size)
+        window = _decode_cell_window(path, group, column, row, batch_size)
     _windows[key] = window
     while len(_windows) > 64 or sum(w.num_bytes for w in list(_windows.values())) > MAX_CACHE_BYTES:
         _windows.popitem(last=False)
@@ -66,7 +66,7 @@ def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
     return starts, choose_parquet_batch_size(metadata)
 
 
-def _decode_window(path: str, group: int, column: str, row: int, batch_size: int) -> _CellWindow:
+def _decode_cell_window(path: str, group: int, column: str, row: int, batch_size: int) -> _DecodedCellWindow:
     """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`."""
     # The file is reopened and read without threads, because handles and threads can deadlock after a fork.
     batches: deque[pa.Array] = deque()
@@ -90,7 +90,7 @@ def _decode_window(path: str, group: int, column: str, row: int, batch_size: int
                 raise _build_row_group_error(group)
     if row >= start + sum(map(len, batches)):
         raise FileNotFoundError(f"{path} no longer has row {row} in row group {group}")
-    return _CellWindow(start, pa.chunked_array(batches), num_bytes)
+    return _DecodedCellWindow(start, pa.chunked_array(batches), num_bytes)
 
 
 def choose_parquet_batch_size(metadata: pq.FileMetaData) -> int:
@@ -117,13 +117,13 @@ def _build_row_group_error(group: int) -> OSError:
     )
 
 
-def map_arrow_file(path: str) -> pa.RecordBatchFileReader:
+def memory_map_arrow_file(path: str) -> pa.RecordBatchFileReader:
     """Memory-map an Arrow file that ends with a checksum; see `append_checksum`."""
     return pa.ipc.open_file(pa.memory_map(path), footer_offset=os.path.getsize(path) - CHECKSUM_BYTES)
 
 
 def map_batches(path: str) -> list[pa.RecordBatch]:
-    reader = map_arrow_file(path)
+    reader = memory_map_arrow_file(path)
     return [reader.get_batch(n) for n in range(reader.num_record_batches)]
 
 

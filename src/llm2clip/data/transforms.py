@@ -20,7 +20,7 @@ _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's filter constants, as store
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class PreprocessConfig:
     """Preprocessing settings of a vision tower.
 
     The image is resized to floor(size / crop_pct) and then centre-cropped, as in timm's evaluation transforms.
@@ -68,7 +68,7 @@ class Preprocess:
         }
 
     @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Preprocess:
+    def from_dict(cls, config: dict[str, Any]) -> PreprocessConfig:
         """Create the settings from the output of `to_dict` or from a transformers image processor's config."""
         try:
             resize_config = config.get("size", config.get("crop_size"))
@@ -98,7 +98,7 @@ class Preprocess:
 class EvalTransform:
     """Evaluation transform that resizes and centre-crops a uint8 image of shape (3, H, W) to shape (3, S, S)."""
 
-    preprocess: Preprocess
+    preprocess: PreprocessConfig
 
     def __call__(self, image: Tensor) -> Tensor:
         size, resize_size = self.preprocess.size, self.preprocess.resize_size
@@ -128,7 +128,7 @@ class TrainTransform:
     not flipped, because captions can mention left and right. All random numbers are drawn from `generator`.
     """
 
-    preprocess: Preprocess
+    preprocess: PreprocessConfig
 
     def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
         box = _sample_crop_box(image.shape[-2], image.shape[-1], generator)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from llm2clip.config import EvaluateOptions
 from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
-from llm2clip.models.prompts import check_templates
+from llm2clip.models.prompts import check_prompt_templates
 
 
 def check_evaluation_arguments(models: Sequence[str], data: Sequence[str], options: EvaluateOptions) -> None:
@@ -24,5 +24,5 @@ def check_evaluation_arguments(models: Sequence[str], data: Sequence[str], optio
             "--templates applies only to short queries and to your own images with class names: add --short_queries, "
             "or pass a benchmark such as boxes:FILE.json"
         )
-    check_templates(options.templates or (), "--templates")
+    check_prompt_templates(options.templates or (), "--templates")
     get_benchmarks(options.benchmarks, options.templates or ())

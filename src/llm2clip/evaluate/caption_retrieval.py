@@ -20,7 +20,7 @@ from llm2clip.models.clip_models import ClipTextEncoder, has_text_tower, load_cl
 from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.ranks import process_state
 
@@ -44,7 +44,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
         clip = LLM2CLIP.from_pretrained(model, device)
         clip.load_encoder(stage="evaluate")
         return clip.encoder
-    path = resolve_pretrained(encoder.path)
+    path = resolve_pretrained_name(encoder.path)
     if not has_text_tower(path, trust_remote_code):
         return load_for_evaluation(device=device, **dataclasses.asdict(encoder))
     defaults = vars(EncoderConfig(path=encoder.path))
@@ -79,7 +79,7 @@ def caption_retrieval_accuracy(
             "images", "excluded": Number of evaluated images, and number of excluded images.
             "truncated": Number of truncated captions.
             "hits": With `return_hits`, the accuracy of each image: 0, 0.5 or 1.
-            "mistakes": With `num_mistakes` > 0, the result of `find_worst_mistakes`.
+            "mistakes": With `num_mistakes` > 0, the result of `find_worst_retrieval_mistakes`.
 
     Raises:
         ValueError: No image has two distinct captions.
@@ -94,7 +94,7 @@ def caption_retrieval_accuracy(
     first_ranks, second_ranks = two_way_ranks(first, second, range(len(first)))
     first_recall, second_recall = compute_recall(first_ranks), compute_recall(second_ranks)
     hits = ((first_ranks < 1).double() + (second_ranks < 1)) / 2
-    positive_cosine, negative_cosine = compute_mean_cosines(first, second)
+    positive_cosine, negative_cosine = compute_mean_cosine_similarities(first, second)
     metrics: dict[str, Any] = {
         "CRA": (first_recall["R@1"] + second_recall["R@1"]) / 2,
         "CRA interval": compute_mean_interval(hits),
@@ -110,11 +110,11 @@ def caption_retrieval_accuracy(
     if return_hits:
         metrics["hits"] = hits.tolist()
     if num_mistakes:
-        metrics["mistakes"] = find_worst_mistakes(first, second, pairs, num_mistakes)
+        metrics["mistakes"] = find_worst_retrieval_mistakes(first, second, pairs, num_mistakes)
     return metrics
 
 
-def compute_mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
+def compute_mean_cosine_similarities(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j."""
     a, b = first.double(), second.double()
     diagonal_sum = float((a * b).sum())
@@ -123,7 +123,7 @@ def compute_mean_cosines(first: Tensor, second: Tensor) -> tuple[float, float]:
     return diagonal_sum / n, (total_sum - diagonal_sum) / max(1, n * (n - 1))
 
 
-def find_worst_mistakes(
+def find_worst_retrieval_mistakes(
     first: Tensor, second: Tensor, captions: Sequence[Sequence[str]], count: int, chunk_size: int = 4096
 ) -> list[dict[str, Any]]:
     """Return the queries for which a wrong caption is at least as similar as the correct caption, worst first.

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, ClassificationData, CompositionalExample
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
-from llm2clip.models.prompts import average_prompts, fill_templates
+from llm2clip.models.prompts import average_prompt_embeddings, fill_prompt_templates
 
 
 def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSource) -> BenchmarkResult:
@@ -31,9 +31,9 @@ def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSourc
 
 
 def encode_class_names(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the mean prompt embedding of each class, of shape (classes, D), float32. See `average_prompts`."""
-    prompts = fill_templates(names, templates)
-    averages = average_prompts(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
+    """Return the mean prompt embedding of each class, of shape (classes, D); see `average_prompt_embeddings`."""
+    prompts = fill_prompt_templates(names, templates)
+    averages = average_prompt_embeddings(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
     return torch.from_numpy(averages)
 
 
@@ -41,7 +41,7 @@ def count_prompts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
     """Return the number of prompts ("texts") and the number of truncated prompts ("truncated", None if unknown)."""
-    texts = fill_templates(names, templates)
+    texts = fill_prompt_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
 

@@ -12,7 +12,7 @@ from llm2clip.io_utils import format_count
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_recalls
 from llm2clip.reports import (
     Block,
-    Details,
+    CollapsibleSection,
     Heading,
     Paragraph,
     Table,
@@ -37,7 +37,10 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_benchmark(benchmark, results[0].summary)}")]
     notes = [Paragraph(note) for note in get_published_notes(benchmark.name)]
     if benchmark.kind != "retrieval":
-        blocks += [build_metrics_table(results, get_published_metrics(benchmark.name)), *build_class_details(results)]
+        blocks += [
+            build_metrics_table(results, get_published_metrics(benchmark.name)),
+            *build_class_metrics_section(results),
+        ]
         if "proposals" in results[0].summary:
             blocks.append(Paragraph(results[0].summary["proposals"]["description"]))
         return [*blocks, *notes, *(block for result in results for block in result.examples)]
@@ -134,14 +137,14 @@ def build_recall_table(
     for direction in DIRECTIONS:
         header += [f"{direction} R@1", "95% interval", "R@5", "R@10", f"{direction} median rank"]
     first_model, first_row = next(iter(results.items()))
-    recalls = {model: _get_both_recalls(row) for model, row in results.items()}
+    recalls = {model: _get_recalls_in_both_directions(row) for model, row in results.items()}
     rows = [_make_recall_row(f"paper {model}", recalls) for model, recalls in published.items()]
-    rows.append(_make_recall_row("chance", _get_both_recalls(first_row, " chance")))
+    rows.append(_make_recall_row("chance", _get_recalls_in_both_directions(first_row, " chance")))
     highlight = frozenset(range(len(rows), len(rows) + len(results)))
     for model, row in results.items():
         intervals = []
         for direction in DIRECTIONS:
-            is_trivial = get_recalls(row, direction)[0] is None
+            is_trivial = get_informative_recalls(row, direction)[0] is None
             intervals.append(None if is_trivial else format_interval(row[f"{direction} interval"]["R@1"]))
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
         truncated = _format_truncated_share(row["truncated"], row["texts"])
@@ -220,7 +223,7 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
         if "difference" in row:
-            differences = [format_difference(row["difference"], name) for name in names]
+            differences = [format_metric_difference(row["difference"], name) for name in names]
             methods = [row[key] if key == "method" else None for key in settings]
             rows.append([f"{results[0].model} minus {result.model}", *methods, None, *differences, None])
     return Table(["model", *settings, "images", *names, "truncated"], rows, highlight)
@@ -230,14 +233,14 @@ def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, An
     return format_with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
 
 
-def format_difference(difference: Mapping[str, Any], name: str) -> str | None:
+def format_metric_difference(difference: Mapping[str, Any], name: str) -> str | None:
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
         return format_with_interval(metrics[name], intervals[name], "+.1f")
     return f"{metrics[name]:+.1f}" if name in metrics else None
 
 
-def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
+def build_class_metrics_section(results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return a collapsed section with the metrics of each class, or [] if the benchmark has no per-class metrics."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
@@ -248,7 +251,7 @@ def build_class_details(results: Sequence[BenchmarkResult]) -> list[Block]:
     for name in columns[0][1][metric]:
         values = [row[metric].get(name) for _, row in columns]
         lines.append("".join(f"{format_cell(value):>7}" for value in values) + f"  {name}")
-    return [Details(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
+    return [CollapsibleSection(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
 def _format_truncated_share(truncated: int | None, texts: int) -> str:
@@ -287,12 +290,12 @@ def _subtract_recalls(
     return differences
 
 
-def _get_both_recalls(row: dict[str, Any], suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. See `get_recalls`."""
-    return [recall for direction in DIRECTIONS for recall in get_recalls(row, direction, suffix)]
+def _get_recalls_in_both_directions(row: dict[str, Any], suffix: str = "") -> list[float | None]:
+    """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. See `get_informative_recalls`."""
+    return [recall for direction in DIRECTIONS for recall in get_informative_recalls(row, direction, suffix)]
 
 
-def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
+def get_informative_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
     """Return R@1, R@5 and R@10. A value is None if a random order also reaches 100.0, because there are so few items.
 
     `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
@@ -305,7 +308,7 @@ def get_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> lis
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def describe_share(percent: float) -> str:
+def describe_percentage_in_words(percent: float) -> str:
     """Express a percentage as a fraction in words, such as "6 of 10" or "3 of 100"."""
     if percent in (0, 100):
         return "0 of 100" if percent == 0 else "all"
@@ -316,7 +319,7 @@ def describe_share(percent: float) -> str:
     return f"{min(percent, 99):.0f} of 100"
 
 
-def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
+def describe_text_to_image_recall(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
     """Describe the T2I recall of a model in words. `row` is a row of `compute_field_metrics`."""
     images, note = row["images"], ""
     if images < MIN_ROUGH_IMAGES:
@@ -327,7 +330,10 @@ def describe_retrieval(model: str, row: Mapping[str, Any], captions: str = "capt
     if images < MIN_IMAGES:
         low, high = row["T2I interval"][f"R@{K}"]
         note = f" With fewer than {MIN_IMAGES} images, the recall is imprecise (95% interval {low:.0f} to {high:.0f}%)."
-    share, chance = describe_share(row["T2I"][f"R@{K}"]), describe_share(row["T2I chance"][f"R@{K}"])
+    share, chance = (
+        describe_percentage_in_words(row["T2I"][f"R@{K}"]),
+        describe_percentage_in_words(row["T2I chance"][f"R@{K}"]),
+    )
     return (
         f"{model} ranks the correct image in the top {K} of {images:,} for {share} {captions} "
         f"(random order: {chance}).{note}"
@@ -355,11 +361,11 @@ def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
         return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES} images."
-    share = describe_share(metrics["CRA"])
+    share = describe_percentage_in_words(metrics["CRA"])
     return f"{encoder} retrieves the other caption of the same image for {share} captions ({images})."
 
 
-def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
+def describe_benchmark_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
     """Describe the first model's main result on a benchmark in words, and compare the result with the best baseline.
 
     Truncated embeddings of the first model do not count as baselines.
@@ -367,18 +373,18 @@ def describe_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
     first = results[0]
     if first.ranks:
         direction, metric = "T2I", "R@10"
-        verdict = describe_retrieval(first.model, first.first_entry)
+        verdict = describe_text_to_image_recall(first.model, first.first_summary_row)
     else:
-        metrics = first.first_entry["metrics"]
+        metrics = first.first_summary_row["metrics"]
         direction, metric = "metrics", next(name for name in ("group", "mean", *metrics) if name in metrics)
         verdict = f"{first.model} reaches {metrics[metric]:.1f}% {metric} on {benchmark}."
         if metric == "top-1":
             things = "boxes" if "regions" in first.summary else "images"
-            share = describe_share(metrics[metric])
+            share = describe_percentage_in_words(metrics[metric])
             verdict = f"{first.model} predicts the correct class for {share} {things} in {benchmark}."
     differences = []
     for result in results[1:]:
-        difference = result.first_entry.get("difference")
+        difference = result.first_summary_row.get("difference")
         is_truncated = "full model" in result.summary and result.summary["full model"] == first.model
         if difference and not is_truncated and metric in difference[direction]:
             intervals = difference.get("intervals", difference.get(f"{direction} interval"))

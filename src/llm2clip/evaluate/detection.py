@@ -34,12 +34,12 @@ from llm2clip.evaluate.regions import (
     CROP,
     decode_images,
     encode_boxes,
-    gather_results,
+    gather_results_from_ranks,
     get_logit_scales,
-    require_model,
-    select_variants,
+    require_dual_encoder,
+    select_dense_variants,
 )
-from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
+from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup
 from llm2clip.runs.ranks import process_state
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
         )
     results = detect_objects(data, embeddings, options.proposals, options.dense_variants, options.crop_proposals)
     description = results.describe_proposals(options.proposals)
-    usable = drop_images(data, results.failures)
+    usable = drop_images_and_objects(data, results.failures)
     rows, bootstrap = [], {}
     for method, detections in results.by_method.items():
         metrics, class_ap50 = compute_detection_metrics(usable, detections)
@@ -133,8 +133,8 @@ def detect_objects(
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = require_model(embeddings)
-    methods = select_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
+    model = require_dual_encoder(embeddings)
+    methods = select_dense_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
     find_proposals, note = open_proposals(proposals, data, process_state().device)
     classes = encode_class_names(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
@@ -146,7 +146,7 @@ def detect_objects(
         boxes: dict[int, Proposals] = {}
         detections: dict[int, dict[str, Detections]] = {index: {} for index in images}
         for index, image in images.items():
-            boxes[index] = find_proposals(data.image_ids[index], image).select_top(*image.shape[1:])
+            boxes[index] = find_proposals(data.image_ids[index], image).select_top_proposals(*image.shape[1:])
         for method in methods:
             corners = [image_boxes.boxes for image_boxes in boxes.values()]
             box_embeddings = encode_boxes(model, list(images.values()), corners, method)
@@ -157,7 +157,7 @@ def detect_objects(
             true_boxes = objects.get(data.image_ids[index], torch.zeros(0, 4))
             is_covered = (box_iou(true_boxes, boxes[index].boxes) >= RECALL_IOU).any(1)
             results[index] = detections[index], (len(boxes[index].boxes), int(is_covered.sum()), len(true_boxes))
-    results = gather_results(results, failures, data.images, embeddings.log)
+    results = gather_results_from_ranks(results, failures, data.images, embeddings.log)
     num_proposals, num_covered, num_objects = np.array([counts for _, counts in results.values()]).sum(0).tolist()
     scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
     by_method: dict[str, dict[ImageId, Detections]] = {method: {} for method in scale_of_method}
@@ -167,7 +167,7 @@ def detect_objects(
     return DetectionResults(by_method, scale_of_method, num_proposals, num_covered, num_objects, note, failures)
 
 
-def drop_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
+def drop_images_and_objects(data: DetectionData, excluded: Collection[int]) -> DetectionData:
     """Return a copy of the data without the images whose indices are in `excluded`, and without their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
@@ -214,11 +214,11 @@ def build_detection_blocks(
         f"The {EXAMPLE_BOXES} highest-scoring detections per image with the method {method}. Of overlapping "
         "detections, only the detection with the highest score is shown."
     )
-    examples = Examples(images, "Example images, evenly spaced through the dataset:")
+    examples = ReportImageGroup(images, "Example images, evenly spaced through the dataset:")
     return [Heading("Detections", 3), Paragraph(text), examples]
 
 
-def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> Example:
+def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) -> ReportImage:
     height, width = image.shape[1:]
     scale = EXAMPLE_SIDE / max(height, width)
     drawn = F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True)
@@ -229,7 +229,7 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
         drawn = draw_bounding_boxes(drawn, boxes, labels, "yellow", width=2, label_colors="black", fill_labels=True)
     scores = detected.scores[shown].tolist()
     caption = ", ".join(f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True))
-    return Example(make_thumbnail(drawn, EXAMPLE_SIDE), caption or "no detections")
+    return ReportImage(make_thumbnail(drawn, EXAMPLE_SIDE), caption or "no detections")
 
 
 def compute_detection_metrics(
@@ -334,7 +334,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
     ordered_ids = sorted(data.image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
     image_ids = {image_id: number for number, image_id in enumerate(ordered_ids)}
 
-    def build_coco(rows: Sequence[Mapping[str, Any]]) -> COCO:
+    def build_coco_dataset(rows: Sequence[Mapping[str, Any]]) -> COCO:
         annotations = []
         for number, row in enumerate(rows, 1):  # COCOeval treats a match with id 0 as no match
             _, _, width, height = row["bbox"]
@@ -352,8 +352,8 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):
-        results = build_coco(convert_to_coco_results(data, detections))
-        evaluator = COCOeval(build_coco(data.annotations), results, "bbox")
+        results = build_coco_dataset(convert_to_coco_results(data, detections))
+        evaluator = COCOeval(build_coco_dataset(data.annotations), results, "bbox")
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, float("inf")]], ["all"]
         evaluator.params.maxDets = [MAX_DETECTIONS]
         evaluator.evaluate()

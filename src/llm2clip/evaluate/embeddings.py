@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.metrics import check_finite
+from llm2clip.evaluate.metrics import check_embeddings_are_finite
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.models.llm2clip import check_truncate_dim, truncate_and_normalize
 from llm2clip.models.loading import fingerprint
@@ -87,7 +87,7 @@ class ModelEmbeddings:
             rows = store.find_keys(make_image_keys(refs))  # -1 for images that could not be decoded
             indices = (rows >= 0).nonzero()[0].tolist()
             embeddings = self._truncate_cached(store.take(rows[rows >= 0]))
-        check_finite(embeddings)
+        check_embeddings_are_finite(embeddings)
         return embeddings, indices
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -103,7 +103,7 @@ class ModelEmbeddings:
                 self.folder / "texts",
             )
             embeddings = self._truncate_cached(store.take(store.find_rows(texts)))
-        check_finite(embeddings)
+        check_embeddings_are_finite(embeddings)
         return embeddings
 
     def _truncate_cached(self, embeddings: np.ndarray) -> Tensor:
@@ -156,7 +156,7 @@ class PrecomputedEmbeddings:
             raise ValueError(f"{file}: the dimensions of {dims} differ")
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
-        check_finite(self._images, self._texts)
+        check_embeddings_are_finite(self._images, self._texts)
         self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
         if len(self._row_of_image) < len(names):
             raise ValueError(f"{file} has duplicates among its {len(names):,} image_names: use longer paths")
@@ -172,7 +172,7 @@ class PrecomputedEmbeddings:
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
         rows = [self._find_image_row(ref) for ref in refs]
-        self._check_all_found("images", refs, rows)
+        self._check_all_have_embeddings("images", refs, rows)
         image_of_row: dict[int | None, ImageRef] = {}
         for ref, row in zip(refs, rows, strict=True):
             other = image_of_row.setdefault(row, ref)
@@ -193,10 +193,10 @@ class PrecomputedEmbeddings:
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         rows = [self._row_of_text.get(text) for text in texts]
-        self._check_all_found("texts", [repr(text) for text in texts], rows)
+        self._check_all_have_embeddings("texts", [repr(text) for text in texts], rows)
         return self._texts[torch.tensor(rows)]
 
-    def _check_all_found(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
+    def _check_all_have_embeddings(self, kind: str, names: Sequence[object], rows: Sequence[int | None]) -> None:
         missing = [name for name, row in zip(names, rows, strict=True) if row is None]
         if missing:
             raise ValueError(

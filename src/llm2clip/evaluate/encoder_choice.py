@@ -23,7 +23,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_count
 from llm2clip.models.precision import FP32
-from llm2clip.models.pretrained import AssetUnavailableError, resolve_pretrained
+from llm2clip.models.pretrained import AssetUnavailableError, resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import load_for_evaluation
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
@@ -59,7 +59,7 @@ def find_available_candidates() -> list[EncoderConfig]:
     candidates = []
     for config in CANDIDATES:
         try:
-            resolve_pretrained(config.path)
+            resolve_pretrained_name(config.path)
             candidates.append(config)
         except AssetUnavailableError as error:
             print_once(f"Skipped {config.path} as a candidate for the caption encoder: {error}")
@@ -81,7 +81,7 @@ def choose_caption_encoder(
         sample ("images"), and the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`
         ("scores"). "scores" is empty if the sample has fewer than `MIN_IMAGES` images.
     """
-    records, images = _encode_images(_draw_sample(train), tower)
+    records, images = _encode_images_within_time(_draw_record_sample(train), tower)
     choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
     if len(records) < MIN_IMAGES:
         return choice
@@ -104,7 +104,7 @@ def describe_choice(choice: Mapping[str, Any]) -> str:
     return f"{chosen} Nearest-neighbour agreement between images and captions: {score:.1%}{compared}."
 
 
-def _draw_sample(train: RecordTable) -> list[Record]:
+def _draw_record_sample(train: RecordTable) -> list[Record]:
     num_captions = sum(train.count_texts(field) for field in CAPTION_FIELDS)
     usable = np.flatnonzero(train.has_image & (num_captions > 0))
     blocks = [usable[start : start + BLOCK_SIZE] for start in range(0, len(usable), BLOCK_SIZE)]
@@ -114,7 +114,7 @@ def _draw_sample(train: RecordTable) -> list[Record]:
 
 
 @use_onednn_matmul()
-def _encode_images(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
+def _encode_images_within_time(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
     """Return the records whose images were encoded within `MAX_SECONDS`, and their features of shape (records, D)."""
     encoder, log = TowerEncoder(tower.to(process_state().device), FP32), SkipLog(max_skipped=1.0)
     decoded: list[Record] = []

@@ -51,7 +51,7 @@ def compute_positive_ranks(
     for n, indices in enumerate(positives):
         if len(indices) == 0:
             raise ValueError(f"query {n} has no positive item")
-    check_finite(queries, items)
+    check_embeddings_are_finite(queries, items)
     ranks = []
     for start in range(0, len(queries), QUERY_TILE):
         query_tile = _pad_tile(queries[start : start + QUERY_TILE].float(), QUERY_TILE)
@@ -99,7 +99,7 @@ def two_way_ranks(
         raise ValueError(
             f"each of the {len(images)} images must have a text, and each text must belong to one of the images"
         )
-    check_finite(images, texts)
+    check_embeddings_are_finite(images, texts)
     order = owner.argsort(stable=True)
     owner = owner[order].to(images.device)
     best_image, best_text = (torch.full((len(x),), -torch.inf, device=images.device) for x in (images, texts))
@@ -151,7 +151,7 @@ def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
-def check_finite(*embeddings: Tensor) -> None:
+def check_embeddings_are_finite(*embeddings: Tensor) -> None:
     """Raise ValueError if an embedding contains NaN or infinity.
 
     Comparisons with NaN are always false. Without the check, a model that returns NaN would get perfect ranks.

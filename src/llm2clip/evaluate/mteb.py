@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from llm2clip.data.images import load_image
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder, wrap_llm2clip
 from llm2clip.models.llm2clip import encode_documents
-from llm2clip.models.loading import get_name_with_hash, read_config, split_revision
+from llm2clip.models.loading import get_model_name_with_hash, read_config, split_revision
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.official_checkpoint import attach_caption_encoder, load_official_checkpoint
-from llm2clip.models.official_layout import download_checkpoint
+from llm2clip.models.official_layout import download_official_checkpoint
 from llm2clip.models.published_encoders import suggest_published_encoders
 
 
@@ -69,13 +69,13 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
     experiment = {"loader": "llm2clip"} if listed else {}  # so that mteb does not mix the results of the two loaders
     if text:
-        experiment["caption_encoder"] = get_name_with_hash(text) if Path(text).exists() else text
+        experiment["caption_encoder"] = get_model_name_with_hash(text) if Path(text).exists() else text
     if path.exists():
-        name, revision = "/".join(path.resolve().parts[-2:]), get_name_with_hash(source).rpartition("-")[2]
+        name, revision = "/".join(path.resolve().parts[-2:]), get_model_name_with_hash(source).rpartition("-")[2]
     elif listed and revision is None:
         source, revision = "", listed.revision
     else:
-        path = download_checkpoint(source)
+        path = download_official_checkpoint(source)
         source, revision = "", path.name  # the folder name is the commit
     metadata = {
         "loader": partial(load_model, source=source, text=text),
@@ -99,7 +99,7 @@ def load_model(
     """Load a model for mteb, by default on a GPU if available. An empty `source` stands for `name` at `revision`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = source or f"{name}@{revision}"
-    if is_model_folder(source if Path(source).exists() else download_checkpoint(source)):
+    if is_model_folder(source if Path(source).exists() else download_official_checkpoint(source)):
         return MTEBModel(open_dual_encoder(source, device))
     model = load_official_checkpoint(source)
     encoders = [text] if text else suggest_published_encoders(source, model.config.text_dim, model.config.tower)

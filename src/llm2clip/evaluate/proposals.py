@@ -13,7 +13,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from llm2clip.evaluate.benchmarks.base import DetectionData, ImageId
 from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
-from llm2clip.models.loading import load_config
+from llm2clip.models.loading import load_transformers_config
 
 GROUND_TRUTH = "ground-truth"
 MAX_COORDINATE = 1 << 24  # limit for pixel coordinates, up to which float32 represents all integers exactly
@@ -27,7 +27,7 @@ class Proposals:
     boxes: Tensor  # corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4)
     scores: Tensor  # objectness between 0 and 1, float32 of shape (N,)
 
-    def select_top(self, height: int, width: int) -> Proposals:
+    def select_top_proposals(self, height: int, width: int) -> Proposals:
         """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes, sorted by descending score."""
         boxes = clip_boxes_to_image(self.boxes, (height, width))
         order = self.scores.argsort(descending=True, stable=True)
@@ -58,7 +58,7 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
         note = ""
         proposals = {key: Proposals(boxes, torch.ones(len(boxes))) for key, boxes in get_object_boxes(data).items()}
     elif name.endswith(".json"):
-        proposals, note = _read_proposals(Path(name), data)
+        proposals, note = _read_proposals_file(Path(name), data)
     else:
         detect_boxes = _load_detector(name, device)
         return lambda image_id, image: detect_boxes(image), ""
@@ -75,7 +75,7 @@ def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
     return {key: box_convert(torch.tensor(rows, dtype=torch.float32), "xywh", "xyxy") for key, rows in boxes.items()}
 
 
-def _read_proposals(file: Path, data: DetectionData) -> tuple[dict[ImageId, Proposals], str]:
+def _read_proposals_file(file: Path, data: DetectionData) -> tuple[dict[ImageId, Proposals], str]:
     """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist: --proposals expects a JSON file in COCO's results format")
@@ -138,7 +138,7 @@ def _load_detector(name: str, device: torch.device) -> Callable[[Tensor], Propos
 
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        config = load_config(name)
+        config = load_transformers_config(name)
         model = AutoModelForObjectDetection.from_pretrained(name, config=config, trust_remote_code=False)
         model = model.eval().to(device)
     except (OSError, ValueError) as error:

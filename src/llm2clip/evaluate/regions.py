@@ -35,7 +35,7 @@ from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.vision.dense import encode_boxes as encode_dense_boxes
 from llm2clip.progress import ProgressBar
-from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
+from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup
 from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 
 CROP = "crop"
@@ -51,13 +51,13 @@ T = TypeVar("T")
 # ---- helpers for regions, segmentation and detection -----------------------------------------------------------------
 
 
-def require_model(embeddings: EmbeddingSource) -> DualEncoder:
+def require_dual_encoder(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
         raise ValueError("regions and pixels must be encoded by a model, so precomputed embeddings cannot be used")
     return embeddings.model
 
 
-def select_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
+def select_dense_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
     """Return the requested dense feature variants that the model supports, and print which variants are skipped.
 
     Raises:
@@ -84,7 +84,7 @@ def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, flo
     return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
 
 
-def decode_batches(
+def decode_image_batches(
     refs: Sequence[ImageRef], transform: Callable[[Tensor], T], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
@@ -104,12 +104,12 @@ def decode_batches(
 def decode_images(
     refs: Sequence[ImageRef], sizes: Sequence[tuple[int, int]], description: str, failures: dict[int, str]
 ) -> Iterator[dict[int, Tensor]]:
-    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_batches`.
+    """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_image_batches`.
 
     If the (width, height) of an image differs from `sizes`, the image is recorded in `failures` and not returned,
     because the boxes would be wrong.
     """
-    for images in decode_batches(refs, nn.Identity(), description, failures):
+    for images in decode_image_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
             width, height = sizes[index]
             actual_height, actual_width = images[index].shape[1:]
@@ -122,7 +122,7 @@ def decode_images(
         yield images
 
 
-def gather_results(
+def gather_results_from_ranks(
     results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
 ) -> dict[int, T]:
     """Return the results of all ranks, sorted by image index, and log the unusable images.
@@ -198,8 +198,8 @@ def classify_regions(
     Unusable images are recorded in `embeddings.log`. Variants that the model does not support are skipped. In a
     distributed run, the images are split across the ranks, and every rank returns all predictions.
     """
-    model = require_model(embeddings)
-    methods = [CROP, *select_variants(model, variants, required=False)]
+    model = require_dual_encoder(embeddings)
+    methods = [CROP, *select_dense_variants(model, variants, required=False)]
     classes = encode_class_names(embeddings, data.names, data.templates)
     batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions of each batch, keyed by lowest image index
     failures: dict[int, str] = {}
@@ -209,7 +209,7 @@ def classify_regions(
             regions = torch.cat(encode_boxes(model, list(images.values()), boxes, method))
             predictions = batches.setdefault(min(images), {})
             predictions[method] = _predict_classes(regions, list(images), data, classes)
-    batches = gather_results(batches, failures, data.images, embeddings.log)
+    batches = gather_results_from_ranks(batches, failures, data.images, embeddings.log)
     return {method: RegionPredictions.concatenate([batch[method] for batch in batches.values()]) for method in methods}
 
 
@@ -249,7 +249,7 @@ def build_wrong_region_blocks(
 ) -> list[Block]:
     """Return a report section with the largest-margin errors, at most one error per image and per class."""
     order = np.argsort(-predictions.margin, kind="stable")
-    images: list[Example] = []
+    images: list[ReportImage] = []
     shown_images, shown_classes = set(), set()
     for n in order[predictions.rank[order] > 0].tolist():
         index, region = int(predictions.image[n]), int(predictions.region[n])
@@ -260,13 +260,13 @@ def build_wrong_region_blocks(
         shown_classes.add(label)
         crop = crop_region(load_image(data.images[index]), data.boxes[index][region].tolist())
         caption = f"{data.names[label]}, classified as {data.names[int(predictions.predicted[n])]}"
-        images.append(Example(make_thumbnail(crop, THUMBNAIL_SIDE), caption, is_correct=False))
+        images.append(ReportImage(make_thumbnail(crop, THUMBNAIL_SIDE), caption, is_correct=False))
         if len(images) == count:
             break
     if not images:
         return []
     text = f"Errors of the method {method} with the largest margins. Each image and each class is shown at most once."
-    examples = Examples(images, "Correct class and predicted class:")
+    examples = ReportImageGroup(images, "Correct class and predicted class:")
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
 

@@ -27,7 +27,7 @@ from llm2clip.evaluate.metrics import (
 )
 from llm2clip.models.dual_encoder import DualEncoder, wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.reports import Block, Example, Examples, Figure, Heading, Paragraph
+from llm2clip.reports import Block, Figure, Heading, Paragraph, ReportImage, ReportImageGroup
 from llm2clip.store.store import EmbeddingStore
 
 THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
@@ -182,14 +182,14 @@ class ErrorAnalysis:
     length_unit: str  # unit of caption lengths (see `measure_caption_lengths`)
     length_bins: list[tuple[int, int]]  # minimum and maximum caption length of each bin
     recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
-    examples: list[Examples]  # images retrieved for evenly spaced captions
-    failures: list[Examples]  # images retrieved for the captions whose correct images have the worst ranks
+    examples: list[ReportImageGroup]  # images retrieved for evenly spaced captions
+    failures: list[ReportImageGroup]  # images retrieved for the captions whose correct images have the worst ranks
 
 
 def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
     """Analyse a model's errors, with up to `num_queries` example queries and up to `num_queries` failed queries."""
     unit, lengths = measure_caption_lengths(ranks.captions)
-    bins = make_length_bins(lengths)
+    bins = make_caption_length_bins(lengths)
     return ErrorAnalysis(
         length_unit=unit,
         length_bins=bins,
@@ -212,15 +212,15 @@ def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict
     return searches
 
 
-def read_example_searches(searches: Sequence[Mapping[str, Any]]) -> list[Examples]:
+def read_example_searches(searches: Sequence[Mapping[str, Any]]) -> list[ReportImageGroup]:
     """Convert the result of `collect_example_searches` to report blocks."""
     blocks = []
     for search in searches:
         images = []
         for image in search["images"]:
             jpeg = image["jpeg"] and base64.b64decode(image["jpeg"])
-            images.append(Example(jpeg, image["caption"], image["is_correct"]))
-        blocks.append(Examples(images, search["query"]))
+            images.append(ReportImage(jpeg, image["caption"], image["is_correct"]))
+        blocks.append(ReportImageGroup(images, search["query"]))
     return blocks
 
 
@@ -230,7 +230,9 @@ def _sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
     return indices
 
 
-def make_length_bins(lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20) -> list[tuple[int, int]]:
+def make_caption_length_bins(
+    lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20
+) -> list[tuple[int, int]]:
     """Divide caption lengths into bins with similar numbers of captions. A bin is a pair (minimum, maximum).
 
     Each bin contains at least `min_captions` captions, unless there are fewer captions in total.
@@ -276,7 +278,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
     return list(caption_of_image.values())
 
 
-def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> Examples:
+def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> ReportImageGroup:
     """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it ranks lower."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
@@ -291,8 +293,8 @@ def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> Examples:
         caption = f"{position}. cosine {float(scores[image]):.2f}"
         # Other images are not marked as wrong, because the caption may also describe them.
         is_correct = True if image == correct_image else None
-        images.append(Example(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct))
-    return Examples(images, ranks.captions[text])
+        images.append(ReportImage(load_thumbnail(ref, THUMBNAIL_SIDE), caption, is_correct))
+    return ReportImageGroup(images, ranks.captions[text])
 
 
 def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:

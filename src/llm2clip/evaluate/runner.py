@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
-from llm2clip.data.build_table import open_table, read_splits
+from llm2clip.data.build_table import build_record_table, read_data_splits
 from llm2clip.data.image_facts import count_training_images, load_training_image_hashes
 from llm2clip.data.records import Source
 from llm2clip.data.skip_log import SkipLog
@@ -27,8 +27,8 @@ from llm2clip.evaluate.classification import evaluate_classification, evaluate_c
 from llm2clip.evaluate.comparison import (
     build_benchmark_blocks,
     build_caption_retrieval_blocks,
+    describe_benchmark_results,
     describe_caption_retrieval,
-    describe_results,
 )
 from llm2clip.evaluate.detection import evaluate_detection
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
@@ -36,7 +36,7 @@ from llm2clip.evaluate.regions import evaluate_regions
 from llm2clip.evaluate.retrieval import analyse_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
 from llm2clip.evaluate.short_queries import build_short_query_blocks, evaluate_short_queries
-from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_name
+from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_file_name
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
@@ -98,7 +98,7 @@ def evaluate_models(
     _check_output_folder_and_variants(options)
     log = _make_skip_log(options, "records")
     title_name = get_display_names(models or [encoder.path])[0]
-    evaluation = _Evaluation(options)
+    evaluation = _EvaluationRun(options)
     if options.captions:
         text_encoder = open_text_encoder(models[0] if models else None, encoder, options.trust_remote_code)
         evaluation.measure_caption_retrieval(title_name, text_encoder, log)
@@ -129,7 +129,7 @@ class _BenchmarkRun:
     results: list[BenchmarkResult] = field(default_factory=list)
 
 
-class _Evaluation:
+class _EvaluationRun:
     """Results and report of an evaluation. Without an output folder, nothing is written, cached or analysed.
 
     If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and other evaluations
@@ -168,7 +168,7 @@ class _Evaluation:
             text = json.dumps(self._results, indent=1, ensure_ascii=False)
             atomic_write_text(self.out / "results.json", text)
 
-    def _add_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
+    def _add_report_section(self, title: str, verdict: str, blocks: Sequence[Block]) -> None:
         self._verdict = verdict
         self._blocks += blocks
         tables = [block for block in blocks if not isinstance(block, Paragraph)] if title == "Results" else blocks
@@ -177,13 +177,13 @@ class _Evaluation:
     def measure_caption_retrieval(self, name: str, encoder: TextEncoder, log: SkipLog) -> None:
         options = self._options
         metrics = caption_retrieval_accuracy(
-            [record.captions for record in open_table(options.captions, options.columns, log, "unchecked")],
+            [record.captions for record in build_record_table(options.captions, options.columns, log, "unchecked")],
             encoder,
             num_mistakes=NUM_MISTAKES,
         )
         self._save_results("caption retrieval", metrics)
         blocks = build_caption_retrieval_blocks(name, metrics)
-        self._add_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
+        self._add_report_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
         """Evaluate all models on all benchmarks and add the results to the report.
@@ -195,7 +195,7 @@ class _Evaluation:
             try:
                 folder = benchmark.find_folder(Path(self._options.root))
             except MissingFileError as error:
-                missing.append(_describe_failure(benchmark.name, benchmark, error))
+                missing.append(_describe_evaluation_failure(benchmark.name, benchmark, error))
                 continue
             name = f"{len(self._runs)}-{benchmark.name}"
             benchmark_log = log if benchmark.name == USER_DATA else _make_skip_log(self._options, name)
@@ -203,7 +203,7 @@ class _Evaluation:
         for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
                 # Save the results now, so that no results are lost if a later benchmark fails.
-                self._save_results("results", self._get_summaries())
+                self._save_results("results", self._get_result_summaries())
         with_results = [run for run in self._runs if run.results]
         if not with_results:
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *self.failures]))
@@ -213,7 +213,7 @@ class _Evaluation:
             blocks += build_benchmark_blocks(run.benchmark, run.results)
         blocks += build_short_query_blocks([(run.benchmark, run.results) for run in self._runs])
         first = with_results[0]
-        self._add_section("Results", describe_results(first.benchmark.name, first.results), blocks)
+        self._add_report_section("Results", describe_benchmark_results(first.benchmark.name, first.results), blocks)
 
     def _collect_messages(self, missing: list[str]) -> None:
         for run in self._runs:
@@ -226,7 +226,7 @@ class _Evaluation:
             self.skipped += missing
         else:
             self.failures = missing + self.failures
-        for summary in self._get_summaries():
+        for summary in self._get_result_summaries():
             if summary.get("images trained on"):
                 self.warnings.append(
                     f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images in "
@@ -261,7 +261,7 @@ class _Evaluation:
         for run in self._runs:
             for n, (source_name, source) in enumerate(sources.items()):
                 source.log = run.log
-                result = self._evaluate_source(run, source, source_name, training_images)
+                result = self._evaluate_embedding_source(run, source, source_name, training_images)
                 if result is not None:
                     self._analyse_result(result, is_baseline or n > 0)
                     if self._options.dims:
@@ -269,7 +269,7 @@ class _Evaluation:
                     run.results.append(result)
                     yield result
 
-    def _evaluate_source(
+    def _evaluate_embedding_source(
         self, run: _BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
         """Evaluate an embedding source on a benchmark. If the evaluation fails, record the error and return None."""
@@ -281,13 +281,13 @@ class _Evaluation:
             # Invalid data causes the same error on every rank. Other errors may occur on a single rank.
             if self._is_distributed and not isinstance(error, MissingFileError | ValueError):
                 raise
-            self.failures.append(_describe_failure(f"{name} on {benchmark.name}", benchmark, error))
+            self.failures.append(_describe_evaluation_failure(f"{name} on {benchmark.name}", benchmark, error))
             return None
         result.model = name
         if training_images is not None and process_state().is_main_process:
             result.summary["images trained on"] = count_training_images(training_images, result.images)
         if run.results:
-            _add_differences(run.results[0], result)
+            _add_metric_differences(run.results[0], result)
         if self._options.short_queries:
             self._add_short_queries(result, embeddings)
         return result
@@ -325,7 +325,7 @@ class _Evaluation:
         empty = torch.empty(0)
         result.ranks = {key: replace(ranks, images=empty, texts=empty) for key, ranks in result.ranks.items()}
 
-    def _get_summaries(self) -> list[dict[str, Any]]:
+    def _get_result_summaries(self) -> list[dict[str, Any]]:
         return [{"model": result.model, **result.summary} for run in self._runs for result in run.results]
 
 
@@ -349,7 +349,7 @@ def _evaluate_benchmark(
     return result
 
 
-def _add_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
+def _add_metric_differences(first: BenchmarkResult, result: BenchmarkResult) -> None:
     if "" in first.bootstrap:
         result.summary["difference"] = first.bootstrap[""].subtract(result.bootstrap[""])
     for row in result.summary.get("rows", ()):
@@ -374,9 +374,9 @@ def _read_user_benchmark(
     """Return the user's data as a retrieval benchmark, or raise ValueError if only some sources specify splits."""
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
-        splits = read_splits([], replace(config, data=list(data)), columns, log)
+        splits = read_data_splits([], replace(config, data=list(data)), columns, log)
     elif len(without_splits) == len(data):
-        splits = read_splits(data, config, columns, log)
+        splits = read_data_splits(data, config, columns, log)
     else:
         raise ValueError(
             f"{without_splits[0]}: specify the splits to evaluate (PATH@test) for all sources or for none. Without "
@@ -395,7 +395,7 @@ def _read_user_benchmark(
     )
 
 
-def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
+def _describe_evaluation_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
     source = f". Required files: {benchmark.source}" if isinstance(error, MissingFileError) else ""
     return f"Skipped {name}: {error}{source}"
 
@@ -403,5 +403,5 @@ def _describe_failure(name: str, benchmark: Benchmark, error: Exception) -> str:
 def _make_skip_log(options: EvaluateOptions, name: str) -> SkipLog:
     file = None
     if options.out is not None and process_state().is_main_process:
-        file = Path(options.out) / "skipped" / f"{sanitize_name(name)}.jsonl"
+        file = Path(options.out) / "skipped" / f"{sanitize_file_name(name)}.jsonl"
     return SkipLog(file, options.max_skipped)

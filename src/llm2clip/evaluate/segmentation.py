@@ -20,9 +20,15 @@ from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, Segmenta
 from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
-from llm2clip.evaluate.regions import decode_batches, gather_results, get_logit_scales, require_model, select_variants
+from llm2clip.evaluate.regions import (
+    decode_image_batches,
+    gather_results_from_ranks,
+    get_logit_scales,
+    require_dual_encoder,
+    select_dense_variants,
+)
 from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
-from llm2clip.reports import Block, Example, Examples, Heading, Paragraph
+from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup
 
 NUM_EXAMPLES = 4  # number of example images in the report
 EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
@@ -73,24 +79,24 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
         TooManySkipped: Too many images are unusable.
     """
-    model = require_model(embeddings)
-    variants = select_variants(model, variants, required=True)
+    model = require_dual_encoder(embeddings)
+    variants = select_dense_variants(model, variants, required=True)
     dense = model.dense
     assert dense is not None
     names = [name for class_names in data.names for name in class_names]
     queries = encode_class_names(embeddings, names, data.templates).to(dense.device)
-    transform = ResizeForWindows.for_encoder(dense, data.scale)
+    transform = ResizeForWindows.from_dense_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
     # Without a minimum probability, the logit scale does not affect the predictions.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
     results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps by image index
     failures: dict[int, str] = {}
-    for resized in decode_batches(data.images, transform, "segmentation", failures):
+    for resized in decode_image_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:
-                labels = _read_labels(data, index, size)
+                labels = _read_and_check_labels(data, index, size)
             except (ValueError, OSError) as error:
                 failures[index] = str(error)
                 continue
@@ -103,7 +109,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
                 maps = {}
             step = -(-max(labels.shape) // EXAMPLE_SIDE)
             results[index] = counts, {name: label_map[::step, ::step].copy() for name, label_map in maps.items()}
-    results = gather_results(results, failures, data.images, embeddings.log)
+    results = gather_results_from_ranks(results, failures, data.images, embeddings.log)
     return SegmentationResult(
         images=list(results),
         counts={method: np.stack([counts[method] for counts, _ in results.values()]) for method in scale_of_method},
@@ -112,7 +118,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     )
 
 
-def _read_labels(data: SegmentationData, index: int, size: tuple[int, int]) -> np.ndarray:
+def _read_and_check_labels(data: SegmentationData, index: int, size: tuple[int, int]) -> np.ndarray:
     labels = data.read_labels(index)
     if labels.shape != size:
         raise ValueError(
@@ -149,20 +155,20 @@ def compute_class_iou(counts: np.ndarray) -> list[float | None]:
 
 
 def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
-    colours = _make_palette(len(data.names))
+    colours = _make_class_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
     text = "Evenly spaced images. Background and unlabelled pixels are not coloured."
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
-        images = [Example(make_thumbnail(image, EXAMPLE_SIDE), "image")]
+        images = [ReportImage(make_thumbnail(image, EXAMPLE_SIDE), "image")]
         shown: set[int] = set()
         for name, labels in maps.items():
             shown |= set(np.unique(labels).tolist()) - hidden
             visible = np.where(np.isin(labels, list(hidden)), IGNORED, labels)
-            images.append(Example(_overlay_labels(image, visible, colours), name))
+            images.append(ReportImage(_render_label_overlay(image, visible, colours), name))
         legend = [(data.get_class_name(label), f"#{bytes(colours[label]).hex()}") for label in sorted(shown)]
-        blocks.append(Examples(images, str(data.images[index]), legend=legend))
+        blocks.append(ReportImageGroup(images, str(data.images[index]), legend=legend))
     return blocks
 
 
@@ -195,13 +201,13 @@ def _segment_and_count(
     return counts, prediction
 
 
-def _make_palette(num_classes: int) -> np.ndarray:
+def _make_class_palette(num_classes: int) -> np.ndarray:
     """Return a colour for each class, uint8 of shape (classes, 3). Golden-ratio steps keep the hues distinct."""
     hsv = [(n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)) for n in range(num_classes)]
     return (255 * np.array([colorsys.hsv_to_rgb(*colour) for colour in hsv])).astype(np.uint8)
 
 
-def _overlay_labels(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
+def _render_label_overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
     """Return a JPEG of an image overlaid with the colours of a downsampled label map, except at `IGNORED` pixels."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)

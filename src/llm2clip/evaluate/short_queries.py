@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, to_word_set
+from llm2clip.data.noun_phrases import CONNECTIVES, DETERMINERS, FUNCTION_WORDS, NUMBERS, make_word_set
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
-from llm2clip.evaluate.comparison import format_difference
+from llm2clip.evaluate.comparison import format_metric_difference
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import (
     compute_average_precision,
@@ -35,7 +35,7 @@ from llm2clip.evaluate.metrics import (
     compute_positive_ranks,
 )
 from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
-from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompts, build_query_prompts
+from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompt_embeddings, build_query_prompts
 from llm2clip.reports import Block, Heading, Paragraph, Table, format_with_interval
 
 PHRASE_LENGTHS = (1, 2, 3)  # in words
@@ -54,7 +54,7 @@ hers herself himself itself mine myself ours theirs themselves yours whose someo
 about amid among amongst atop besides front per throughout underneath until upon via within
 although nor though whether almost still well
 """
-STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | to_word_set(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
+STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | make_word_set(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
 # Candidates for `choose_query_templates`: a single template, and an ensemble of four templates.
 CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"))
 MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when candidates are compared
@@ -148,14 +148,14 @@ def evaluate_short_queries(
     Raises:
         ValueError: The source has no embedding for a query, or no queries can be built from the captions.
     """
-    queries = build_queries([record.captions for record in ranks.records])
+    queries = build_short_queries([record.captions for record in ranks.records])
     if not queries:
         raise ValueError(
             "cannot build queries: no caption has four or more words, and no phrase of up to three words occurs in the "
             "captions of at least three images but at most a third of all images"
         )
     candidates = [NO_TEMPLATES, templates] if templates.templates else [NO_TEMPLATES]
-    return ShortQueryResult(templates, *_evaluate_queries(embeddings, ranks.images, queries, candidates))
+    return ShortQueryResult(templates, *_evaluate_labelled_queries(embeddings, ranks.images, queries, candidates))
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
@@ -166,24 +166,26 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     largest total gain at lengths 1 to n is chosen, or no templates if no candidate helps single-word queries.
 
     Raises:
-        ValueError: No short queries can be built from the captions (see `build_queries`).
+        ValueError: No short queries can be built from the captions (see `build_short_queries`).
     """
-    all_queries = build_queries([record.captions for record in ranks.records], MAX_CANDIDATE_QUERIES)
+    all_queries = build_short_queries([record.captions for record in ranks.records], MAX_CANDIDATE_QUERIES)
     queries = {words: all_queries[words] for words in map(str, PHRASE_LENGTHS) if words in all_queries}
     if not queries:
         raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
     candidates = [NO_TEMPLATES, *(QueryTemplates(templates) for templates in CANDIDATES)]
-    plain, *results = _evaluate_queries(embeddings, ranks.images, queries, candidates)
+    plain, *results = _evaluate_labelled_queries(embeddings, ranks.images, queries, candidates)
     best, best_scores, best_gain = NO_TEMPLATES, None, 0.0
     for candidate, scores in zip(candidates[1:], results, strict=True):
-        max_words, gain = _measure_gain(plain, scores)
+        max_words, gain = _measure_template_gain(plain, scores)
         if gain > best_gain:
             best, best_gain = QueryTemplates(candidate.templates, max_words), gain
             best_scores = scores[:max_words] + plain[max_words:]  # longer queries do not use templates
     return ShortQueryResult(best, plain, best_scores)
 
 
-def _measure_gain(plain: Sequence[QueryLengthResult], scores: Sequence[QueryLengthResult]) -> tuple[int, float]:
+def _measure_template_gain(
+    plain: Sequence[QueryLengthResult], scores: Sequence[QueryLengthResult]
+) -> tuple[int, float]:
     """Return the maximum query length at which templates help, and the total mAP gain up to the maximum, or (0, 0)."""
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
@@ -195,7 +197,7 @@ def _measure_gain(plain: Sequence[QueryLengthResult], scores: Sequence[QueryLeng
     return max_words, gain
 
 
-def _evaluate_queries(
+def _evaluate_labelled_queries(
     embeddings: EmbeddingSource,
     images: Tensor,
     queries: Mapping[str, Sequence[LabelledQuery]],
@@ -213,7 +215,7 @@ def _evaluate_queries(
         for words, length_queries in queries.items():
             length_prompts, counts = build_query_prompts([query.text for query in length_queries], templates)
             rows = [row_of_prompt[prompt] for prompt in length_prompts]
-            vectors = torch.from_numpy(average_prompts(prompt_vectors[rows].numpy(), counts))
+            vectors = torch.from_numpy(average_prompt_embeddings(prompt_vectors[rows].numpy(), counts))
             relevant = [query.relevant for query in length_queries]
             ranks = compute_positive_ranks(vectors, images, relevant)
             precisions = [compute_average_precision(query_ranks) for query_ranks in ranks]
@@ -234,7 +236,7 @@ def _evaluate_queries(
 # ---- queries ---------------------------------------------------------------------------------------------------------
 
 
-def build_queries(
+def build_short_queries(
     captions: Sequence[Sequence[str]],
     max_queries: int = 500,
     min_images: int = 3,
@@ -370,7 +372,7 @@ def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str 
         summary = result.summary
         cells[result.model] = format_with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
         if "difference" in summary:
-            cells[f"{results[0].model} minus {result.model}"] = format_difference(summary["difference"], "top-1")
+            cells[f"{results[0].model} minus {result.model}"] = format_metric_difference(summary["difference"], "top-1")
     return cells
 
 

@@ -21,9 +21,9 @@ from llm2clip.evaluate.comparison import (
     MIN_IMAGES,
     K,
     describe_caption_retrieval,
-    describe_retrieval,
-    describe_share,
-    get_recalls,
+    describe_percentage_in_words,
+    describe_text_to_image_recall,
+    get_informative_recalls,
 )
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
@@ -93,22 +93,22 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     ]
     for stage, rows in losses.items():
         if rows:
-            blocks.append(plot_loss(stage, rows))
+            blocks.append(plot_training_loss(stage, rows))
     stages = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in durations.items())
     settings = (run_dir / CONFIG_FILE).read_text(encoding="utf-8")
     blocks += [
         *_build_usage_section(run_dir),
         *build_run_section(describe_run(sum(durations.values())), f"Stages: {stages}. {data}", settings),
     ]
-    verdict = describe_retrieval("The model", trained[0], "held-out captions")
+    verdict = describe_text_to_image_recall("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
-        verdict += f" Before training: {describe_share(untrained[0]['T2I'][f'R@{K}'])}."
+        verdict += f" Before training: {describe_percentage_in_words(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate the model on other images, pass the sources of the images to `--evaluate.data`."
     verdict += describe_failed_tuning(cra)
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
-    summary = build_summary_table(cra, untrained, trained)
+    summary = build_fit_summary_table(cra, untrained, trained)
     print_once(render_markdown("Results", [summary], verdict), f"Report: {page}")
 
 
@@ -135,7 +135,7 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
     ]
 
 
-def build_summary_table(
+def build_fit_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
     """Return a table of the main metrics of a `fit` run. `cra` has results before and (if run) after `tune`."""
@@ -146,8 +146,8 @@ def build_summary_table(
     for before, after in zip(untrained, trained, strict=True):
         for direction in ("I2T", "T2I"):
             name = f"{after['captions']}: {direction} R@1 ({format_count(after['images'], 'image')})"
-            chance, *_ = get_recalls(after, direction, " chance")
-            rows.append([name, chance, *(get_recalls(row, direction)[0] for row in (before, after))])
+            chance, *_ = get_informative_recalls(after, direction, " chance")
+            rows.append([name, chance, *(get_informative_recalls(row, direction)[0] for row in (before, after))])
     return Table(["held-out images, %", "chance", "before training", "after training"], rows)
 
 
@@ -200,7 +200,7 @@ def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Seque
 def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
     cells: list[Any] = []
     for direction in ("I2T", "T2I"):
-        first, *others = get_recalls(row, direction, suffix)
+        first, *others = get_informative_recalls(row, direction, suffix)
         interval = None if suffix or first is None else format_interval(row[f"{direction} interval"]["R@1"])
         cells += [first, interval, *others]
     return cells
@@ -234,7 +234,7 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
-def plot_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Figure:
+def plot_training_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Figure:
     """Plot the loss of a stage at each step, and its moving average over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
@@ -413,8 +413,8 @@ def _build_comparison_section(result: Mapping[str, Any]) -> list[Block]:
     recalls: list[list[Any]] = []
     for entry in result["fields"]:
         for direction in ("T2I", "I2T"):
-            chances = get_recalls(entry["student"], direction, " chance")
-            values = [get_recalls(entry[side], direction) for side in ("teacher", "student")]
+            chances = get_informative_recalls(entry["student"], direction, " chance")
+            values = [get_informative_recalls(entry[side], direction) for side in ("teacher", "student")]
             for k, *cells in zip(KS, chances, *values, strict=True):
                 recalls.append([f"{entry['captions']}: {direction} R@{k}", *cells])
     for entry in result["short queries"]:

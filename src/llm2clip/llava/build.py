@@ -24,13 +24,13 @@ from llm2clip.llava import modeling_patches
 from llm2clip.llava.conversations import IMAGE_TOKEN, find_end_of_turn_token, get_chat_template
 from llm2clip.models.export.transformers import build_vision_model
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import load_config
+from llm2clip.models.loading import load_transformers_config
 from llm2clip.models.model_folder import is_model_folder
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.vision.vision_tower import VisionTower
 
 
-def load_tower(name: str, image_size: int | None = None) -> VisionTower:
+def load_vision_tower(name: str, image_size: int | None = None) -> VisionTower:
     """Load the vision tower of an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Raises:
@@ -67,7 +67,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} already exists. Choose another folder")
-    llm = resolve_pretrained(llm)
+    llm = resolve_pretrained_name(llm)
     tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
     decoder = load_causal_llm(llm)
     text_ids = tokenizer("A photograph of a dog and two cats.", return_tensors="pt")["input_ids"]
@@ -87,7 +87,7 @@ def load_causal_llm(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, config=load_config(name), dtype="auto", trust_remote_code=False, output_loading_info=True
+        name, config=load_transformers_config(name), dtype="auto", trust_remote_code=False, output_loading_info=True
     )
     llm, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])
@@ -98,8 +98,8 @@ def load_causal_llm(name: str) -> Any:
 
 def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, pad: bool = True) -> tuple[Any, Any]:
     """Build a LLaVA model and its processor. The LLM and the tokenizer are modified in place."""
-    modeling_patches.register_classes()
-    vision = _convert_tower(tower)
+    modeling_patches.register_llava_classes()
+    vision = _convert_vision_tower(tower)
     num_patches, num_registers = _count_image_tokens(vision, tower.preprocess.size)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
@@ -107,13 +107,13 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end_token = find_end_of_turn_token(tokenizer)
-    model = _combine_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
+    model = _combine_model_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
     processor = _build_processor(tower, model, tokenizer, num_patches, num_registers, pad)
     return model.eval(), processor
 
 
-def _convert_tower(tower: VisionTower) -> Any:
+def _convert_vision_tower(tower: VisionTower) -> Any:
     """Copy a tower to a transformers model on the CPU, in float32 and eval mode.
 
     A timm vision transformer becomes a `PatchTower`. Position embeddings are interpolated to the tower's input size
@@ -184,7 +184,7 @@ def _resize_position_embeddings(vision: Any, size: int) -> None:
     embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
 
 
-def _combine_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:
+def _combine_model_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     arguments: dict[str, Any] = {

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm2clip.data.build_table import open_table
-from llm2clip.data.formats import BadRow, find_format, read_rows
+from llm2clip.data.build_table import build_record_table
+from llm2clip.data.formats import BadRow, identify_file_format, read_rows
 from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -81,17 +81,17 @@ def read_conversations(
     Args:
         from_records: Function that converts captioned images: `make_captioning_conversations` or
             `make_instruction_conversations`.
-        images: Image folder for files in LLaVA's format. See `read_llava`.
+        images: Image folder for files in LLaVA's format. See `read_llava_file`.
         columns: Mapping from record fields to column names, for captioned images.
     """
     conversations: list[Conversation] = []
     for source in sources:
         if is_llava_file(source):
-            conversations += read_llava(source, images, log)
+            conversations += read_llava_file(source, images, log)
         else:
             # Rows with the same image are merged, because an object counts as present if any row mentions it.
             try:
-                records = open_table([source], columns or {}, log)
+                records = build_record_table([source], columns or {}, log)
             except DataFormatError as error:
                 fields = 'image and conversations: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
                 raise DataFormatError(f"{error}. A file in LLaVA's format needs the fields {fields}") from error
@@ -108,7 +108,7 @@ def is_llava_file(name: str) -> bool:
         return b'"conversations"' in file.read(1 << 16)
 
 
-def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
+def read_llava_file(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
     Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. The
@@ -122,7 +122,7 @@ def read_llava(file: str | Path, images: str | Path | None, log: SkipLog) -> lis
     file = Path(file)
     root = Path(images) if images is not None else file.parent
     conversations = []
-    for _, number, row in read_rows(find_format(str(file))):
+    for _, number, row in read_rows(identify_file_format(str(file))):
         log.count_rows(1)
         if isinstance(row, BadRow):
             log.skip(str(file), number, "no conversation", row.value)
@@ -144,7 +144,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError("messages must alternate between 'human' and 'gpt', starting with 'human'")
-    texts = [clean_text(message["value"]) for message in messages]
+    texts = [clean_conversation_text(message["value"]) for message in messages]
     if not all(texts[1::2]):
         raise ValueError("an answer is empty")
     image = None
@@ -190,7 +190,7 @@ def make_object_conversations(
 
     Records without an image, and records whose captions mention no objects, are ignored.
     """
-    names = read_objects(objects_file)
+    names = read_object_synonyms(objects_file)
     objects_in_images = []  # (record, mentioned objects) for each image whose captions mention objects
     for record in records:
         objects = sorted(find_mentioned_objects(record.texts, names))
@@ -221,7 +221,7 @@ def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[s
 
 
 @lru_cache
-def read_objects(file: Path) -> dict[str, str]:
+def read_object_synonyms(file: Path) -> dict[str, str]:
     """Read a list of objects and synonyms. Return a dict that maps each singular or plural name to its object.
 
     Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals are formed by spelling
@@ -291,19 +291,19 @@ def find_end_of_turn_token(tokenizer: Any) -> int:
     return labels[-1]
 
 
-def to_messages(conversation: Conversation) -> list[dict[str, Any]]:
+def convert_to_chat_messages(conversation: Conversation) -> list[dict[str, Any]]:
     """Convert a conversation to the message format of transformers' processors."""
     messages: list[dict[str, Any]] = []
     for n, (question, answer) in enumerate(conversation.turns):
-        content: list[dict[str, Any]] = [{"type": "text", "text": clean_text(question)}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": clean_conversation_text(question)}]
         if n == 0 and conversation.image is not None:
             content.insert(0, {"type": "image"})
         messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": clean_text(answer)}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": clean_conversation_text(answer)}]})
     return messages
 
 
-def clean_text(text: str) -> str:
+def clean_conversation_text(text: str) -> str:
     """Strip whitespace, and remove `<image>` tokens because the chat template inserts its own.
 
     Raises:
@@ -326,11 +326,11 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tok
     Raises:
         ValueError: The template drops an answer or has no special token after an answer.
     """
-    messages = to_messages(conversation)
+    messages = convert_to_chat_messages(conversation)
     answers = []
     for n, message in enumerate(messages[1::2]):
         answers.append(message["content"][0]["text"])
-        message["content"][0]["text"] = _make_placeholder(n)
+        message["content"][0]["text"] = _make_answer_placeholder(n)
     rendered = tokenizer.apply_chat_template(
         messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
     )
@@ -340,7 +340,7 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tok
     text = ""
     spans = []  # (start, end) of each answer in the text, including its end-of-turn token
     for n, answer in enumerate(answers):
-        before, placeholder, rendered = rendered.partition(_make_placeholder(n))
+        before, placeholder, rendered = rendered.partition(_make_answer_placeholder(n))
         if not placeholder:
             raise ValueError("the LLM's chat template drops an answer. Use another LLM")
         end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
@@ -354,14 +354,16 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tok
         start = len(text) + len(before)
         text += before + answer + ending
         spans.append((start, len(text)))
-    return _label_spans(text, spans, tokenizer, num_image_tokens)
+    return _label_answer_spans(text, spans, tokenizer, num_image_tokens)
 
 
-def _make_placeholder(n: int) -> str:
+def _make_answer_placeholder(n: int) -> str:
     return f"{PLACEHOLDER_MARKS[0]}{n}{PLACEHOLDER_MARKS[1]}"
 
 
-def _label_spans(text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
+def _label_answer_spans(
+    text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int
+) -> LabeledTokens:
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

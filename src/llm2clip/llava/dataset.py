@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import resize
 
 from llm2clip.data.images import decode_or_return_error
-from llm2clip.data.transforms import EvalTransform, Preprocess
+from llm2clip.data.transforms import EvalTransform, PreprocessConfig
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
-from llm2clip.models.loading import describe_config, hash_weights
+from llm2clip.models.loading import get_output_affecting_config, hash_weights
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
@@ -39,7 +39,7 @@ class LlavaTransform:
     def __init__(self, processor: Any) -> None:
         self.processor = processor.image_processor
         settings = self.processor.to_dict()
-        self.preprocess = replace(Preprocess.from_dict(settings), crop_rounding="down")  # as in transformers
+        self.preprocess = replace(PreprocessConfig.from_dict(settings), crop_rounding="down")  # as in transformers
         self.transform = EvalTransform(self.preprocess)
         self.mean = torch.tensor(self.preprocess.mean).view(3, 1, 1)
         self.std = torch.tensor(self.preprocess.std).view(3, 1, 1)
@@ -103,7 +103,7 @@ class PatchFeatureEncoder:
     def identity(self) -> dict[str, Any]:
         """Return the settings and the weight hash that determine the features, for the store's fingerprint."""
         return {
-            "tower": describe_config(self.tower.config),
+            "tower": get_output_affecting_config(self.tower.config),
             "weights": hash_weights(self.tower),
             "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
             "layer": self.config.vision_feature_layer,
@@ -188,13 +188,13 @@ class ConversationDataset(Dataset):
         If the conversation is unusable, log a warning and return the next usable conversation.
         """
         for offset in range(min(MAX_REPLACEMENTS, len(self))):
-            item = self._load_item(index=(index + offset) % len(self))
+            item = self._load_conversation(index=(index + offset) % len(self))
             if isinstance(item, dict):
                 return item
             log.warning("%s; using the next conversation instead", item)
         raise ValueError(f"{item}, and the following conversations are also unusable")
 
-    def _load_item(self, index: int) -> dict[str, Any] | str:
+    def _load_conversation(self, index: int) -> dict[str, Any] | str:
         conversation = self.conversations[index]
         try:
             ids, labels = tokenize_and_label(conversation, self.tokenizer, self.num_image_tokens)

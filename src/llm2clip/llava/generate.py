@@ -11,9 +11,15 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.images import load_image
-from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, to_messages, tokenize_and_label
+from llm2clip.llava.conversations import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    Conversation,
+    convert_to_chat_messages,
+    tokenize_and_label,
+)
 from llm2clip.llava.dataset import LlavaTransform
-from llm2clip.llava.modeling_patches import register_classes
+from llm2clip.llava.modeling_patches import register_llava_classes
 from llm2clip.models.loading import load_vision_language_model
 from llm2clip.models.precision import resolve_precision
 from llm2clip.runs.ranks import process_state
@@ -46,7 +52,7 @@ class AnswerGenerator:
         Raises:
             ValueError: The number of tokens per image is not fixed.
         """
-        register_classes()
+        register_llava_classes()
         self.batch_size = batch_size
         self.device = torch.device(device) if device is not None else process_state().device
         self.model, self.processor = load_vision_language_model(
@@ -90,7 +96,7 @@ class AnswerGenerator:
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
         """Return the log-likelihood of an answer and its end-of-turn token, and True if greedy decoding yields both."""
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
-        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixels([question])
+        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixel_values([question])
         with torch.inference_mode(), use_onednn_matmul():
             logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
         labels = torch.tensor(labeled.labels[1:])
@@ -102,7 +108,7 @@ class AnswerGenerator:
         """Return the model inputs for a batch of questions. Either all or none must have an image."""
         prompts = []
         for question in questions:
-            messages = to_messages(question.to_conversation())[:1]
+            messages = convert_to_chat_messages(question.to_conversation())[:1]
             prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             prompts.append(prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_image_tokens))
         has_bos = self.tokenizer.bos_token is not None and prompts[0].startswith(self.tokenizer.bos_token)
@@ -110,8 +116,8 @@ class AnswerGenerator:
             prompts, add_special_tokens=not has_bos, padding=True, padding_side="left", return_tensors="pt"
         )
         inputs = {name: encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        return inputs | self._prepare_pixels(questions)
+        return inputs | self._prepare_pixel_values(questions)
 
-    def _prepare_pixels(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+    def _prepare_pixel_values(self, questions: Sequence[Question]) -> dict[str, Tensor]:
         pixels = [self.transform(load_image(question.image)) for question in questions if question.image is not None]
         return {"pixel_values": torch.stack(pixels).to(self.device, self.model.dtype)} if pixels else {}

@@ -49,7 +49,7 @@ class LmmsModel(lmms):
                     questions.append(self._convert_to_question(context, *document))
                 generated = self.generator.generate(questions, max_new_tokens, num_beams)
                 for n, answer in zip(chunk, generated, strict=True):
-                    answers[n] = _truncate_at(answer, requests[n].args[1].get("until") or [])
+                    answers[n] = _truncate_at_stop_strings(answer, requests[n].args[1].get("until") or [])
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -75,7 +75,7 @@ class LmmsModel(lmms):
         return Question(np.array(visuals[0].convert("RGB")) if visuals else None, context)
 
 
-def _truncate_at(answer: str, until: str | list[str]) -> str:
+def _truncate_at_stop_strings(answer: str, until: str | list[str]) -> str:
     for end in [until] if isinstance(until, str) else until:
         answer = answer.partition(end)[0]
     return answer.strip()

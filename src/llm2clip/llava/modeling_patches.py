@@ -68,7 +68,7 @@ class PatchLlava(LlavaForConditionalGeneration):
     config_class = PatchLlavaConfig
 
 
-def register_classes() -> None:
+def register_llava_classes() -> None:
     """Register the classes with transformers' auto classes. May be called repeatedly."""
     AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig, exist_ok=True)
     AutoModel.register(PatchTowerConfig, PatchTower, exist_ok=True)
@@ -79,4 +79,4 @@ def register_classes() -> None:
 
 
 if not __name__.startswith("llm2clip."):
-    register_classes()  # in a model folder, transformers imports this file
+    register_llava_classes()  # in a model folder, transformers imports this file

@@ -37,11 +37,11 @@ from llm2clip.llava.dataset import (
     PrecomputedVisionTower,
     get_patch_feature_size,
 )
-from llm2clip.llava.modeling_patches import register_classes
-from llm2clip.models.loading import load_config
+from llm2clip.llava.modeling_patches import register_llava_classes
+from llm2clip.models.loading import load_transformers_config
 from llm2clip.models.precision import resolve_precision
-from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, TrainingStateMixin, hash_texts
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.checkpoint import CheckpointManager, TrainingLogCallback, TrainingStateMixin, hash_texts
+from llm2clip.runs.output_folder import hold_folder_lock
 from llm2clip.runs.ranks import print_once, process_state, set_fsdp_wrap_policy, set_mixed_precision, wait_for_everyone
 from llm2clip.store.encode import make_image_keys, store_image_features
 from llm2clip.store.store import EmbeddingStore
@@ -83,14 +83,14 @@ def train_llava(
     model_folder = out / "model"
     if (model_folder / "config.json").is_file():
         return model_folder
-    register_classes()
+    register_llava_classes()
     state = process_state()
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory(state.device)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    with folder_lock(out) if state.is_main_process else nullcontext(), use_onednn_matmul():
+    with hold_folder_lock(out) if state.is_main_process else nullcontext(), use_onednn_matmul():
         all_conversations = [*conversations["pretrain"], *conversations["instruct"]]
-        store = _cache_features(source, all_conversations, processor, config, out / "features", log)
+        store = _cache_patch_features(source, all_conversations, processor, config, out / "features", log)
         for stage in STAGES:
             usable = conversations[stage]
             if store is not None:
@@ -121,12 +121,12 @@ def _save_model(
         save_training_image_hashes(folder, hashes if earlier is None else np.union1d(hashes, earlier))
 
 
-def load_llava(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    config = load_config(source)
+def load_llava_model(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    config = load_transformers_config(source)
     return AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype, trust_remote_code=False)
 
 
-def _cache_features(
+def _cache_patch_features(
     source: str,
     conversations: Sequence[Conversation],
     processor: Any,
@@ -143,7 +143,7 @@ def _cache_features(
     gigabytes = len(images) * values_per_image * 2 / 1e9  # float16
     if gigabytes > config.cache_gb:
         return None
-    model = load_llava(source)
+    model = load_llava_model(source)
     model.model.vision_tower.to(process_state().device)  # the LLM is not used, so it stays on the CPU
     features = PatchFeatureEncoder(model, processor)
     del model
@@ -171,7 +171,7 @@ def _train_stage(
     batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
     precision = resolve_precision("llava", config.precision, state.device)
     bf16_on_gpu = precision == "bf16" and state.device.type == "cuda"
-    model = load_llava(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
+    model = load_llava_model(source, torch.bfloat16 if config.lora_r and bf16_on_gpu else torch.float32)
     num_image_tokens: int = model.config.image_seq_length
     features = None
     empty_image = torch.zeros(num_image_tokens, get_patch_feature_size(model.config))
@@ -183,10 +183,10 @@ def _train_stage(
     model.model.vision_tower = PrecomputedVisionTower(feature_maps=model.config.model_type == "fast_vlm")
     model.config.get_text_config().use_cache = False
     set_fsdp_wrap_policy(model.model.language_model.layers)
-    model = _set_trainable_parts(model, stage, config, out)
+    model = _set_trainable_parameters(model, stage, config, out)
 
     texts = (json.dumps([conversation.id, *conversation.turns]) for conversation in conversations)
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointManager(folder)
     checkpoints.check_signature(
         {"batch_size": batch_size, "conversations": hash_texts(texts), "processes": state.num_processes}
     )
@@ -195,7 +195,9 @@ def _train_stage(
     if config.group_by_length:
         sampler = LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed)
     lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
-    training_log = TrainingLog(folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True)
+    training_log = TrainingLogCallback(
+        folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True
+    )
     trainer = _LlavaTrainer(
         model=model,
         args=_make_training_arguments(stage, config, folder, batch_size, precision),
@@ -204,7 +206,7 @@ def _train_stage(
         sampler=sampler,
         features=features,
     )
-    training_log.add_to(trainer)
+    training_log.add_to_trainer(trainer)
     # On CPUs, unfused attention is faster, as in `tune`.
     with sdpa_kernel(SDPBackend.MATH) if state.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
@@ -282,7 +284,7 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
         return prepared
 
 
-def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
+def _set_trainable_parameters(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
     """Freeze all parameters that a stage does not train. With LoRA, wrap the model in a PEFT model.
 
     The stage `pretrain` trains the projector. The stage `instruct` also trains the LLM (all weights or LoRA adapters),
@@ -297,13 +299,13 @@ def _set_trainable_parts(model: Any, stage: str, config: LlavaConfig, out: Path)
     if pretrained.is_file():
         _load_trained_weights(model, pretrained)
     if config.lora_r:
-        return _add_lora(model, config)
+        return _add_llm_lora(model, config)
     model.model.language_model.requires_grad_(True)
     model.lm_head.requires_grad_(True)
     return model
 
 
-def _add_lora(model: Any, config: LlavaConfig) -> Any:
+def _add_llm_lora(model: Any, config: LlavaConfig) -> Any:
     """Add float32 LoRA adapters to all linear layers of the LLM. The projector has no adapters: it is fully trained."""
     from peft import LoraConfig, get_peft_model
 
@@ -324,12 +326,12 @@ def _add_lora(model: Any, config: LlavaConfig) -> Any:
 
 def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
     """Load the model in float32 with the weights of the last trained stage. LoRA weights are merged."""
-    model = load_llava(source)
+    model = load_llava_model(source)
     trained_stages = [stage for stage in STAGES if (out / stage / TRAINED_WEIGHTS).is_file()]
     if not trained_stages:
         return model
     last = trained_stages[-1]
-    model = _set_trainable_parts(model, last, config, out)
+    model = _set_trainable_parameters(model, last, config, out)
     _load_trained_weights(model, out / last / TRAINED_WEIGHTS)
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 

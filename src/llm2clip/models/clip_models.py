@@ -18,12 +18,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llm2clip.cpu_tuning import use_onednn_matmul
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import require_extra
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import check_model_source, find_file, hide_loading_bars, load_config, requires_remote_code
+from llm2clip.models.loading import (
+    check_model_source,
+    find_model_file,
+    hide_loading_bars,
+    load_transformers_config,
+    requires_remote_code,
+)
 from llm2clip.models.model_folder import LLM2CLIPConfig
 from llm2clip.models.official_layout import read_weight_map
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 
@@ -112,7 +118,7 @@ def has_text_tower(path: str, trust_remote_code: bool = False) -> bool:
         model_class = get_class_from_dynamic_module(raw_config["auto_map"]["AutoModel"], path)
         return hasattr(model_class, "get_text_features") or hasattr(model_class, "encode_text")
     try:
-        config = load_config(path)
+        config = load_transformers_config(path)
     except (OSError, ValueError):  # loading the model will raise a more specific error
         return False
     return type(config) in MODEL_MAPPING and hasattr(MODEL_MAPPING[type(config)], "get_text_features")
@@ -134,18 +140,18 @@ def load_clip_text_encoder(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if path.startswith(OPEN_CLIP_PREFIX):
-        return _load_open_clip(path.removeprefix(OPEN_CLIP_PREFIX), device)
+        return _load_open_clip_text_encoder(path.removeprefix(OPEN_CLIP_PREFIX), device)
     check_model_source(path)
-    return _load_transformers(path, device, requires_remote_code(path, trust_remote_code))
+    return _load_transformers_text_encoder(path, device, requires_remote_code(path, trust_remote_code))
 
 
 @hide_loading_bars()
-def _load_transformers(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
+def _load_transformers_text_encoder(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     config, preprocessing = None, _TextPreprocessing()
     if not remote_code:
-        config = load_config(path)
+        config = load_transformers_config(path)
         if config.model_type not in _TEXT_PREPROCESSING:
             raise ValueError(
                 f"{path} has the unsupported model type {config.model_type!r}: llm2clip does not know the model's "
@@ -195,8 +201,8 @@ def get_pooled_output(features: Any) -> Tensor:
     return embeddings
 
 
-def _load_open_clip(name: str, device: torch.device) -> ClipTextEncoder:
-    check_extra("open-clip", f"{OPEN_CLIP_PREFIX}{name}")
+def _load_open_clip_text_encoder(name: str, device: torch.device) -> ClipTextEncoder:
+    require_extra("open-clip", f"{OPEN_CLIP_PREFIX}{name}")
     import open_clip
 
     if Path(name).is_dir():
@@ -244,9 +250,9 @@ def read_pretrained_logit_scale_and_bias(tower: str) -> tuple[float, float | Non
     `tower` is a name for `VisionTower.from_pretrained`. Return the logit scale as a factor, not as a logarithm, and the
     logit bias, or None if the model has no logit bias. Raise ValueError if the checkpoint contains no logit scale.
     """
-    source = find_hub_id_or_folder(resolve_pretrained(tower))
+    source = find_hub_id_or_folder(resolve_pretrained_name(tower))
     for name in _WEIGHT_FILES:
-        file = find_file(source, name)
+        file = find_model_file(source, name)
         tensors = _read_named_tensors(file, ("logit_scale", "logit_bias")) if file is not None else {}
         if "logit_scale" in tensors:
             bias = tensors.get("logit_bias")
@@ -263,7 +269,7 @@ def _read_named_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name in shard_of:
-                shard = find_file(str(file.parent), Path(shard_of[name]).name)
+                shard = find_model_file(str(file.parent), Path(shard_of[name]).name)
                 if shard is not None:
                     tensors |= _read_named_tensors(shard, (name,))
         return tensors
@@ -282,11 +288,11 @@ def load_clip_to_inherit(tower: str, inherit: bool | str, device: torch.device) 
     """
     if isinstance(inherit, str):
         return load_clip_text_encoder(inherit, device)
-    source = find_hub_id_or_folder(resolve_pretrained(tower))
+    source = find_hub_id_or_folder(resolve_pretrained_name(tower))
     if has_text_tower(source):
         return load_clip_text_encoder(source, device)
     # The hub repositories of timm towers also contain the open_clip model, which includes a text tower.
-    if (config := find_file(source, "open_clip_config.json")) is not None:
+    if (config := find_model_file(source, "open_clip_config.json")) is not None:
         is_folder = str(config.parent) == source
         return load_clip_text_encoder(f"{OPEN_CLIP_PREFIX}{'' if is_folder else 'hf-hub:'}{source}", device)
     raise ValueError(

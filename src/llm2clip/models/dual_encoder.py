@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import Compose
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.cpu_tuning import use_onednn_matmul
-from llm2clip.data.transforms import EvalTransform, Preprocess
+from llm2clip.data.transforms import EvalTransform, PreprocessConfig
 from llm2clip.models.clip_models import (
     OPEN_CLIP_PREFIX,
     ClipTextEncoder,
@@ -40,7 +40,7 @@ from llm2clip.models.loading import (
     DEFAULT_REVISION,
     WITHOUT_HUB_CODE,
     check_model_source,
-    download_snapshot,
+    download_hub_snapshot,
     explain_remote_code_error,
     fingerprint,
     hash_weights,
@@ -165,21 +165,21 @@ def open_dual_encoder(
     if name.startswith(SENTENCE_TRANSFORMERS_PREFIX):
         return _load_sentence_transformer(name, device, trust_remote_code)
     if name.startswith(OPEN_CLIP_PREFIX):
-        return _load_open_clip(name, device)
+        return _load_open_clip_dual_encoder(name, device)
     source = name
     if name == DEFAULT_MODEL and not Path(name).exists():
-        source = str(download_snapshot(name, DEFAULT_FILES, revision=DEFAULT_REVISION))
+        source = str(download_hub_snapshot(name, DEFAULT_FILES, revision=DEFAULT_REVISION))
     elif split_revision(name)[1] is not None:  # transformers does not support OWNER/NAME@REVISION
         source = str(find_model_folder(name))
         if not is_model_folder(source):
             weights = () if any(Path(source).glob("*.safetensors")) else ("pytorch_model*.bin",)
-            download_snapshot(name, ("*.py", *weights))
+            download_hub_snapshot(name, ("*.py", *weights))
     if is_model_folder(source) or not has_text_tower(source, trust_remote_code):
         model = LLM2CLIP.from_pretrained(source, device)
         if model.has_encoder and stage == "serve":
             precision = model.load_encoder(precision, stage)
         return wrap_llm2clip(model, name, precision, stage)
-    return _load_transformers(name, source, device, trust_remote_code)
+    return _load_transformers_dual_encoder(name, source, device, trust_remote_code)
 
 
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
@@ -243,7 +243,9 @@ def _try_build_dense_encoder(
 
 
 @hide_loading_bars()
-def _load_transformers(name: str, source: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
+def _load_transformers_dual_encoder(
+    name: str, source: str, device: torch.device, trust_remote_code: bool
+) -> DualEncoder:
     from transformers import AutoImageProcessor
 
     text_encoder = load_clip_text_encoder(source, device, trust_remote_code)
@@ -277,8 +279,8 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
     if model.config.model_type not in ("clip", "siglip"):
         return None
     try:
-        preprocess = Preprocess.from_dict(processor.to_dict())
-    except ValueError:  # `Preprocess` supports only square images
+        preprocess = PreprocessConfig.from_dict(processor.to_dict())
+    except ValueError:  # `PreprocessConfig` supports only square images
         return None
     architecture = model.config.vision_config.to_dict()
     config = {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
@@ -287,7 +289,7 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
     return _try_build_dense_encoder(tower, getattr(model, "visual_projection", nn.Identity()))
 
 
-def _load_open_clip(name: str, device: torch.device) -> DualEncoder:
+def _load_open_clip_dual_encoder(name: str, device: torch.device) -> DualEncoder:
     text_encoder = load_clip_text_encoder(name, device)  # ImportError if open_clip is not installed
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -308,7 +310,7 @@ def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: tor
     if trunk is None or hasattr(visual.head, "pool"):  # the tower or its pooling is not from timm
         return None
     size = max(cfg["size"]) if isinstance(cfg["size"], tuple | list) else cfg["size"]
-    preprocess = Preprocess(
+    preprocess = PreprocessConfig(
         size=size,
         resize="squash" if cfg["resize_mode"] == "squash" else "shortest",
         crop_pct=1.0,

@@ -22,7 +22,7 @@ from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_dir, check_not_empty, describe_error
+from llm2clip.io_utils import atomic_dir, check_text_not_empty, describe_error
 from llm2clip.models.loading import fingerprint, read_safetensors
 from llm2clip.models.model_folder import (
     FORMAT_VERSION,
@@ -33,10 +33,15 @@ from llm2clip.models.model_folder import (
 )
 from llm2clip.models.modeling_llm2clip import Adapter
 from llm2clip.models.precision import Precision, Stage, calibrate_precision, resolve_precision
-from llm2clip.models.prompts import average_prompts, build_query_prompts, check_templates, fill_templates
+from llm2clip.models.prompts import (
+    average_prompt_embeddings,
+    build_query_prompts,
+    check_prompt_templates,
+    fill_prompt_templates,
+)
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.sentence_transformer import truncate_embeddings
-from llm2clip.models.vision.segmentation import DenseMethods
+from llm2clip.models.text.sentence_transformer import append_truncation_layer
+from llm2clip.models.vision.segmentation import DenseFeaturesMixin
 from llm2clip.models.vision.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
@@ -45,7 +50,7 @@ MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
 SMALL_PROJECTION_STD = 2e-5
 
 
-class LLM2CLIP(DenseMethods, nn.Module):
+class LLM2CLIP(DenseFeaturesMixin, nn.Module):
     """LLM2CLIP model, which encodes images and texts in a shared embedding space.
 
     The image encoder is a vision tower and a projection. The text encoder is a caption encoder and an adapter.
@@ -67,7 +72,7 @@ class LLM2CLIP(DenseMethods, nn.Module):
         self.tower = tower
         self.projection: nn.Module = nn.Identity()
         if config.projection:
-            self.projection = build_projection(tower.feature_dim, config.embed_dim, config.projection_bias)
+            self.projection = build_image_projection(tower.feature_dim, config.embed_dim, config.projection_bias)
         elif config.embed_dim != tower.feature_dim:
             raise ValueError(
                 f"embed_dim is {config.embed_dim}, but the vision tower's features have size {tower.feature_dim}. "
@@ -245,13 +250,13 @@ class LLM2CLIP(DenseMethods, nn.Module):
             ValueError: A text is empty, a template has no {} placeholder, or the model has no caption encoder.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
-        check_not_empty(captions)
+        check_text_not_empty(captions)
         if templates:
             template_list = [templates] if isinstance(templates, str) else templates
-            check_templates(template_list)
-            prompts = fill_templates(captions, template_list)
+            check_prompt_templates(template_list)
+            prompts = fill_prompt_templates(captions, template_list)
             embeddings = self.encode_text(prompts, progress, precision)
-            return torch.from_numpy(average_prompts(embeddings.numpy(), [len(template_list)] * len(captions)))
+            return torch.from_numpy(average_prompt_embeddings(embeddings.numpy(), [len(template_list)] * len(captions)))
         return self.project_text_embeddings(self.encoder.encode(captions, progress=progress, precision=precision))
 
     def encode_query(
@@ -264,7 +269,9 @@ class LLM2CLIP(DenseMethods, nn.Module):
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
-        return torch.from_numpy(average_prompts(self.encode_text(prompts, progress, precision).numpy(), counts))
+        return torch.from_numpy(
+            average_prompt_embeddings(self.encode_text(prompts, progress, precision).numpy(), counts)
+        )
 
     def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
         """Encode N documents for search. Return embeddings like those of `encode_text`.
@@ -388,7 +395,7 @@ def encode_documents(
     return F.normalize(embeddings, dim=-1)
 
 
-def build_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
+def build_image_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
     """Build an image projection, randomly initialised as in the LLM2CLIP authors' code."""
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
@@ -431,8 +438,8 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
     texts = model.project_text_embeddings(captions).double()  # (N, D)
     eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
     rotation = eigenvectors.flip(1).T  # (D, D)
-    _rotate_outputs(model.projection, rotation)
-    _rotate_outputs(model.adapter.out, rotation)
+    _rotate_layer_outputs(model.projection, rotation)
+    _rotate_layer_outputs(model.adapter.out, rotation)
 
 
 @torch.no_grad()
@@ -451,12 +458,12 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
         if not model.has_encoder:
             raise ValueError("a model without an adapter can be truncated only with its caption encoder: pass --text")
         encoder = copy.deepcopy(model.encoder)
-        truncate_embeddings(encoder.st, dim)
+        append_truncation_layer(encoder.st, dim)
         config.text_dim, config.encoder = dim, encoder.identity()
     truncated = copy.deepcopy(model)
     truncated.config = config
     if isinstance(truncated.projection, nn.Linear):
-        _truncate_outputs(truncated.projection, dim)
+        _truncate_layer_outputs(truncated.projection, dim)
     else:
         features = model.tower.feature_dim
         truncated.projection = nn.Linear(features, dim, bias=False, device=model.device)
@@ -464,17 +471,17 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     if config.adapter.depth == 0:
         truncated._encoder[:] = [encoder]
     else:
-        _truncate_outputs(truncated.adapter.out, dim)
+        _truncate_layer_outputs(truncated.adapter.out, dim)
     return truncated
 
 
-def _rotate_outputs(layer: nn.Linear, rotation: Tensor) -> None:
+def _rotate_layer_outputs(layer: nn.Linear, rotation: Tensor) -> None:
     layer.weight.copy_(rotation @ layer.weight.cpu().double())  # on the CPU, because Apple GPUs do not support float64
     if layer.bias is not None:
         layer.bias.copy_(rotation @ layer.bias.cpu().double())
 
 
-def _truncate_outputs(layer: nn.Linear, dim: int) -> None:
+def _truncate_layer_outputs(layer: nn.Linear, dim: int) -> None:
     layer.out_features = dim
     layer.weight = nn.Parameter(layer.weight[:dim].clone())
     if layer.bias is not None:

@@ -5,8 +5,8 @@ Therefore, call `check_model_source` before passing a name to a library.
 
 A model folder from an untrusted source can contain Python code. Its config can also name code on the hub, which
 transformers would download and run: attention implementations of the form `OWNER/NAME`, and kernels for quantised
-weights. To prevent such downloads, pass the result of `load_config` or `build_config` to every transformers model, and
-`WITHOUT_HUB_CODE` to every SentenceTransformer.
+weights. To prevent such downloads, pass the result of `load_transformers_config` or `build_transformers_config` to
+every transformers model, and `WITHOUT_HUB_CODE` to every SentenceTransformer.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _shorten_name(model: str) -> str:
 # ---- configs and weights --------------------------------------------------------------------------------------------
 
 
-def load_config(source: str | Path, **kwargs: Any) -> Any:
+def load_transformers_config(source: str | Path, **kwargs: Any) -> Any:
     """Load a transformers model's config from a folder or the hub, and remove entries that name code to run.
 
     Raise ValueError if transformers does not support the model type, or if the weights are quantised.
@@ -156,7 +156,7 @@ def load_config(source: str | Path, **kwargs: Any) -> Any:
     return _remove_code_entries(config)
 
 
-def build_config(architecture: dict[str, Any]) -> Any:
+def build_transformers_config(architecture: dict[str, Any]) -> Any:
     """Build a transformers config from a dict, and remove entries that name code to run."""
     from transformers import AutoConfig
 
@@ -173,7 +173,7 @@ def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
             )
 
 
-def describe_config(config: Any) -> dict[str, Any]:
+def get_output_affecting_config(config: Any) -> dict[str, Any]:
     """Return the entries of a transformers config that can affect the model's output.
 
     Entries that are None, False, 0 or empty are omitted, because new transformers releases add such entries.
@@ -189,7 +189,7 @@ def _remove_code_entries(config: Any) -> Any:
     return config
 
 
-def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
+def find_model_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
     """Return the local path of a file in a folder or hub repository, or None if missing. Hub files are downloaded."""
     from transformers.utils import cached_file
 
@@ -210,7 +210,7 @@ def find_file(source: str | Path, name: str, subfolder: str = "") -> Path | None
     return None if file is None else Path(file)
 
 
-def download_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
+def download_hub_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) -> Path:
     """Download the files of OWNER/NAME[@REVISION] that match the glob patterns. Return the local folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -246,7 +246,7 @@ def describe_hub_error(error: BaseException, access_problem: str = "it does not 
 
 def read_config(source: str | Path, subfolder: str = "") -> dict[str, Any]:
     """Return the contents of config.json in a folder or hub repository, or an empty dict if the file is missing."""
-    file = find_file(source, "config.json", subfolder)
+    file = find_model_file(source, "config.json", subfolder)
     return {} if file is None else dict(read_json(file))
 
 
@@ -281,7 +281,7 @@ def check_tokenizer_normalizer(source: str | Path, subfolder: str = "") -> None:
 
     The tokenizers library aborts the process if the normalised text does not fit in memory.
     """
-    file = find_file(source, "tokenizer.json", subfolder)
+    file = find_model_file(source, "tokenizer.json", subfolder)
     growth = 1 if file is None else _compute_text_growth(read_json_object(file).get("normalizer"))
     if growth > MAX_TEXT_GROWTH:
         raise ValueError(f"{file}: the normalizer can lengthen texts by a factor of {growth:,}. Use a different model")
@@ -391,20 +391,20 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
     """Load a vision-language model and its processor for inference. Code in the model folder is never run."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    # LLaVA models with a timm tower require a prior call to `llava.modeling_patches.register_classes`.
+    # LLaVA models with a timm tower require a prior call to `llava.modeling_patches.register_llava_classes`.
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        name, config=load_config(name), dtype=precision.dtype, trust_remote_code=False
+        name, config=load_transformers_config(name), dtype=precision.dtype, trust_remote_code=False
     )
     return model.to(device).eval(), AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
-def get_name_with_hash(source: str) -> str:
+def get_model_name_with_hash(source: str) -> str:
     """Return a model's short name and a hash of its files, such as `llava-9f3a12cd` for the folder `llava/model`.
 
     Hub models must already be in the hub's cache. Copies of a folder with the same name get the same result. Hashing
     takes about a second per gigabyte.
     """
-    config_file = find_file(source, "config.json")
+    config_file = find_model_file(source, "config.json")
     folder = Path(source) if config_file is None else config_file.parent
     patterns = ("*model*.safetensors", "*model*.bin", "*.pt")
     weights = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])

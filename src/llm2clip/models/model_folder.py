@@ -19,7 +19,7 @@ from typing import Any
 
 from llm2clip.data.image_facts import TRAINING_IMAGES_FILE
 from llm2clip.io_utils import atomic_write_text, read_json_object
-from llm2clip.models.loading import download_snapshot
+from llm2clip.models.loading import download_hub_snapshot
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.runs.output_folder import check_format_version
 
@@ -142,4 +142,4 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 def find_model_folder(path: str | Path) -> Path:
     """Return the local folder of a model. Download hub models. Raise FileNotFoundError if the download fails."""
-    return Path(path) if Path(path).is_dir() else download_snapshot(str(path), MODEL_FILES)
+    return Path(path) if Path(path).is_dir() else download_hub_snapshot(str(path), MODEL_FILES)

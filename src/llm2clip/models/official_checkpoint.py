@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor
 
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.io_utils import atomic_dir, atomic_path
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
@@ -28,7 +28,7 @@ from llm2clip.models.official_layout import (
     compute_checkpoint_buffers,
     format_tensor_shapes,
     get_official_name,
-    read_checkpoint,
+    read_official_checkpoint,
 )
 from llm2clip.models.published_encoders import (
     find_lora_adapter,
@@ -79,11 +79,11 @@ def load_official_checkpoint(
     """Load an official checkpoint as a float32 model on the CPU, in eval mode.
 
     Args:
-        source: Folder, hub id or weight file (see `read_checkpoint`).
+        source: Folder, hub id or weight file (see `read_official_checkpoint`).
         text: Caption encoder that the adapter was trained with (see `attach_caption_encoder`). Default: no encoder.
         normalize_input: L2-normalise the input of the adapter. Default: see `infer_model_config`.
     """
-    checkpoint = OfficialCheckpoint.from_tensors(str(source), *read_checkpoint(source))
+    checkpoint = OfficialCheckpoint.from_tensors(str(source), *read_official_checkpoint(source))
     model_config = infer_model_config(checkpoint, normalize_input)
     model = LLM2CLIP(model_config, VisionTower.from_config(model_config.tower)).eval()
     copy_checkpoint_tensors(model, checkpoint)
@@ -207,7 +207,7 @@ def _infer_clip_tower(checkpoint: OfficialCheckpoint) -> dict[str, Any]:
     config = CLIPVisionConfig(**fields)
     architecture: dict[str, Any] = {key: getattr(config, key) for key in CLIP_FIELDS}
     architecture["model_type"] = "clip_vision_model"
-    preprocess = _get_preprocess_config(checkpoint, architecture["image_size"])
+    preprocess = _infer_preprocess_config(checkpoint, architecture["image_size"])
     return {"library": "transformers", "architecture": architecture, "preprocess": preprocess}
 
 
@@ -236,13 +236,13 @@ def _infer_timm_tower(checkpoint: OfficialCheckpoint, embed_dim: int) -> dict[st
         args |= {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
         # timm rounds width * mlp_ratio down to an integer. Adding 0.5 prevents an off-by-one error.
         args["mlp_ratio"] = (hidden + 0.5) / width
-    preprocess = _get_preprocess_config(checkpoint, image_size)
+    preprocess = _infer_preprocess_config(checkpoint, image_size)
     return {"library": "timm", "architecture": name, "args": args, "preprocess": preprocess}
 
 
-def _get_preprocess_config(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
+def _infer_preprocess_config(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
     # Default in the LLM2CLIP authors' code. timm's default crop for 224-pixel EVA towers is 90%.
-    default = Preprocess(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    default = PreprocessConfig(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
 
 

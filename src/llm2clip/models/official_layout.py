@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.io_utils import DataFormatError, describe_error, read_json_object
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import check_model_source, download_snapshot, read_safetensors, split_revision
+from llm2clip.models.loading import check_model_source, download_hub_snapshot, read_safetensors, split_revision
 from llm2clip.models.model_folder import AdapterConfig
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
-def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], Preprocess | None]:
+def read_official_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any], PreprocessConfig | None]:
     """Read a checkpoint. Return (tensors, contents of config.json or {}, preprocessing or None).
 
     `source` is a folder, hub id or weight file. A folder or repository must contain model.safetensors or
@@ -50,11 +50,15 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Any],
     path = Path(source)
     if path.is_file():
         return _load_weights(path), {}, None
-    folder = path if path.is_dir() else download_checkpoint(str(source))
+    folder = path if path.is_dir() else download_official_checkpoint(str(source))
     weights = folder / select_weights_file([file.name for file in folder.iterdir()], str(source))
-    tensors = _load_shards(weights) if weights.name.endswith(".index.json") else _load_weights(weights)
+    tensors = _load_weight_shards(weights) if weights.name.endswith(".index.json") else _load_weights(weights)
     preprocess = _read_optional_json(folder / PREPROCESSOR_FILE)
-    return tensors, _read_optional_json(folder / CONFIG_FILE), Preprocess.from_dict(preprocess) if preprocess else None
+    return (
+        tensors,
+        _read_optional_json(folder / CONFIG_FILE),
+        PreprocessConfig.from_dict(preprocess) if preprocess else None,
+    )
 
 
 def select_weights_file(names: list[str], source: str) -> str:
@@ -106,7 +110,7 @@ def _get_first_line(error: Exception) -> str:
     return (str(error).splitlines() or [describe_error(error)])[0]
 
 
-def _load_shards(index: Path) -> dict[str, Any]:
+def _load_weight_shards(index: Path) -> dict[str, Any]:
     shard_of = read_weight_map(index)
     tensors: dict[str, Any] = {}
     for shard in sorted(set(shard_of.values())):
@@ -133,7 +137,7 @@ def _read_optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def download_checkpoint(name: str) -> Path:
+def download_official_checkpoint(name: str) -> Path:
     """Download the weights and the config of OWNER/NAME[@REVISION]. If the download fails, use the hub's cache."""
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HFValidationError, HTTPError
@@ -145,9 +149,9 @@ def download_checkpoint(name: str) -> Path:
         patterns = [weights, CONFIG_FILE, PREPROCESSOR_FILE]
         if weights.endswith(".index.json"):
             patterns.append(weights.removesuffix(".index.json").replace(".", "-*."))  # model-*.safetensors
-        return download_snapshot(name, patterns)
+        return download_hub_snapshot(name, patterns)
     except (HFValidationError, HTTPError, OSError):
-        return download_snapshot(name, ["*"], local_files_only=True)
+        return download_hub_snapshot(name, ["*"], local_files_only=True)
 
 
 @dataclass(frozen=True)
@@ -234,17 +238,17 @@ class OfficialCheckpoint:
     tensors: dict[str, Tensor]
     online: bool  # True if the adapter was trained with the LLM in the training loop, not on cached embeddings
     config: dict[str, Any]  # contents of config.json
-    preprocess: Preprocess | None  # from preprocessor_config.json
+    preprocess: PreprocessConfig | None  # from preprocessor_config.json
 
     @classmethod
     def from_tensors(
-        cls, source: str, tensors: Mapping[str, Any], config: dict[str, Any], preprocess: Preprocess | None = None
+        cls, source: str, tensors: Mapping[str, Any], config: dict[str, Any], preprocess: PreprocessConfig | None = None
     ) -> OfficialCheckpoint:
         """Create a checkpoint from a state dict. Detect the layout, and rename tensors to their canonical names."""
         if tensors and all(name.startswith("module.") for name in tensors):  # saved from DistributedDataParallel
             tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
         online = any(name.startswith(_ONLINE_ADAPTER) for name in tensors)
-        renamed = _rename_aliases(source, tensors)
+        renamed = _rename_tensor_aliases(source, tensors)
         layout = _detect_layout(source, renamed)
         if layout is OPENAI:
             renamed = _rename_openai_tensors(renamed)
@@ -299,7 +303,7 @@ def format_tensor_shapes(tensors: Mapping[str, Tensor]) -> str:
     return ", ".join(described[:8]) + more
 
 
-def _rename_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def _rename_tensor_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if not isinstance(value, Tensor):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llm2clip.config import Stage
-from llm2clip.cpu_tuning import float32_matmul_precision
+from llm2clip.cpu_tuning import use_float32_matmul_precision
 
 if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -86,11 +86,11 @@ def resolve_precision(
     """
     if setting != "auto":
         return Precision(setting)
-    auto = get_auto_precision(stage, device.type, has_bf16_hardware(device))
+    auto = choose_auto_precision(stage, device.type, has_bf16_hardware(device))
     return Precision(calibrate() if auto == CALIBRATED else auto)
 
 
-def get_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
+def choose_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str:
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
@@ -114,7 +114,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
             is a GPU, layers are moved to the GPU one at a time.
     """
     if device is not None and device.type != encoder.device.type:
-        with offload_layers(encoder, device):
+        with offload_llm_layers(encoder, device):
             return calibrate_precision(encoder)
     exact = encoder.encode(CALIBRATION_CAPTIONS)
 
@@ -124,7 +124,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
 
     if is_accurate_enough("bf16"):
         return "bf16"
-    depth = len(get_layers(encoder.llm))
+    depth = len(get_llm_layers(encoder.llm))
     # Binary search: `low` fp32 layers are too few, and `high` fp32 layers are sufficient.
     low, high = 0, depth
     while high - low > 1:
@@ -136,7 +136,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
     return f"bf16+{high}" if high < depth else "fp32"
 
 
-def get_layers(llm: Any) -> nn.ModuleList:
+def get_llm_layers(llm: Any) -> nn.ModuleList:
     """Return the layers of a transformers model without a language-modelling head. Static embeddings have no layers."""
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # takes seconds to import
 
@@ -146,7 +146,7 @@ def get_layers(llm: Any) -> nn.ModuleList:
     return layers
 
 
-def set_layers(llm: Any, layers: nn.ModuleList) -> None:
+def set_llm_layers(llm: Any, layers: nn.ModuleList) -> None:
     if hasattr(llm, "layers"):
         llm.layers = layers
     else:
@@ -154,12 +154,12 @@ def set_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 
 @contextmanager
-def offload_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
+def offload_llm_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
     """Inside the `with` block, run a CPU encoder on `device`, with only a single LLM layer on the device at a time."""
-    layers = get_layers(encoder.llm)
-    set_layers(encoder.llm, nn.ModuleList())
+    layers = get_llm_layers(encoder.llm)
+    set_llm_layers(encoder.llm, nn.ModuleList())
     encoder.to(device)  # all modules except the layers
-    set_layers(encoder.llm, layers)
+    set_llm_layers(encoder.llm, layers)
     hooks = []
     for layer in layers:
         hooks.append(layer.register_forward_pre_hook(lambda layer, args: _move_layer(layer, device)))
@@ -181,7 +181,7 @@ def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
 
 def use_tf32_matmul() -> AbstractContextManager[None]:
     """Use TF32 for float32 matmuls on NVIDIA GPUs inside the `with` block. Do not use TF32 for cosine similarities."""
-    return float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
+    return use_float32_matmul_precision("high") if torch.cuda.is_available() else nullcontext()
 
 
 def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
@@ -192,7 +192,7 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
     """
     if precision == "fp32":
         return
-    fp32_layers = get_layers(llm)[: precision.num_fp32_layers]
+    fp32_layers = get_llm_layers(llm)[: precision.num_fp32_layers]
     fp32_parameters = {parameter for layer in fp32_layers for parameter in layer.parameters()}
     # Subclasses of Linear are excluded because they may use their weights outside of matmuls.
     linear_layers = [module for module in llm.modules() if type(module) is nn.Linear]
@@ -208,8 +208,8 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
 def autocast_llm(llm: Any, device: torch.device, precision: Precision) -> Iterator[None]:
     """Make a transformers model compute in fp32, bf16 or bf16+N inside the `with` block."""
     count = precision.num_fp32_layers
-    # `get_layers` is called only for bf16+N because it does not support all models.
-    fp32_layers: Sequence[nn.Module] = list(get_layers(llm))[:count] if count else []
+    # `get_llm_layers` is called only for bf16+N because it does not support all models.
+    fp32_layers: Sequence[nn.Module] = list(get_llm_layers(llm))[:count] if count else []
     for layer in fp32_layers:
         layer.forward = torch.autocast(device.type, enabled=False)(layer.forward)
     try:

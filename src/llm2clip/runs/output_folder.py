@@ -71,7 +71,7 @@ class FolderInUseError(ValueError):
 
 
 @contextmanager
-def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterator[None]:
+def hold_folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterator[None]:
     """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
 
     The folder is created if needed. On file systems without locks, do nothing. Wait up to `timeout` seconds for another
@@ -100,7 +100,7 @@ def folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterat
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
+def hold_run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of a run directory on the main process. It must be acquired before the run writes any files.
 
     Raises:
@@ -108,7 +108,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """
     from llm2clip.runs.ranks import process_state  # imports torch, which takes seconds
 
-    with folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
+    with hold_folder_lock(run_dir, RUN_LOCK) if process_state().is_main_process else nullcontext():
         yield
 
 
@@ -139,7 +139,9 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
     new = to_plain_types(config)
     if has_outputs(run_dir):
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changes = [change for change in _find_differences(saved, new) if change[0].split(".")[-1] not in RESUME_SAFE]
+        changes = [
+            change for change in _find_changed_settings(saved, new) if change[0].split(".")[-1] not in RESUME_SAFE
+        ]
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -176,14 +178,14 @@ def to_plain_types(value: Any) -> Any:
     return hide_url_secrets(str(value)) if isinstance(value, str | Path) else value
 
 
-def _find_differences(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+def _find_changed_settings(saved: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
     """Return (dotted name, saved value, new value) for each setting whose value has changed."""
     if not (isinstance(saved, dict) and isinstance(new, dict)):
         return [] if saved == new else [(name, saved, new)]
     differences = []
     for key in [*saved, *(key for key in new if key not in saved)]:
         dotted = f"{name}.{key}" if name else key
-        differences += _find_differences(saved.get(key), new.get(key), dotted)
+        differences += _find_changed_settings(saved.get(key), new.get(key), dotted)
     return differences
 
 
@@ -199,10 +201,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """List all checkpoints in a folder, including incomplete ones, sorted by step."""
     paths = folder.glob(f"{CHECKPOINT_PREFIX}*")
-    return sorted((path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)), key=parse_step)
+    return sorted(
+        (path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)), key=parse_checkpoint_step
+    )
 
 
-def parse_step(checkpoint: Path) -> int:
+def parse_checkpoint_step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
 
 

@@ -105,7 +105,7 @@ class RaggedGather:
         self.local_size = self.max_size = self.total_size = local_size
         self.offset = 0
         if not self.single_process:
-            sizes = _all_gather(torch.tensor([local_size], device=device)).tolist()
+            sizes = _all_gather_rows(torch.tensor([local_size], device=device)).tolist()
             self.max_size, self.total_size = max(sizes), sum(sizes)
             self.offset = sum(sizes[: dist.get_rank()])
             valid_rows = [torch.arange(size, device=device) + rank * self.max_size for rank, size in enumerate(sizes)]
@@ -127,7 +127,7 @@ class RaggedGather:
             from torch.distributed.nn.functional import all_gather
 
             return torch.cat(all_gather(padded))[self._valid_rows]
-        return _all_gather(padded)[self._valid_rows]
+        return _all_gather_rows(padded)[self._valid_rows]
 
     def log_sum_exp(self, x: Tensor) -> Tensor:
         """Return log(sum over ranks of exp(x)), elementwise. Must be called by all ranks."""
@@ -140,7 +140,7 @@ class RaggedGather:
         return largest + total.log()
 
 
-def _all_gather(x: Tensor) -> Tensor:
+def _all_gather_rows(x: Tensor) -> Tensor:
     """Gather the rows of all ranks, without gradients. All ranks must have the same number of rows."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llm2clip.io_utils import atomic_write_text, format_count, format_duration, hide_url_secrets
-from llm2clip.reports import Block, Code, Details, Heading, Paragraph
+from llm2clip.reports import Block, Code, CollapsibleSection, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state
 
 DURATIONS_FILE = "durations.json"
@@ -60,7 +60,7 @@ def build_run_section(
     text = f"{text}{run['machine']}. {note}".rstrip()
     blocks: list[Block] = [Heading("Run"), Paragraph(text), Code(run["command"] if code is None else code)]
     if settings:
-        blocks.append(Details("Settings", settings))
+        blocks.append(CollapsibleSection("Settings", settings))
     return blocks
 
 

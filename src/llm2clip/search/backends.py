@@ -16,17 +16,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import require_extra
 from llm2clip.search.metadata import (
     CONDITIONS,
     CONTENT_CONDITIONS,
     CONTENT_FIELDS,
     IMAGE_FIELDS,
     Filter,
-    get_columns,
+    get_column_values,
     list_column_names,
 )
-from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, ref_from_json, ref_to_json
+from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, image_ref_from_json, image_ref_to_json
 from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fuse_rankings
 
 # Backend of each URL scheme. A location without a scheme is a folder.
@@ -56,7 +56,7 @@ class SqlConditions:
     parameters: dict[str, Any] = field(default_factory=dict)
 
 
-class Backend(ABC):
+class IndexBackend(ABC):
     """Base class of index backends, which store images and search them by embedding.
 
     All backends have the tables `contents`, `thumbnails`, `images`, `metadata`, `calibration` and `recognized_texts`.
@@ -93,8 +93,8 @@ class Backend(ABC):
             condition, parameters = self._make_source_condition(source)
             statement = f"SELECT name, file_version, captions FROM images WHERE {condition}"
             for name, file_version, captions in self._query(statement, parameters):
-                state = ImageState(self._unescape(file_version), tuple(json.loads(captions)))
-                states[self._unescape(name)] = state
+                state = ImageState(self._unescape_text(file_version), tuple(json.loads(captions)))
+                states[self._unescape_text(name)] = state
         return states
 
     @abstractmethod
@@ -153,7 +153,7 @@ class Backend(ABC):
         groups = []
         for (content_id,) in self._query(largest_groups, {"limit": limit}):
             names = self._query("SELECT name FROM images WHERE content = :id", {"id": content_id})
-            groups.append(sorted(self._unescape(name) for (name,) in names))
+            groups.append(sorted(self._unescape_text(name) for (name,) in names))
         return groups
 
     def search(
@@ -177,12 +177,12 @@ class Backend(ABC):
             matches = self._find_word_matches(run, query, image_filter) if query else np.empty(0, np.int64)
             scores: dict[int, float] = {}
             if vector is None and image_filter:
-                ids = self._find_newest(run, image_filter, count, offset)
+                ids = self._find_newest_contents(run, image_filter, count, offset)
             elif vector is None:
                 ids = self._find_newest_unfiltered(run, count, offset)
             else:
                 depth = max(offset + count, MAX_FUSED) if len(matches) else offset + count
-                nearest, cosines = self._find_nearest(run, vector.astype(np.float32), depth, image_filter)
+                nearest, cosines = self._find_nearest_contents(run, vector.astype(np.float32), depth, image_filter)
                 scores = dict(zip(nearest.tolist(), cosines.tolist(), strict=True))
                 ranking = fuse_rankings(nearest, matches) if len(matches) else nearest
                 ids = ranking[offset : offset + count].tolist()
@@ -191,7 +191,7 @@ class Backend(ABC):
             matched_ids = sorted(set(ids) & set(matches.tolist()))
             matched = {}
             if matched_ids:
-                matched = find_matched_fields(query, self._read_texts(run, query, matched_ids))
+                matched = find_matched_fields(query, self._read_text_fields(run, query, matched_ids))
             return self._read_hits(run, ids, scores, matched, image_filter)
 
         return self._run_read_only(find_hits)
@@ -223,7 +223,7 @@ class Backend(ABC):
                     images[content_id],
                     image_count,
                     matched.get(content_id, ()),
-                    self._unescape(text or ""),
+                    self._unescape_text(text or ""),
                     **dict(zip(names, values, strict=True)),
                 )
                 hits.append(hit)
@@ -252,7 +252,7 @@ class Backend(ABC):
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
         return self._run_read_only(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
 
-    def list_ids(self, after: str, count: int) -> list[str]:
+    def list_hit_ids(self, after: str, count: int) -> list[str]:
         """Return at most `count` hit ids greater than `after`, in ascending order. Start with `after="0"`."""
         statement = "SELECT id FROM contents WHERE id > :after ORDER BY id LIMIT :count"
         rows = self._query(statement, {"after": int(after), "count": count})
@@ -322,7 +322,7 @@ class Backend(ABC):
         return conditions
 
     @abstractmethod
-    def _find_newest(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         """Return a page of content ids, sorted by the latest capture time of the matching images, newest first."""
 
     def _find_newest_unfiltered(self, run: SqlRunner, count: int, offset: int) -> list[int]:
@@ -336,7 +336,7 @@ class Backend(ABC):
             limit *= 4
 
     @abstractmethod
-    def _find_nearest(
+    def _find_nearest_contents(
         self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (int64) and cosine similarities of the `depth` contents that are most similar to a vector."""
@@ -346,7 +346,9 @@ class Backend(ABC):
         """Return the ids of at most MAX_FUSED contents with all words, best first, or none if too many match."""
 
     @abstractmethod
-    def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+    def _read_text_fields(
+        self, run: SqlRunner, query: WordQuery, ids: Sequence[int]
+    ) -> list[tuple[int, dict[str, str]]]:
         """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
 
     @abstractmethod
@@ -370,25 +372,25 @@ class Backend(ABC):
 
     # ---- rows
 
-    def _escape(self, text: str) -> str:
+    def _escape_text(self, text: str) -> str:
         """Replace characters that the database cannot store."""
         return text
 
-    def _unescape(self, text: str) -> str:
+    def _unescape_text(self, text: str) -> str:
         return text
 
     def _image_to_row(self, image: IndexedImage) -> dict[str, Any]:
-        row = {"name": image.name, "location": ref_to_json(image.ref), "source": image.source}
+        row = {"name": image.name, "location": image_ref_to_json(image.ref), "source": image.source}
         row |= {"file_version": image.file_version, "captions": json.dumps(image.captions)}
-        row |= get_columns(image, IMAGE_FIELDS)
-        return {name: self._escape(value) if isinstance(value, str) else value for name, value in row.items()}
+        row |= get_column_values(image, IMAGE_FIELDS)
+        return {name: self._escape_text(value) if isinstance(value, str) else value for name, value in row.items()}
 
     def _image_from_row(self, row: Sequence[Any]) -> IndexedImage:
         values: dict[str, Any] = {}
         for name, value in zip(IMAGE_COLUMNS, row, strict=True):
             if not name.startswith("folded_"):
-                values[name] = self._unescape(value) if isinstance(value, str) else value
-        ref, captions = ref_from_json(values.pop("location")), tuple(json.loads(values.pop("captions")))
+                values[name] = self._unescape_text(value) if isinstance(value, str) else value
+        ref, captions = image_ref_from_json(values.pop("location")), tuple(json.loads(values.pop("captions")))
         return IndexedImage(ref=ref, captions=captions, **values)
 
 
@@ -400,7 +402,7 @@ def format_missing_index_message(folder: str | Path) -> str:
     return f"{folder} is not an index. Create an index with: llm2clip index PHOTOS --model MODEL --out {out}"
 
 
-def open_backend(location: str, write: bool = False) -> Backend:
+def open_backend(location: str, write: bool = False) -> IndexBackend:
     """Open the index in a local folder or in a PostgreSQL database.
 
     Args:
@@ -415,14 +417,14 @@ def open_backend(location: str, write: bool = False) -> Backend:
     """
     check_backend_packages(location)
     module = importlib.import_module(f"llm2clip.search.{get_backend_name(location)}_backend")
-    backend: Backend = module.open_index(location, write)
+    backend: IndexBackend = module.open_index(location, write)
     return backend
 
 
 def check_backend_packages(location: str) -> None:
     """Raise ImportError if a package that the backend requires is missing, or ValueError if the URL is invalid."""
     name = get_backend_name(location)
-    check_extra("search" if name == "sqlite" else name, f"the index {hide_password(location)}")
+    require_extra("search" if name == "sqlite" else name, f"the index {hide_password(location)}")
 
 
 def get_backend_name(location: str) -> str:

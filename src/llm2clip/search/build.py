@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llm2clip.data.image_refs import TarImage, resolve_folder
+from llm2clip.data.image_refs import TarImage, resolve_folder_links
 from llm2clip.data.images import iter_image_batches, make_thumbnail
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
@@ -23,10 +23,10 @@ from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import to_valid_unicode
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.progress import ProgressBar
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.images import format_file_version
 from llm2clip.search.metadata import read_exif
-from llm2clip.search.ocr import RecognizeText, recognize_texts
+from llm2clip.search.ocr import RecognizeText, recognize_image_texts
 from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
@@ -71,7 +71,11 @@ class IndexOptions:
 
 
 def build_index(
-    sources: Sequence[str], model: DualEncoder, backend: Backend, log: SkipLog, options: IndexOptions = IndexOptions()
+    sources: Sequence[str],
+    model: DualEncoder,
+    backend: IndexBackend,
+    log: SkipLog,
+    options: IndexOptions = IndexOptions(),
 ) -> IndexReport:
     """Add, update and remove images, so that an index matches the given sources. Keep images from other sources.
 
@@ -88,7 +92,7 @@ def build_index(
     """
     with backend.lock():
         model = _prepare_backend(backend, model, options.dim)
-        parsed = [_parse_source(source, options.columns) for source in sources]
+        parsed = [_parse_index_source(source, options.columns) for source in sources]
         names = [to_valid_unicode(str(source)) for source in parsed]
         indexed_by_source = {name: backend.read_image_states([name]) for name in names}
         images = _scan_indexed_sources(parsed, indexed_by_source, log, options)
@@ -119,7 +123,7 @@ def build_index(
             embedded=embedded,
         )
         if options.recognize is not None:
-            report.read = recognize_texts(names, backend, options.recognize, log, options.workers)
+            report.read = recognize_image_texts(names, backend, options.recognize, log, options.workers)
         update_calibration(backend, model, changed=bool(report))
     return report
 
@@ -137,7 +141,7 @@ def _scan_indexed_sources(
         raise
 
 
-def _prepare_backend(backend: Backend, model: DualEncoder, dim: int | None) -> DualEncoder:
+def _prepare_backend(backend: IndexBackend, model: DualEncoder, dim: int | None) -> DualEncoder:
     """Initialise a new index, or check an existing index. Return the model, truncated to the index's dimension."""
     metadata = backend.metadata()
     if metadata:
@@ -171,7 +175,7 @@ def _make_index_metadata(model: DualEncoder) -> dict[str, Any]:
     return {**metadata, "image_fingerprint": parts[0], "text_fingerprint": parts[1]}
 
 
-def _parse_source(text: str, columns: dict[str, str]) -> Source:
+def _parse_index_source(text: str, columns: dict[str, str]) -> Source:
     source = Source.parse(text, columns)
     path = source.path
     if is_remote(path):
@@ -191,7 +195,7 @@ def _is_unchanged_file(name: str, version: str, folders: Sequence[str]) -> bool:
 
 
 def _add_images(
-    images: Sequence[IndexedImage], model: DualEncoder, backend: Backend, log: SkipLog, options: IndexOptions
+    images: Sequence[IndexedImage], model: DualEncoder, backend: IndexBackend, log: SkipLog, options: IndexOptions
 ) -> tuple[set[str], int]:
     """Return the names of all added images and the number of new embeddings."""
     added: set[str] = set()
@@ -200,7 +204,7 @@ def _add_images(
         known, unknown = _hash_images(images[start : start + CHUNK], backend, log)
         backend.add_images([], known)
         added.update(image.name for image, _ in known)
-        for batch in _embed_images(unknown, model, log, options):
+        for batch in _embed_new_images(unknown, model, log, options):
             batch_images = [(image, content.hash) for content in batch for image in unknown[content.hash]]
             backend.add_images(batch, batch_images)
             added.update(image.name for image, _ in batch_images)
@@ -209,7 +213,7 @@ def _add_images(
 
 
 def _hash_images(
-    images: Sequence[IndexedImage], backend: Backend, log: SkipLog
+    images: Sequence[IndexedImage], backend: IndexBackend, log: SkipLog
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
     """Return pairs of image and hash for contents in the index, and all other images, keyed by hash."""
     readable: list[tuple[IndexedImage, bytes]] = []
@@ -232,13 +236,13 @@ def _hash_images(
     return known, unknown
 
 
-def _embed_images(
+def _embed_new_images(
     images_by_hash: Mapping[bytes, list[IndexedImage]], model: DualEncoder, log: SkipLog, options: IndexOptions
 ) -> Iterator[list[IndexedContent]]:
     hashes = list(images_by_hash)
     refs = [images_by_hash[digest][0].ref for digest in hashes]
     with ProgressBar(total=len(refs), desc="embed", unit="image", disable=not refs) as bar:
-        prepare = partial(_prepare_image, model.transform)  # can be pickled
+        prepare = partial(_prepare_image_for_index, model.transform)  # can be pickled
         batches = iter_image_batches(refs, prepare, options.batch_size, options.workers)
         for indices, prepared, errors in batches:
             contents = []
@@ -256,7 +260,7 @@ def _embed_images(
             bar.update(len(contents) + len(errors))
 
 
-def _prepare_image(transform: Callable[[Tensor], Any], image: Tensor) -> tuple[Any, bytes, int, int]:
+def _prepare_image_for_index(transform: Callable[[Tensor], Any], image: Tensor) -> tuple[Any, bytes, int, int]:
     """Return the model input, JPEG thumbnail, width and height of a decoded image."""
     height, width = image.shape[-2:]
     return transform(image), make_thumbnail(image, THUMBNAIL_SIDE), width, height
@@ -347,7 +351,7 @@ def _find_source_folder(source: str) -> str:
 
 
 def _is_in_folder(path: str, folder: str) -> bool:
-    path = resolve_folder(path)
+    path = resolve_folder_links(path)
     if os.path.islink(path):
         path = os.path.realpath(path)
     return path == folder or path.startswith(os.path.join(folder, ""))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm2clip.io_utils import UNSPACED
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.models.prompts import average_prompts, fill_templates
+from llm2clip.models.prompts import average_prompt_embeddings, fill_prompt_templates
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.types import UnsupportedQuery
@@ -70,20 +70,20 @@ def explain_hit(
     default_templates = encoder.model.query_templates
     templates = default_templates if query.templates is None else query.templates
     prompts, counts = query.build_prompts(default_templates)
-    words = find_words(query.texts)
+    words = find_query_words(query.texts)
     shortened_counts = []  # per word: number of prompts for the text without the word, or 0 if no words remain
     for word in words:
-        text = remove_word(query.texts[word.text_index], word)
+        text = remove_query_word(query.texts[word.text_index], word)
         shortened_prompts = []
-        if find_words([text]):
-            filled = fill_templates([text], templates.templates) if counts[word.text_index] > 1 else []
+        if find_query_words([text]):
+            filled = fill_prompt_templates([text], templates.templates) if counts[word.text_index] > 1 else []
             shortened_prompts = [text, *filled]
         prompts += shortened_prompts
         shortened_counts.append(len(shortened_prompts))
 
     images = list(encoder.embed_images([*query.images, *query.negative_images]))
     all_counts = [*counts, *(count for count in shortened_counts if count)]
-    embeddings = list(average_prompts(encoder.embed_texts(prompts), all_counts))
+    embeddings = list(average_prompt_embeddings(encoder.embed_texts(prompts), all_counts))
     texts, shortened_texts = embeddings[: len(counts)], iter(embeddings[len(counts) :])
     score = float(query.combine(texts, images, hits).combined @ vector)
     effects = []
@@ -100,7 +100,7 @@ def explain_hit(
     return Explanation(score, effects)
 
 
-def find_words(texts: Sequence[str]) -> list[QueryWord]:
+def find_query_words(texts: Sequence[str]) -> list[QueryWord]:
     words: list[QueryWord] = []
     for index, text in enumerate(texts):
         for start, end in _find_word_spans(text):
@@ -129,7 +129,7 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character).startswith("P")
 
 
-def remove_word(text: str, word: QueryWord) -> str:
+def remove_query_word(text: str, word: QueryWord) -> str:
     """Remove a word and one adjacent space from a text."""
     before, after = text[: word.start], text[word.end :]
     if not before or before[-1].isspace():

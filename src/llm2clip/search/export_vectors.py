@@ -38,7 +38,7 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
     bar = ProgressBar(total=backend.count()[1], desc="export", unit="image")
     count, last_id = 0, "0"
     with bar, atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        while ids := backend.list_ids(last_id, ROWS_PER_GROUP):
+        while ids := backend.list_hit_ids(last_id, ROWS_PER_GROUP):
             rows, vectors = [], backend.read_vectors(ids)
             for hit in backend.read_hits(ids):
                 image = hit.images[0]

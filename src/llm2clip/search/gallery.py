@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from llm2clip.io_utils import atomic_dir, check_extra, format_bytes, format_count
+from llm2clip.io_utils import atomic_dir, format_bytes, format_count, require_extra
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export.onnx import count_final_tokens, export_quantized_text
 from llm2clip.models.export.transformers import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
@@ -35,8 +35,8 @@ from llm2clip.models.pretrained import ONNXRUNTIME_WEB, TOKENIZERS, resolve_npm_
 from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
-from llm2clip.search.backends import Backend, hide_password, open_backend
-from llm2clip.search.metadata import Filter, list_details
+from llm2clip.search.backends import IndexBackend, hide_password, open_backend
+from llm2clip.search.metadata import Filter, list_metadata_details
 from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.types import Hit
 
@@ -78,7 +78,7 @@ def export_gallery(
     is_update = (Path(out) / "gallery.json").is_file()
     if Path(out).exists() and not is_update:
         raise FileExistsError(f"{out} exists and does not contain a gallery: choose another folder")
-    check_extra("onnx", "exporting to ONNX")
+    require_extra("onnx", "exporting to ONNX")
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")
     metadata = backend.metadata()
@@ -99,7 +99,7 @@ def export_gallery(
                 shutil.copyfile(library / name, folder / "lib" / name)
         (folder / "LICENSES.txt").write_text(_format_licenses(), encoding="utf-8")
         messages = [export_quantized_text(model, folder)]
-        images = _write_images(backend, folder, with_private)
+        images = _write_gallery_images(backend, folder, with_private)
         settings = {**_build_text_encoder_settings(model), "images": images, "count": len(images)}
         settings |= {"dim": model.config.embed_dim, "title": Path(out).resolve().name}
         (folder / "gallery.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
@@ -153,7 +153,7 @@ def _count_saved_parameters(file: Path) -> int:
         return sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in tensors.keys())  # noqa: SIM118
 
 
-def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_mb: float) -> None:
+def check_gallery_size(index: str, backend: IndexBackend, text_parameters: int, max_mb: float) -> None:
     """Print the estimated size of a gallery. Raise ValueError if the gallery would be empty or too large."""
     _, count = backend.count()
     if not count:
@@ -182,20 +182,20 @@ def check_gallery_size(index: str, backend: Backend, text_parameters: int, max_m
 # ---- contents
 
 
-def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[list[Any]]:
+def _write_gallery_images(backend: IndexBackend, folder: Path, with_private: bool) -> list[list[Any]]:
     """Write thumbnails and vectors. Return the file name, caption and metadata of each image, newest first."""
     (folder / "thumbnails").mkdir()
     images: list[list[Any]] = []
     vectors = []
     with ProgressBar(total=backend.count()[1], desc="gallery", unit="image") as bar:
-        for hit in iterate_hits(backend):
+        for hit in iterate_all_hits(backend):
             vector, thumbnail = backend.read_vector(hit.id), backend.read_thumbnail(hit.id)
             if vector is None or thumbnail is None:  # another process has removed the image since the search
                 continue
             (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
-            details = [[item.text, item.url] for item in list_details(hit, image, with_private)]
+            details = [[item.text, item.url] for item in list_metadata_details(hit, image, with_private)]
             path = getattr(image.ref, "path", "")
             if path.startswith(("http://", "https://")) and path == image.name:  # the URL contains no password or token
                 details.append(["original", path])
@@ -208,7 +208,7 @@ def _write_images(backend: Backend, folder: Path, with_private: bool) -> list[li
     return images
 
 
-def iterate_hits(backend: Backend) -> Iterator[Hit]:
+def iterate_all_hits(backend: IndexBackend) -> Iterator[Hit]:
     offset = 0
     while hits := backend.search(None, HITS_PER_READ, Filter(), offset):
         yield from hits

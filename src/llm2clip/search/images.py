@@ -9,11 +9,11 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from llm2clip.data.image_header import ImageFormatError, is_heic, open_header
+from llm2clip.data.image_header import ImageFormatError, is_heic, open_image_header
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import ImageError, load_image
-from llm2clip.search.backends import Backend
-from llm2clip.search.types import IndexedImage, NotFound
+from llm2clip.search.backends import IndexBackend
+from llm2clip.search.types import IndexedImage, NotFoundError
 
 # ---- files of hits
 
@@ -22,31 +22,31 @@ class ImageTooLarge(ValueError):
     """Raised when an image has too many bytes or pixels."""
 
 
-def open_original_image(backend: Backend, hit_id: str) -> tuple[BinaryIO, str]:
+def open_original_image(backend: IndexBackend, hit_id: str) -> tuple[BinaryIO, str]:
     """Open the image file of a hit. Return a stream and the media type.
 
     If the hit has several files, open the first file that has not changed since it was indexed.
 
     Raises:
-        NotFound: The hit id is unknown, or all image files of the hit have been changed or removed.
+        NotFoundError: The hit id is unknown, or all image files of the hit have been changed or removed.
     """
     for image in backend.read_images(hit_id):
         try:
             stream = _open_unchanged_image(image)
-            header = open_header(stream)
+            header = open_image_header(stream)
         except Exception:  # Pillow can raise almost any exception for corrupt headers
             continue
         media_type = Image.MIME.get(header.format or "", "")
         if media_type.startswith("image/"):
             stream.seek(0)
             return stream, media_type
-    raise NotFound(
+    raise NotFoundError(
         f"the index contains no image with id {hit_id}, or the image file has been changed or removed since it was "
         "indexed"
     )
 
 
-def read_original_image(backend: Backend, hit_id: str, max_bytes: int) -> bytes:
+def read_original_image(backend: IndexBackend, hit_id: str, max_bytes: int) -> bytes:
     """Read the file that `open_original_image` opens. Raise ImageTooLarge if it has more than `max_bytes` bytes."""
     stream, _ = open_original_image(backend, hit_id)
     with stream:
@@ -135,7 +135,7 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
     if is_heic(data) and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("HEIC"))
     try:
-        with open_header(io.BytesIO(data)) as header:
+        with open_image_header(io.BytesIO(data)) as header:
             width, height = header.size
             is_avif = header.format == "AVIF"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

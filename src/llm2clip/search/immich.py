@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json
 from starlette.formparsers import MultiPartParser
 
 from llm2clip.search.images import read_image_size
-from llm2clip.search.inference import InferenceService, check_capacity
+from llm2clip.search.inference import InferenceService, check_queue_capacity
 from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
@@ -51,7 +51,7 @@ class Entries(BaseModel):
     clip: ClipEntry | None = None
 
 
-class Upstream:
+class UpstreamService:
     """Immich's own machine-learning service, which detects faces and recognises text."""
 
     def __init__(self, address: str) -> None:
@@ -80,7 +80,7 @@ class Upstream:
             QueueFull: `max_queue` requests are waiting.
             HTTPException: The service cannot be reached, or its response is too large or an error.
         """
-        check_capacity(1, self._pending, max_queue, "forwarded requests")
+        check_queue_capacity(1, self._pending, max_queue, "forwarded requests")
         files: dict[str, Any] = {"entries": (None, entries)}
         if text is not None:
             files["text"] = (None, text)
@@ -104,9 +104,9 @@ class Upstream:
         return Response(bytes(answer), media_type="application/json")
 
 
-def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstream | None = None) -> None:
+def add_immich_routes(app: FastAPI, service: InferenceService, upstream: UpstreamService | None = None) -> None:
     """Add Immich's routes to an application. Raise ValueError if the model has too many dimensions for Immich."""
-    choose_borrowed_name(service.encoder.model.embed_dim)
+    choose_immich_model_name(service.encoder.model.embed_dim)
     # Images are kept in memory, where the middleware limits their size, instead of being written to temporary files.
     MultiPartParser.spool_max_size = service.limits.max_body_bytes
 
@@ -132,7 +132,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
         if tasks.clip is not None:
             if len(tasks.model_fields_set) > 1:
                 raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
-            return await service.embedders.run(_embed, service, tasks.clip, text, image)
+            return await service.embedders.run(_embed_immich_input, service, tasks.clip, text, image)
         if upstream is None:
             # After an empty response, Immich would delete the detected faces and never repeat the detection.
             raise HTTPException(501, "pass --immich_upstream, or turn off facial recognition and OCR in Immich")
@@ -142,12 +142,14 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
         return await upstream.predict(entries, text, image, service.limits.max_queue)
 
 
-def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: bytes | None) -> dict[str, Any]:
+def _embed_immich_input(
+    service: InferenceService, clip: ClipEntry, text: str | None, image: bytes | None
+) -> dict[str, Any]:
     entry = clip.textual if image is None else clip.visual
     if entry is None:
         raise ValueError("entries: the type must be `visual` for an image and `textual` for a text")
     answer: dict[str, Any] = {}
-    dim = get_dim(entry.modelName, service.encoder.model.embed_dim)
+    dim = get_immich_dimension(entry.modelName, service.encoder.model.embed_dim)
     if image is not None:
         answer["imageWidth"], answer["imageHeight"] = read_image_size(image, service.limits.max_pixels)
         vector = service.encoder.embed_images([image])[0]
@@ -157,7 +159,7 @@ def _embed(service: InferenceService, clip: ClipEntry, text: str | None, image: 
     return {"clip": json.dumps(np.pad(vector, (0, dim - len(vector))).tolist()), **answer}
 
 
-def choose_borrowed_name(embed_dim: int) -> str:
+def choose_immich_model_name(embed_dim: int) -> str:
     """Return the model name to set in Immich. Raise ValueError if the model has too many dimensions."""
     for name, dim in BORROWED_NAMES.items():
         if dim >= embed_dim:
@@ -165,18 +167,18 @@ def choose_borrowed_name(embed_dim: int) -> str:
     raise ValueError(f"Immich stores at most {dim:,} dimensions, but the model has {embed_dim:,}")
 
 
-def get_dim(name: str, embed_dim: int) -> int:
+def get_immich_dimension(name: str, embed_dim: int) -> int:
     """Return the dimension that Immich expects for a model name. Raise ValueError if a model cannot borrow the name."""
     dim = BORROWED_NAMES.get(name, 0)
     if dim < embed_dim:
         reason = f"has {dim} dimensions, but this model has {embed_dim}" if dim else "is not served here"
         raise ValueError(
-            f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_borrowed_name(embed_dim)}"
+            f"the model name {name} {reason}. In Immich, set the CLIP model to {choose_immich_model_name(embed_dim)}"
         )
     return dim
 
 
-def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> str:
+def describe_immich_setup(address: str, embed_dim: int, upstream: UpstreamService | None) -> str:
     """Return the message that `serve` prints."""
     tasks = "not available: turn both off in Immich, or pass --immich_upstream"
     if upstream is not None:
@@ -184,7 +186,7 @@ def describe_setup(address: str, embed_dim: int, upstream: Upstream | None) -> s
     return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
 Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
 1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.
-2. Smart Search > CLIP model: {choose_borrowed_name(embed_dim)} (only the name is used)
+2. Smart Search > CLIP model: {choose_immich_model_name(embed_dim)} (only the name is used)
 3. Save, then run Administration > Job Queues > Smart Search for all images.
 Facial recognition and OCR: {tasks}.
 Press Ctrl-C to stop."""

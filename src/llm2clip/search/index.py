@@ -15,7 +15,7 @@ import numpy as np
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.models.text_graph import open_text_graph
-from llm2clip.search.backends import Backend, open_backend
+from llm2clip.search.backends import IndexBackend, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import (
     READ_FACTOR,
@@ -27,7 +27,7 @@ from llm2clip.search.query import (
     truncate_model_to_index,
 )
 from llm2clip.search.relevance import Calibration, load_calibration, search_and_rate
-from llm2clip.search.types import FairSemaphore, Hit, NotFound
+from llm2clip.search.types import FairSemaphore, Hit, NotFoundError
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ class Index:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: IndexBackend,
         model: str | DualEncoder | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
@@ -198,7 +198,7 @@ class Index:
             ValueError: A text is empty, the index was built with a different model, or the model returned NaN or
                 infinity.
             ImageError: An image of the query cannot be decoded.
-            NotFound: The index does not contain an earlier hit of the query.
+            NotFoundError: The index does not contain an earlier hit of the query.
             IndexUnavailableError: The index cannot be read at the moment.
         """
         query = _make_search_query(query)
@@ -237,7 +237,7 @@ class Index:
 
         Raises:
             UnsupportedQuery: The query has no texts.
-            NotFound: The index does not contain the hit.
+            NotFoundError: The index does not contain the hit.
         """
         from llm2clip.search.explain import explain_hit
 
@@ -250,7 +250,7 @@ class Index:
 
         Raises:
             ValueError: The model cannot embed image regions.
-            NotFound: The index does not contain the hit, or the image file has been changed or removed.
+            NotFoundError: The index does not contain the hit, or the image file has been changed or removed.
         """
         from llm2clip.search.explain import compute_heatmap, require_dense_encoder
         from llm2clip.search.images import read_original_image
@@ -288,7 +288,7 @@ class Index:
         vectors = self.backend.read_vectors(hit_ids) if hit_ids else {}
         for hit_id in hit_ids:
             if hit_id not in vectors:
-                raise NotFound(f"the index contains no image with id {hit_id}")
+                raise NotFoundError(f"the index contains no image with id {hit_id}")
         return [vectors[hit_id] for hit_id in hit_ids]
 
 

@@ -1,13 +1,14 @@
 """Server-side inference with worker threads, batches that combine requests, resource limits and metrics.
 
 Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
-a `Batcher`, so that a single forward pass encodes the texts of many requests.
+an `InferenceBatcher`, so that a single forward pass encodes the texts of many requests.
 
-Each queue holds at most `Limits.max_queue` requests, texts or images. Further items raise `QueueFull` (status 429).
+Each queue holds at most `ServerLimits.max_queue` requests, texts or images. Further items raise `QueueFull`
+(status 429).
 
-`RequestMiddleware` cancels a request after `Limits.timeout` (status 504). A queued request then never starts. A running
-request stops waiting for the model, a decoder, the index or a database connection (`types.Deadline`). However, a
-forward pass, a scan or the decoding of an image continues until it is complete.
+`RequestMiddleware` cancels a request after `ServerLimits.timeout` (status 504). A queued request then never starts. A
+running request stops waiting for the model, a decoder, the index or a database connection (`types.Deadline`). However,
+a forward pass, a scan or the decoding of an image continues until it is complete.
 """
 
 import asyncio
@@ -29,11 +30,11 @@ from torch import Tensor
 
 from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.images import load_query_image, open_original_image
 from llm2clip.search.index import Index, SearchResources
 from llm2clip.search.query import QueryEncoder
-from llm2clip.search.types import FairSemaphore, IndexUnavailableError, NotFound, current_deadline
+from llm2clip.search.types import FairSemaphore, IndexUnavailableError, NotFoundError, current_deadline
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,7 +49,7 @@ class QueueFull(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """Resource limits for requests to a server. To limit individual clients, use a proxy (see `deploy/`)."""
 
     max_body_bytes: int = 32 << 20  # maximum size of a request body; larger requests are rejected with status 413
@@ -74,7 +75,7 @@ class WorkerPool:
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call a function in a worker thread. Raise QueueFull if too many calls are waiting or running."""
-        check_capacity(1, self.waiting, self._max_waiting, self._unit)
+        check_queue_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1
         try:
@@ -86,7 +87,7 @@ class WorkerPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
+def check_queue_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
     """Raise ValueError if `count` items exceed the limit of a queue. Raise QueueFull if the queue is too full now."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
@@ -97,12 +98,12 @@ def check_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
 # ---- batches
 
 
-class _PendingItem(NamedTuple, Generic[Item, Result]):
+class _PendingRequest(NamedTuple, Generic[Item, Result]):
     item: Item
     result: Future[Result]
 
 
-class Batcher(Generic[Item, Result]):
+class InferenceBatcher(Generic[Item, Result]):
     """Combines items from several threads into batches and processes each batch with a single call to `work`.
 
     While a batch is being processed, items for the next batch are collected. If the next batch would be smaller than
@@ -126,7 +127,7 @@ class Batcher(Generic[Item, Result]):
         """
         self._work, self._executor, self._on_batch = work, executor, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._queue: deque[_PendingItem[Item, Result]] = deque()
+        self._queue: deque[_PendingRequest[Item, Result]] = deque()
         self._changed = threading.Condition()  # guards the queue
         self._is_scheduled = False  # True if a call to `_process_next_batch` is pending or running
         self._is_closed = False
@@ -145,11 +146,11 @@ class Batcher(Generic[Item, Result]):
             CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
-        entries: list[_PendingItem[Item, Result]] = [_PendingItem(item, Future()) for item in items]
+        entries: list[_PendingRequest[Item, Result]] = [_PendingRequest(item, Future()) for item in items]
         with self._changed:
             if self._is_closed:
                 raise QueueFull("the server is stopping; try again later")
-            check_capacity(len(items), len(self), self._max_queue, "items")
+            check_queue_capacity(len(items), len(self), self._max_queue, "items")
             self._queue.extend(entries)
             self._changed.notify()
             if entries and not self._is_scheduled:
@@ -159,12 +160,12 @@ class Batcher(Generic[Item, Result]):
         try:
             results = [entry.result.result() for entry in entries if entry.result.done()]
             if unfinished:
-                raise deadline.make_error()
+                raise deadline.make_deadline_error()
             return results
         finally:
-            self._cancel_unfinished(entries)
+            self._cancel_unfinished_items(entries)
 
-    def _cancel_unfinished(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
+    def _cancel_unfinished_items(self, entries: Sequence[_PendingRequest[Item, Result]]) -> None:
         """Cancel entries without a result after the caller has timed out or one of its items has failed."""
         cancelled = [entry.result.cancel() for entry in entries]
         if not any(cancelled):
@@ -180,7 +181,7 @@ class Batcher(Generic[Item, Result]):
 
     def _process_next_batch(self) -> None:
         try:
-            entries = self._take_batch()
+            entries = self._take_next_batch()
             if entries:
                 self._on_batch(len(entries))
                 start = time.perf_counter()
@@ -192,7 +193,7 @@ class Batcher(Generic[Item, Result]):
                 if self._queue:
                     self._schedule_next_batch()  # runs after the pending batches of other batchers
 
-    def _take_batch(self) -> list[_PendingItem[Item, Result]]:
+    def _take_next_batch(self) -> list[_PendingRequest[Item, Result]]:
         """Wait for more items if the last batch was larger than the queue. Return the next batch."""
         with self._changed:
             self._changed.wait_for(lambda: len(self) >= self._last_size, min(MAX_WAIT, self._last_seconds / 10))
@@ -200,7 +201,7 @@ class Batcher(Generic[Item, Result]):
             entries = [self._queue.popleft() for _ in range(count)]
         return [entry for entry in entries if entry.result.set_running_or_notify_cancel()]
 
-    def _process_batch(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
+    def _process_batch(self, entries: Sequence[_PendingRequest[Item, Result]]) -> None:
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):
@@ -236,8 +237,8 @@ class InferenceService:
     def __init__(
         self,
         model: DualEncoder,
-        backend: Backend | None,
-        limits: Limits,
+        backend: IndexBackend | None,
+        limits: ServerLimits,
         model_thread: ThreadPoolExecutor | None = None,
     ) -> None:
         """
@@ -261,8 +262,8 @@ class InferenceService:
         self.embedders = WorkerPool(threads, "requests", limits.max_queue)
         # Files are opened in separate threads, because reading a table cell requires decoding the table.
         self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
-        self._create_metrics()
-        self._batchers: list[Batcher[Any, Any]] = []
+        self._create_prometheus_metrics()
+        self._batchers: list[InferenceBatcher[Any, Any]] = []
         self._decoding = FairSemaphore(DECODERS)
         resources = SearchResources(
             load=partial(load_query_image, max_pixels=limits.max_pixels),
@@ -300,7 +301,7 @@ class InferenceService:
                 dense, features=lambda pixels, variant: dense_batcher.submit([(pixels, variant)])[0]
             )
 
-        def submit_in_steps(batcher: Batcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
+        def submit_in_batches(batcher: InferenceBatcher[Any, Tensor], items: Sequence[Any]) -> Tensor:
             # Items are submitted in several steps, so that the queue has space for other requests.
             step = min(self.limits.batch_size, self.limits.max_queue)
             vectors: list[Tensor] = []
@@ -310,19 +311,19 @@ class InferenceService:
 
         return dataclasses.replace(
             model,
-            encode_texts_raw=lambda texts, progress: submit_in_steps(text_batcher, texts),
-            encode_images_raw=lambda images: submit_in_steps(image_batcher, images),
+            encode_texts_raw=lambda texts, progress: submit_in_batches(text_batcher, texts),
+            encode_images_raw=lambda images: submit_in_batches(image_batcher, images),
             dense=dense,
         )
 
-    def _add_batcher(self, kind: str, work: Callable[[list[Any]], Sequence[Any]]) -> Batcher[Any, Any]:
+    def _add_batcher(self, kind: str, work: Callable[[list[Any]], Sequence[Any]]) -> InferenceBatcher[Any, Any]:
         on_batch = self.batch_sizes.labels(kind).observe
-        batcher = Batcher(work, self._model_thread, self.limits.batch_size, self.limits.max_queue, on_batch)
+        batcher = InferenceBatcher(work, self._model_thread, self.limits.batch_size, self.limits.max_queue, on_batch)
         self.queue_size.labels(kind).set_function(batcher.__len__)
         self._batchers.append(batcher)
         return batcher
 
-    def _create_metrics(self) -> None:
+    def _create_prometheus_metrics(self) -> None:
         registry = self.registry = CollectorRegistry()
         self.request_count = Counter(
             "llm2clip_http_requests", "Number of HTTP requests.", ["method", "path", "status"], registry=registry
@@ -357,7 +358,7 @@ class InferenceService:
 
     def require_index(self) -> Index:
         if self.index is None:
-            raise NotFound("this server has no index. To search, start the server with: llm2clip serve INDEX")
+            raise NotFoundError("this server has no index. To search, start the server with: llm2clip serve INDEX")
         return self.index
 
     def count_images(self) -> int:

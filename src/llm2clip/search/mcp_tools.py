@@ -16,8 +16,8 @@ from llm2clip.search import schemas
 from llm2clip.search.images import ImageTooLarge, read_original_image
 from llm2clip.search.index import Index
 from llm2clip.search.metadata import MAX_PATH_LENGTH, Filter
-from llm2clip.search.server import search_index
-from llm2clip.search.types import NotFound
+from llm2clip.search.server import run_search_request
+from llm2clip.search.types import NotFoundError
 
 MAX_SIDE = 1024  # maximum length of the longer side of an image from `show_photo`, in pixels
 MAX_PHOTOS = 50  # maximum number of photos per result, to save space in the agent's context
@@ -38,7 +38,7 @@ class SearchPhotos(schemas.StrictModel):
     def run(self, index: Index) -> list[Any]:
         texts, filters = [self.text] if self.text.strip() else [], self.filters or schemas.FilterRequest()
         request = {"texts": texts, "top": self.top, "offset": self.offset, "filter": filters}
-        page = search_index(index, schemas.SearchRequest.model_validate(request))
+        page = run_search_request(index, schemas.SearchRequest.model_validate(request))
         summary = f"{format_count(len(page.hits), 'photo')} of {page.total:,}"
         summary += " that match the filters." if filters.to_filter() else "."
         if page.nothing_close:
@@ -74,7 +74,7 @@ class ShowPhoto(schemas.StrictModel):
                 hits = index.search(top=MAX_PHOTOS, filter=Filter(path=path)).hits
                 hits = [hit for hit in hits if any(f"/{image.name}".endswith(ends) for image in hit.images)]
         if not hits:
-            raise NotFound(f"the index contains no photo with the id or name {self.photo}")
+            raise NotFoundError(f"the index contains no photo with the id or name {self.photo}")
         hit, image = hits[0], hits[0].images[0]
         values: dict[str, Any] = {"id": hit.id, "name": image.name, "captions": image.captions, "text": hit.text}
         values |= {"details": [item.text for item in hit.details], "others": [item.images[0].name for item in hits[1:]]}
@@ -83,11 +83,11 @@ class ShowPhoto(schemas.StrictModel):
             with index.resources.decoding:
                 data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
                 jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
-        except (ImageError, NotFound, ImageTooLarge) as error:
+        except (ImageError, NotFoundError, ImageTooLarge) as error:
             content.append(TextContent(text=f"This is the thumbnail, because the photo cannot be shown: {error}"))
             jpeg = index.backend.read_thumbnail(hit.id)
         if jpeg is None:
-            raise NotFound(f"the photo {self.photo} has just been removed from the index")
+            raise NotFoundError(f"the photo {self.photo} has just been removed from the index")
         return [*content, Image(data=jpeg, format="jpeg").to_image_content()]
 
 
@@ -108,11 +108,13 @@ def add_mcp_route(app: FastAPI) -> None:
     async def call_tool(_: Any, call: CallToolRequestParams) -> CallToolResult:
         try:
             if call.name not in models:
-                raise NotFound(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
+                raise NotFoundError(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
             service, tool = app.state.service, models[call.name].model_validate(call.arguments or {})
             return CallToolResult(content=await service.searchers.run(tool.run, service.require_index()))
         except Exception as error:  # the MCP SDK would send the exception's message to the client
-            return CallToolResult(content=[TextContent(text=schemas.make_client_message(error, app))], is_error=True)
+            return CallToolResult(
+                content=[TextContent(text=schemas.make_client_error_message(error, app))], is_error=True
+            )
 
     server = Server("llm2clip", version=app.version, on_list_tools=list_tools, on_call_tool=call_tool)
     manager = StreamableHTTPSessionManager(server, json_response=True, stateless=True)

@@ -30,10 +30,10 @@ def normalize_text(text: str) -> str:
 
 def make_contains_pattern(text: str) -> str:
     r"""Return a pattern for `LIKE ... ESCAPE '\'` that matches normalised texts containing `text`."""
-    return f"%{escape_pattern(normalize_text(text))}%"
+    return f"%{escape_like_pattern(normalize_text(text))}%"
 
 
-def escape_pattern(text: str) -> str:
+def escape_like_pattern(text: str) -> str:
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
@@ -67,7 +67,7 @@ class MetadataField:
     conditions: tuple[FilterCondition, ...] = ()
 
 
-def declare_field(default: Any, **values: Any) -> Any:
+def declare_metadata_field(default: Any, **values: Any) -> Any:
     """Declare a dataclass field with a default value and the attributes of a `MetadataField`."""
     return field(default=default, metadata=values)
 
@@ -76,7 +76,7 @@ def declare_field(default: Any, **values: Any) -> Any:
 class ImageMetadata:
     """Metadata of an image at one of its locations. Texts must be valid Unicode."""
 
-    taken: float = declare_field(
+    taken: float = declare_metadata_field(
         0.0,
         description="capture time, or file modification time if the capture time is unknown, as a Unix timestamp",
         display="{taken}",
@@ -86,7 +86,7 @@ class ImageMetadata:
             FilterCondition("before", "last time", "taken before", "taken at or before this time", "taken <= :before"),
         ),
     )
-    camera: str = declare_field(
+    camera: str = declare_metadata_field(
         "",
         description="make and model of the camera; empty if unknown",
         display="{camera}",
@@ -101,14 +101,14 @@ class ImageMetadata:
             ),
         ),
     )
-    latitude: float | None = declare_field(
+    latitude: float | None = declare_metadata_field(
         None,
         description="GPS latitude in degrees; null if unknown",
         display="{latitude}, {longitude}",
         link="https://www.openstreetmap.org/?mlat={latitude}&mlon={longitude}#map=15/{latitude}/{longitude}",
         is_private=True,
     )
-    longitude: float | None = declare_field(
+    longitude: float | None = declare_metadata_field(
         None, description="GPS longitude in degrees; null if unknown", is_private=True
     )
 
@@ -117,7 +117,7 @@ class ImageMetadata:
 class ContentMetadata:
     """Metadata that all images with identical bytes share."""
 
-    width: int = declare_field(
+    width: int = declare_metadata_field(
         0,
         description="width in pixels, after EXIF rotation",
         display="{width} × {height}",
@@ -132,10 +132,10 @@ class ContentMetadata:
             ),
         ),
     )
-    height: int = declare_field(0, description="height in pixels, after EXIF rotation")
+    height: int = declare_metadata_field(0, description="height in pixels, after EXIF rotation")
 
 
-def list_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[MetadataField, ...]:
+def list_metadata_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[MetadataField, ...]:
     declared = []
     for item in fields(metadata):
         types = get_args(item.type) or (item.type,)
@@ -144,7 +144,7 @@ def list_fields(metadata: type[ImageMetadata] | type[ContentMetadata]) -> tuple[
     return tuple(declared)
 
 
-IMAGE_FIELDS, CONTENT_FIELDS = list_fields(ImageMetadata), list_fields(ContentMetadata)
+IMAGE_FIELDS, CONTENT_FIELDS = list_metadata_fields(ImageMetadata), list_metadata_fields(ContentMetadata)
 
 
 def list_column_names(metadata_fields: tuple[MetadataField, ...]) -> list[str]:
@@ -162,7 +162,9 @@ def format_column_definitions(metadata_fields: tuple[MetadataField, ...], types:
     return ", ".join(definitions)
 
 
-def get_columns(values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]) -> dict[str, Any]:
+def get_column_values(
+    values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]
+) -> dict[str, Any]:
     columns = {item.name: getattr(values, item.name) for item in metadata_fields}
     texts = [item.name for item in metadata_fields if item.type is str]
     return columns | {f"folded_{name}": normalize_text(columns[name]) for name in texts}
@@ -179,7 +181,7 @@ class Detail:
     url: str
 
 
-def list_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
+def list_metadata_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
     values = metadata_to_json(content, CONTENT_FIELDS) | metadata_to_json(image, IMAGE_FIELDS)
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
@@ -199,12 +201,12 @@ def metadata_to_json(
     converted = {item.name: getattr(values, item.name) for item in metadata_fields}
     for item in metadata_fields:
         if item.is_time:
-            time = to_datetime(converted[item.name])
+            time = convert_to_local_time(converted[item.name])
             converted[item.name] = None if time is None else time.isoformat(timespec="seconds")
     return converted
 
 
-def to_datetime(timestamp: float) -> datetime | None:
+def convert_to_local_time(timestamp: float) -> datetime | None:
     """Convert a Unix timestamp to a local time, or to None if the timestamp is out of range."""
     try:
         return datetime.fromtimestamp(timestamp)
@@ -273,15 +275,15 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
     EXIF dates have no time zone and are interpreted as local times. Without an EXIF date, `taken` is `modified`, the
     modification time of the file.
     """
-    from llm2clip.data.image_header import open_header  # deferred, because importing Pillow is slow
+    from llm2clip.data.image_header import open_image_header  # deferred, because importing Pillow is slow
 
     metadata: dict[str, Any] = {"taken": modified}
     try:
-        header = open_header(io.BytesIO(data))
+        header = open_image_header(io.BytesIO(data))
         if header.format == "PNG" and "exif" not in header.info:
             return metadata  # Pillow would decode the entire image to find EXIF data after the pixels
         exif = header.getexif()
-        metadata["camera"] = _read_camera(exif)
+        metadata["camera"] = _read_camera_name(exif)
     except Exception:  # Pillow can raise almost any exception for corrupt headers
         return metadata
     with suppress(Exception):
@@ -297,7 +299,7 @@ def read_exif(data: bytes, modified: float = 0.0) -> dict[str, Any]:
     return metadata
 
 
-def _read_camera(exif: Any) -> str:
+def _read_camera_name(exif: Any) -> str:
     from llm2clip.io_utils import to_valid_unicode
 
     make, model = (str(exif.get(tag) or "").strip(" \0") for tag in (MAKE, MODEL))

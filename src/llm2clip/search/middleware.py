@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llm2clip.search.inference import InferenceService, Limits, QueueFull
+from llm2clip.search.inference import InferenceService, QueueFull, ServerLimits
 from llm2clip.search.schemas import RETRY_SOON, make_error_response
 from llm2clip.search.types import NO_DEADLINE, Deadline, current_deadline
 
@@ -63,17 +63,17 @@ class Authenticator:
         # scrypt is slow, which makes it hard to guess the token from a cookie.
         self._key = hashlib.scrypt(token.encode(), salt=b"llm2clip session", n=2**14, r=8, p=1)
         # Servers with different tokens on the same host must use different cookies.
-        self._cookie_name = f"llm2clip_session_{self._sign('name')[:8]}"
+        self._cookie_name = f"llm2clip_session_{self._sign_text('name')[:8]}"
 
     def is_authorized(self, request: Request) -> bool:
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self.is_token(bearer):
+        if scheme.lower() == "bearer" and self.is_valid_token(bearer):
             return True
         end, _, signature = request.cookies.get(self._cookie_name, "").partition(".")
-        is_signed = secrets.compare_digest(signature.encode(), self._sign(f"end {end}").encode())
+        is_signed = secrets.compare_digest(signature.encode(), self._sign_text(f"end {end}").encode())
         return is_signed and time.time() < int(end)
 
-    def is_token(self, text: str) -> bool:
+    def is_valid_token(self, text: str) -> bool:
         """Return True if the text equals the token. The comparison runs in constant time."""
         return secrets.compare_digest(text.encode(), self._token.encode())
 
@@ -81,14 +81,14 @@ class Authenticator:
         end = int(time.time()) + SESSION_SECONDS
         response.set_cookie(
             self._cookie_name,
-            f"{end}.{self._sign(f'end {end}')}",
+            f"{end}.{self._sign_text(f'end {end}')}",
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="strict",
             secure=request.scope["scheme"] == "https",
         )
 
-    def _sign(self, text: str) -> str:
+    def _sign_text(self, text: str) -> str:
         return hmac.new(self._key, text.encode(), "sha256").hexdigest()
 
 
@@ -156,7 +156,7 @@ class RequestMiddleware:
         path = request.scope["path"]  # not request.url, which depends on the Host header
         if self.auth is None or path in self.public_paths or self.auth.is_authorized(request):
             return True
-        return path == "/" and self.auth.is_token(request.query_params.get("token", ""))
+        return path == "/" and self.auth.is_valid_token(request.query_params.get("token", ""))
 
     async def _run_app(self, scope: Scope, body: _BodyReader, sender: _ResponseSender) -> Response | None:
         """Run the application. Return an error response if the request times out before the response starts."""
@@ -170,7 +170,7 @@ class RequestMiddleware:
         except TimeoutError:
             if sender.started:
                 raise
-            return make_error_response(504, str(deadline.make_error()))
+            return make_error_response(504, str(deadline.make_deadline_error()))
         finally:
             sender.timer = None
         return None
@@ -182,7 +182,7 @@ class _BodyReader:
     It raises HTTPException, because FastAPI replaces any other exception that occurs while a body is read.
     """
 
-    def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: Limits) -> None:
+    def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: ServerLimits) -> None:
         self._receive, self._allocation, self._limits = receive, allocation, limits
         self._is_json = "json" in request.headers.get("content-type", "").lower()
         self._size = 0  # number of bytes received
@@ -296,52 +296,52 @@ class LimitedConnection(H11Protocol):
     closes only after the client has read all buffered data.
     """
 
-    limits: Limits
+    limits: ServerLimits
     idle: dict[str, dict[LimitedConnection, None]]  # by address, in the order in which the connections became idle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
         self._timer: asyncio.TimerHandle | None = None
-        self._update_timer()
+        self._update_idle_timer()
         if len(self.connections) > self.limits.max_connections:
-            self.loop.call_later(GRACE_PERIOD, self._enforce_limit)
+            self.loop.call_later(GRACE_PERIOD, self._enforce_connection_limit)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._stop_timer()
-        self._set_idle(False)
+        self._stop_idle_timer()
+        self._set_idle_status(False)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._update_timer()
+        self._update_idle_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._update_timer()
+        self._update_idle_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._update_timer()
+        self._update_idle_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._update_timer()
+        self._update_idle_timer()
 
-    def _update_timer(self) -> None:
+    def _update_idle_timer(self) -> None:
         is_idle = self.cycle is None or self.cycle.response_complete
-        self._set_idle(is_idle)
+        self._set_idle_status(is_idle)
         if not (is_idle or self.flow.write_paused):
-            self._stop_timer()
+            self._stop_idle_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.limits.idle_timeout, self.transport.abort)
 
-    def _stop_timer(self) -> None:
+    def _stop_idle_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _set_idle(self, is_idle: bool) -> None:
+    def _set_idle_status(self, is_idle: bool) -> None:
         connections = self.idle.setdefault(self._address, {})
         if is_idle:
             connections.setdefault(self)
@@ -350,7 +350,7 @@ class LimitedConnection(H11Protocol):
         if not connections:
             del self.idle[self._address]
 
-    def _enforce_limit(self) -> None:
+    def _enforce_connection_limit(self) -> None:
         """Abort idle connections until the limit is met. If no connection is idle, abort this new connection."""
         while self in self.connections and len(self.connections) > self.limits.max_connections:
             # Attackers open many connections and stay silent. Other clients have few connections and send a request at
@@ -358,10 +358,10 @@ class LimitedConnection(H11Protocol):
             connections = max(self.idle.values(), key=len, default={self: None})
             connection = next(iter(connections))
             self.connections.discard(connection)  # connection_lost is called only after this loop
-            connection._set_idle(False)
+            connection._set_idle_status(False)
             connection.transport.abort()
 
 
-def make_connection_class(limits: Limits) -> type[LimitedConnection]:
+def make_connection_class(limits: ServerLimits) -> type[LimitedConnection]:
     """Return a connection class with the given limits, for uvicorn's `http` setting."""
     return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "idle": {}})

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llm2clip.data.images import iter_image_batches, shrink_image
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.io_utils import check_extra, describe_error, format_install_command
+from llm2clip.io_utils import describe_error, format_install_command, require_extra
 from llm2clip.progress import ProgressBar
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 
 MAX_SIDE = 960  # length of the longer side to which larger images are scaled down, in pixels
 MAX_LINES = 100  # maximum number of text lines per image
@@ -29,13 +29,13 @@ BATCH_SIZE = 16  # number of images per commit
 RecognizeText = Callable[[np.ndarray], str]  # maps a uint8 RGB image of shape (H, W, 3) to lines of text
 
 
-def open_recognizer() -> RecognizeText:
+def open_text_recognizer() -> RecognizeText:
     """Return a function that recognises the text in an image with the PP-OCR models.
 
     Raises:
         ImportError: rapidocr or onnxruntime is not installed, or rapidocr does not contain the weights.
     """
-    check_extra("ocr", "--ocr")
+    require_extra("ocr", "--ocr")
     from rapidocr import RapidOCR
     from rapidocr.utils.process_img import get_rotate_crop_image
 
@@ -46,7 +46,7 @@ def open_recognizer() -> RecognizeText:
         "Det.limit_side_len": MAX_SIDE,
         "Det.max_candidates": MAX_LINES,
     }
-    params.update({f"{part}.model_path": path for part, path in _find_weights().items()})
+    params.update({f"{part}.model_path": path for part, path in _find_ocr_weights().items()})
     engine: Any = RapidOCR(params=params)  # the type of the results depends on the arguments
 
     def recognize(image: np.ndarray) -> str:
@@ -68,7 +68,7 @@ def open_recognizer() -> RecognizeText:
     return recognize
 
 
-def _find_weights() -> dict[str, str]:
+def _find_ocr_weights() -> dict[str, str]:
     """Return the paths of rapidocr's weight files. Without explicit paths, rapidocr would download missing files."""
     spec = find_spec("rapidocr")
     assert spec is not None and spec.origin is not None
@@ -86,8 +86,8 @@ def prepare_image_for_ocr(image: Tensor) -> np.ndarray:
     return shrink_image(image, MAX_SIDE).permute(1, 2, 0).contiguous().numpy()
 
 
-def recognize_texts(
-    sources: Sequence[str], backend: Backend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
+def recognize_image_texts(
+    sources: Sequence[str], backend: IndexBackend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
     """Recognise the text in those images of the sources that have no OCR result. Return the number of new results.
 

@@ -29,7 +29,7 @@ from llm2clip.search.backends import (
     FORMAT_VERSION,
     IMAGE_COLUMNS,
     NEW_INDEX_ADVICE,
-    Backend,
+    IndexBackend,
     Result,
     SqlConditions,
     SqlRunner,
@@ -39,9 +39,9 @@ from llm2clip.search.metadata import (
     CONTENT_FIELDS,
     IMAGE_FIELDS,
     Filter,
-    escape_pattern,
+    escape_like_pattern,
     format_column_definitions,
-    get_columns,
+    get_column_values,
     make_contains_pattern,
 )
 from llm2clip.search.postgres_database import (
@@ -62,7 +62,7 @@ from llm2clip.search.words import (
     SEPARATOR,
     SUBSTRING_COLUMNS,
     WordQuery,
-    compute_match_limit,
+    compute_word_match_limit,
     make_text_fields,
     split_text_fields,
     split_words,
@@ -151,7 +151,7 @@ def open_index(location: str, write: bool) -> PostgresBackend:
     return backend
 
 
-class PostgresBackend(Backend):
+class PostgresBackend(IndexBackend):
     """Index backend in a schema of a PostgreSQL database with pgvector, for any number of readers. Thread-safe."""
 
     IN_IDS = "IN (SELECT value::bigint FROM json_array_elements_text(:ids::json))"
@@ -204,33 +204,35 @@ class PostgresBackend(Backend):
         content_rows = []
         for content in contents:
             row = {"hash": content.hash, "vector": HalfVector(content.vector), "thumbnail": content.thumbnail}
-            content_rows.append({**row, **get_columns(content, CONTENT_FIELDS)})
+            content_rows.append({**row, **get_column_values(content, CONTENT_FIELDS)})
         self._has_changes = self._may_have_orphans = True
         with self._db.open_transaction() as connection, connection.cursor() as cursor:
             if content_rows:
                 cursor.executemany(convert_parameters(INSERT_CONTENT), content_rows)
             if images:
-                cursor.executemany(convert_parameters(INSERT_IMAGE), self._make_rows(connection, images))
+                cursor.executemany(convert_parameters(INSERT_IMAGE), self._make_image_rows(connection, images))
 
-    def _make_rows(self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]) -> list[dict[str, Any]]:
+    def _make_image_rows(
+        self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]
+    ) -> list[dict[str, Any]]:
         texts: dict[bytes, str] = dict(
             connection.execute(
                 "SELECT hash, text FROM recognized_texts JOIN contents ON id = content WHERE hash = ANY(%s)",
                 ([digest for _, digest in images],),
             ).fetchall()
         )
-        fields = [make_text_fields(image, self._unescape(texts.get(digest, ""))) for image, digest in images]
+        fields = [make_text_fields(image, self._unescape_text(texts.get(digest, ""))) for image, digest in images]
         rows = []
         for (image, digest), columns in zip(images, _make_word_columns(fields), strict=True):
-            container = None if isinstance(image.ref, FileImage) else self._escape(image.container)
-            row = {"key": self._hash_name(image.name), "hash": digest, "container": container}
+            container = None if isinstance(image.ref, FileImage) else self._escape_text(image.container)
+            row = {"key": self._hash_image_name(image.name), "hash": digest, "container": container}
             rows.append({**row, **self._image_to_row(image), **columns})
         return rows
 
     def remove_images(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
             return
-        keys = [self._hash_name(name) for name in names]
+        keys = [self._hash_image_name(name) for name in names]
         with self._db.open_transaction() as connection:
             removed = connection.execute("DELETE FROM images WHERE key = ANY(%s)", (keys,)).rowcount
             orphans = connection.execute(
@@ -243,7 +245,9 @@ class PostgresBackend(Backend):
         if not texts:
             return
         self._has_changes = True
-        text_rows = [{"text": self._escape(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()]
+        text_rows = [
+            {"text": self._escape_text(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()
+        ]
         with self._db.open_transaction() as connection, connection.cursor() as cursor:
             cursor.executemany(convert_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
@@ -278,12 +282,12 @@ class PostgresBackend(Backend):
             yield make_sql_runner(connection)
 
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
-        stored_source = self._escape(source)
-        parameters = {"source": stored_source, "path": escape_pattern(stored_source)}
+        stored_source = self._escape_text(source)
+        parameters = {"source": stored_source, "path": escape_like_pattern(stored_source)}
         return f"(source = :source OR {INSIDE_PATH})", parameters
 
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        pattern = escape_pattern(self._escape(path).rstrip("/")).replace("*", "%").replace("?", "_")
+        pattern = escape_like_pattern(self._escape_text(path).rstrip("/")).replace("*", "%").replace("?", "_")
         is_absolute = path.startswith("/") or not pattern
         return INSIDE_PATH, {"path": pattern if is_absolute else f"%/{pattern}"}
 
@@ -307,7 +311,7 @@ class PostgresBackend(Backend):
             where.append(f"EXISTS (SELECT FROM images WHERE {matching})")
         return " AND ".join(where) or "true", conditions.parameters
 
-    def _find_newest(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         conditions = self._make_conditions(image_filter)
         where = [*_list_image_conditions(conditions), *conditions.contents]
         statement = (
@@ -318,7 +322,7 @@ class PostgresBackend(Backend):
         rows = run(statement, {**conditions.parameters, "count": count, "offset": offset})
         return [content_id for (content_id,) in rows]
 
-    def _find_nearest(
+    def _find_nearest_contents(
         self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
         condition, parameters = self._make_content_condition(image_filter)
@@ -348,14 +352,14 @@ class PostgresBackend(Backend):
 
     def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
         condition, parameters = self._make_content_condition(image_filter)
-        match, match_parameters = _make_match_condition(query)
+        match, match_parameters = _make_word_match_condition(query)
         parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
         exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
         if run(exceeds, parameters):
             # All indexes with more images have the same limit, so counting stops at this number of images.
             counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
             ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
-            parameters["limit"] = compute_match_limit(total)
+            parameters["limit"] = compute_word_match_limit(total)
             if run(exceeds, parameters):
                 return np.empty(0, np.int64)
         # PostgreSQL does not compute BM25 scores. With the option 1, `ts_rank` penalises long texts.
@@ -368,8 +372,10 @@ class PostgresBackend(Backend):
         )
         return np.array([content for (content,) in rows], np.int64)
 
-    def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
-        match, parameters = _make_match_condition(query)
+    def _read_text_fields(
+        self, run: SqlRunner, query: WordQuery, ids: Sequence[int]
+    ) -> list[tuple[int, dict[str, str]]]:
+        match, parameters = _make_word_match_condition(query)
         rows = run(
             f"SELECT matching.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({TEXT_ROWS} "
             f"WHERE images.content = page.id AND {match} ORDER BY images.id LIMIT :locations) AS matching",
@@ -381,14 +387,14 @@ class PostgresBackend(Backend):
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        def make_select(matches: str, image_conditions: Sequence[str]) -> str:
+        def make_select_statement(matches: str, image_conditions: Sequence[str]) -> str:
             where = " AND ".join(["content = page.id", *image_conditions])
             columns = f"{matches} AS matches, {', '.join(IMAGE_COLUMNS)}"
             return f"(SELECT {columns} FROM images WHERE {where} ORDER BY images.id LIMIT :locations)"
 
-        selected = make_select("false", [])
+        selected = make_select_statement("false", [])
         if conditions.images:
-            selected = f"{make_select('true', conditions.images)} UNION ALL {selected}"
+            selected = f"{make_select_statement('true', conditions.images)} UNION ALL {selected}"
         rows = run(
             f"SELECT page.id, image.* FROM unnest(:ids::bigint[]) AS page(id), LATERAL ({selected}) AS image",
             {**conditions.parameters, "ids": list(ids), "locations": MAX_LOCATIONS},
@@ -404,18 +410,18 @@ class PostgresBackend(Backend):
 
     # ---- rows
 
-    def _escape(self, text: str) -> str:
+    def _escape_text(self, text: str) -> str:
         return text.translate(STORABLE_CHARACTERS)
 
-    def _unescape(self, text: str) -> str:
+    def _unescape_text(self, text: str) -> str:
         return STORED_CHARACTER.sub(lambda match: ORIGINAL_CHARACTERS.get(match[0], match[0]), text)
 
-    def _hash_name(self, name: str) -> bytes:
-        return hashlib.sha256(self._escape(name).encode()).digest()
+    def _hash_image_name(self, name: str) -> bytes:
+        return hashlib.sha256(self._escape_text(name).encode()).digest()
 
     def _row_to_fields(self, row: Sequence[Any]) -> dict[str, str]:
         _, _, text, _, *image_row = row
-        return make_text_fields(self._image_from_row(image_row), self._unescape(text))
+        return make_text_fields(self._image_from_row(image_row), self._unescape_text(text))
 
 
 def _relation_exists(run: SqlRunner, name: str) -> bool:
@@ -488,7 +494,7 @@ def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
     return " ".join(f"'{word}':{','.join(numbers)}" for word, numbers in positions.items())
 
 
-def _make_match_condition(query: WordQuery) -> tuple[str, dict[str, str]]:
+def _make_word_match_condition(query: WordQuery) -> tuple[str, dict[str, str]]:
     """Return an SQL condition for images that contain all words of a query, and the parameters of the condition."""
     conditions, parameters = [], {}
     if query.words:
@@ -497,5 +503,5 @@ def _make_match_condition(query: WordQuery) -> tuple[str, dict[str, str]]:
         parameters["words"] = " & ".join(f"({phrase})" for phrase in phrases)  # an empty tsquery matches nothing
     for number, text in enumerate(query.substrings):
         conditions.append(f"unspaced_texts LIKE :substring{number}")
-        parameters[f"substring{number}"] = f"%{escape_pattern(text)}%"
+        parameters[f"substring{number}"] = f"%{escape_like_pattern(text)}%"
     return " AND ".join(conditions), parameters

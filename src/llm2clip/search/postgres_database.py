@@ -117,15 +117,15 @@ class PostgresDatabase:
         """
         with self._slots:
             try:
-                return self._read_once(function)
+                return self._read_in_transaction(function)
             except _ConnectionLost:
                 self._close_idle_connections()  # the other connections are probably lost, too
             try:
-                return self._read_once(function)
+                return self._read_in_transaction(function)
             except _ConnectionLost as error:
                 raise self._make_unavailable_error(error) from error
 
-    def _read_once(self, function: Callable[[Connection], Result]) -> Result:
+    def _read_in_transaction(self, function: Callable[[Connection], Result]) -> Result:
         connection = self._get_connection()
         try:
             with connection.transaction():
@@ -163,8 +163,8 @@ class PostgresDatabase:
         """Hold the advisory lock of the index. If the connection is lost, PostgreSQL releases the lock."""
         digest = hashlib.sha256(f"llm2clip index {self.schema}".encode()).digest()
         key = int.from_bytes(digest[:8], "big", signed=True)
-        with self._convert_errors():
-            writer = self._get_writer()
+        with self._convert_postgres_errors():
+            writer = self._get_writing_connection()
             row = writer.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
         if row != (True,):
             raise FolderInUseError(f"another run is writing to {self.location}")
@@ -177,14 +177,14 @@ class PostgresDatabase:
 
     @contextmanager
     def open_transaction(self) -> Iterator[Connection]:
-        with self._write_lock, self._convert_errors():
-            writer = self._get_writer()
+        with self._write_lock, self._convert_postgres_errors():
+            writer = self._get_writing_connection()
             with writer.transaction():
                 yield writer
 
     def vacuum(self, *tables: str) -> None:
-        with self._write_lock, self._convert_errors():
-            self._get_writer().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
+        with self._write_lock, self._convert_postgres_errors():
+            self._get_writing_connection().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
 
     def create_schema(self, connection: Connection) -> None:
         """Create the schema if it does not exist. By default, only the owner can read a new schema."""
@@ -192,7 +192,7 @@ class PostgresDatabase:
         if row is None:
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
 
-    def _get_writer(self) -> Connection:
+    def _get_writing_connection(self) -> Connection:
         if self._writer is None or self._writer.closed:
             if self._is_locked:
                 raise IndexUnavailableError(
@@ -205,7 +205,7 @@ class PostgresDatabase:
         return self._writer
 
     @contextmanager
-    def _convert_errors(self) -> Iterator[None]:
+    def _convert_postgres_errors(self) -> Iterator[None]:
         """Convert PostgreSQL errors on the write connection to OSErrors that name the database."""
         try:
             yield

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from llm2clip.io_utils import check_not_empty, escape_control_characters
+from llm2clip.io_utils import check_text_not_empty, escape_control_characters
 from llm2clip.models.loading import fingerprint
-from llm2clip.models.prompts import QueryTemplates, average_prompts, build_query_prompts
-from llm2clip.search.backends import Backend
+from llm2clip.models.prompts import QueryTemplates, average_prompt_embeddings, build_query_prompts
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.types import Hit, SimilarHit
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class SearchQuery:
     def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
         """Return the prompts of all texts followed by all negative texts, and the number of prompts per text."""
         texts = [*self.texts, *self.negative_texts]
-        check_not_empty(texts)
+        check_text_not_empty(texts)
         return build_query_prompts(texts, default_templates if self.templates is None else self.templates)
 
     def combine(
@@ -101,14 +101,14 @@ def combine_embeddings(positive: Sequence[np.ndarray], negative: Sequence[np.nda
     if not len(positive) and not len(negative):
         raise ValueError("the query is empty: provide at least one text or image to search for")
     if not len(positive):
-        return -_normalize(np.mean(negative, axis=0))
-    query = _normalize(np.mean(positive, axis=0))
+        return -_normalize_vector(np.mean(negative, axis=0))
+    query = _normalize_vector(np.mean(positive, axis=0))
     if len(negative):
-        query = _normalize(query - NEGATIVE_WEIGHT * _normalize(np.mean(negative, axis=0)))
+        query = _normalize_vector(query - NEGATIVE_WEIGHT * _normalize_vector(np.mean(negative, axis=0)))
     return query
 
 
-def _normalize(vector: np.ndarray) -> np.ndarray:
+def _normalize_vector(vector: np.ndarray) -> np.ndarray:
     return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
 
 
@@ -122,7 +122,7 @@ class QueryEncoder:
         decoding: AbstractContextManager[Any] | None = None,
     ) -> None:
         """Create an encoder. `load` decodes an image to a uint8 tensor of shape (3, H, W) in the context `decoding`."""
-        self.model, self.load = model, load or _load_image
+        self.model, self.load = model, load or _load_query_image
         self.decoding = nullcontext() if decoding is None else decoding
 
     def embed_images(self, images: Sequence[Any]) -> np.ndarray:
@@ -151,10 +151,10 @@ class QueryEncoder:
         prompts, counts = query.build_prompts(self.model.query_templates)
         prompt_vectors = self.embed_texts(prompts)
         images = self.embed_images([*query.images, *query.negative_images])
-        return query.combine(list(average_prompts(prompt_vectors, counts)), list(images), hits)
+        return query.combine(list(average_prompt_embeddings(prompt_vectors, counts)), list(images), hits)
 
 
-def _load_image(image: Any) -> Tensor:
+def _load_query_image(image: Any) -> Tensor:
     from llm2clip.data.images import load_image
 
     return load_image(image)
@@ -218,7 +218,9 @@ class HitGroups(NamedTuple):
     size: int
 
 
-def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: np.ndarray | None = None) -> HitGroups:
+def group_similar_hits(
+    hits: Sequence[Hit], backend: IndexBackend, count: int, mean: np.ndarray | None = None
+) -> HitGroups:
     """Group each hit with the best-ranked hit to which it is similar.
 
     All hits of a group are similar to the first hit of the group, but not necessarily to each other.
@@ -248,7 +250,7 @@ def group_similar_hits(hits: Sequence[Hit], backend: Backend, count: int, mean: 
     return HitGroups(page, size)
 
 
-def find_similar_pairs(hits: Sequence[Hit], backend: Backend, mean: np.ndarray | None) -> np.ndarray:
+def find_similar_pairs(hits: Sequence[Hit], backend: IndexBackend, mean: np.ndarray | None) -> np.ndarray:
     """Return a boolean mask of similar pairs of hits, of shape (N, N). Hits that have been removed are not similar."""
     vectors = backend.read_vectors([hit.id for hit in hits])
     if not vectors:

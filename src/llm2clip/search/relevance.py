@@ -12,8 +12,8 @@ The overlap is the weighted fraction of the query's words, truncated to five let
 captions of the image. The weight of a word is its truncated length minus 2, at least 0. In scripts without spaces
 between words, each character is a word of weight 1. A filter does not change the relevance of a hit.
 
-`calibrate` measures m and d with searches in the entire index, because the largest similarity of a query grows with the
-number of images. Text queries and image queries have separate parameters:
+`calibrate_index` measures m and d with searches in the entire index, because the largest similarity of a query grows
+with the number of images. Text queries and image queries have separate parameters:
 
     texts     m and d are measured with the background queries. a = 1.2 and b = -0.6, chosen on photographs.
     captions  for hits with captions, m and d as for texts. a and b are fitted with captions as queries (Platt scaling).
@@ -44,8 +44,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llm2clip.io_utils import UNSPACED
-from llm2clip.models.prompts import average_prompts
-from llm2clip.search.backends import Backend
+from llm2clip.models.prompts import average_prompt_embeddings
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.metadata import Filter, normalize_text
 from llm2clip.search.query import QueryVectors, SearchQuery, combine_embeddings
 from llm2clip.search.types import Hit, IndexedImage
@@ -84,13 +84,13 @@ class RelevanceScale:
     slope: float  # a
     intercept: float  # b
 
-    def standardize(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
+    def standardize_evidence(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
         """Return the values of x for values of t and overlaps between the query and the captions."""
         standardized: np.ndarray = (values - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps
         return standardized
 
     def compute_relevance(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
-        return apply_logistic(self.slope * self.standardize(values, overlaps) + self.intercept)
+        return apply_logistic_function(self.slope * self.standardize_evidence(values, overlaps) + self.intercept)
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,14 @@ def extract_stems(texts: Sequence[str]) -> set[str]:
     return {word[:STEM_LENGTH] for word in re.findall(r"[^\W_]+", spaced)}
 
 
-def compute_overlap(stems: set[str], captions: Sequence[str]) -> float:
+def compute_stem_overlap(stems: set[str], captions: Sequence[str]) -> float:
     """Return the weighted fraction of query stems that occur in captions, or NaN without captions or stems."""
 
-    def sum_weights(stems: set[str]) -> int:
+    def sum_stem_weights(stems: set[str]) -> int:
         return sum(1 if UNSPACED.match(stem) else max(0, len(stem) - 2) for stem in stems)
 
-    total = sum_weights(stems)
-    return sum_weights(stems & extract_stems(captions)) / total if captions and total else float("nan")
+    total = sum_stem_weights(stems)
+    return sum_stem_weights(stems & extract_stems(captions)) / total if captions and total else float("nan")
 
 
 def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -203,11 +203,11 @@ def find_near_duplicates(vectors: np.ndarray, item: np.ndarray, mean: np.ndarray
     return np.asarray(centred @ reference >= NEAR_DUPLICATE * norms)
 
 
-def apply_logistic(values: np.ndarray) -> np.ndarray:
+def apply_logistic_function(values: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(values, -50, 50)))
 
 
-def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
+def fit_logistic_regression(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
     """Fit slope a >= 0 and intercept b of 1 / (1 + exp(-a * x - b)) to the values of two classes (Platt scaling).
 
     The loss is the cross-entropy, with a total weight of 100 per class, plus 0.5 * (a - 1.2)^2. The penalty keeps the
@@ -220,7 +220,7 @@ def fit_logistic(positive: np.ndarray, negative: np.ndarray) -> tuple[float, flo
     start, penalty = np.array([TEXT_SLOPE, 0.0]), np.array([1.0, 1e-6])
     coefficients = start
     for _ in range(100):
-        probabilities = apply_logistic(inputs @ coefficients)
+        probabilities = apply_logistic_function(inputs @ coefficients)
         gradient = inputs.T @ (weights * (probabilities - targets)) + penalty * (coefficients - start)
         curvature = weights * probabilities * (1 - probabilities)
         hessian = (inputs * curvature[:, None]).T @ inputs + np.diag(penalty)
@@ -243,7 +243,7 @@ class ReferenceEmbeddings(NamedTuple):
     background: np.ndarray
 
 
-def update_calibration(backend: Backend, model: DualEncoder, changed: bool = True) -> None:
+def update_calibration(backend: IndexBackend, model: DualEncoder, changed: bool = True) -> None:
     """Calibrate an index if it is not calibrated for the model, or if more than a tenth of the images have changed.
 
     Args:
@@ -251,21 +251,21 @@ def update_calibration(backend: Backend, model: DualEncoder, changed: bool = Tru
         changed: False if no image has been added, changed or removed since the last call.
     """
     calibration = load_calibration(backend, model)
-    if calibration is not None and (not changed or not _is_outdated(calibration, backend)):
+    if calibration is not None and (not changed or not _is_calibration_outdated(calibration, backend)):
         return
     if not changed and backend.load_calibration() == b"":
         return  # the index cannot be calibrated
-    calibration = calibrate(backend, model)
+    calibration = calibrate_index(backend, model)
     backend.save_calibration(b"" if calibration is None else calibration.to_bytes())
 
 
-def load_calibration(backend: Backend, model: DualEncoder) -> Calibration | None:
+def load_calibration(backend: IndexBackend, model: DualEncoder) -> Calibration | None:
     """Return the calibration of an index, or None if the index is not calibrated for the model."""
     calibration = Calibration.from_bytes(backend.load_calibration() or b"")
     return calibration if calibration is not None and calibration.fingerprint == model.fingerprint else None
 
 
-def _is_outdated(calibration: Calibration, backend: Backend) -> bool:
+def _is_calibration_outdated(calibration: Calibration, backend: IndexBackend) -> bool:
     _, image_count = backend.count()
     limit = MAX_CHANGED_FRACTION * calibration.image_count
     ids = calibration.sample_ids[:MAX_QUERIES]
@@ -274,11 +274,11 @@ def _is_outdated(calibration: Calibration, backend: Backend) -> bool:
     return abs(image_count - calibration.image_count) > limit or missing + captioned > MAX_CHANGED_FRACTION * len(ids)
 
 
-def _count_captioned_images(backend: Backend, ids: Sequence[str]) -> int:
+def _count_captioned_images(backend: IndexBackend, ids: Sequence[str]) -> int:
     return sum(len({text for image in backend.read_images(hit_id) for text in image.captions}) > 1 for hit_id in ids)
 
 
-def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
+def calibrate_index(backend: IndexBackend, model: DualEncoder) -> Calibration | None:
     """Calibrate an index. Return None if the index has too few images or the images are too similar."""
     from llm2clip.runs.ranks import print_once
 
@@ -296,15 +296,17 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
     if not np.isfinite(reference.background).all():
         print_once("Relevance is not calibrated, because the model returns NaN or infinity for texts.")
         return None
-    background = [_find_neighbours(backend, query, reference) for query in reference.background]
+    background = [_find_calibration_hits(backend, query, reference) for query in reference.background]
     query_ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:MAX_QUERIES]]
     image_values = []
     for hit_id in query_ids:
-        neighbours = _find_neighbours(backend, vectors[hit_id], reference, vectors[hit_id])
+        neighbours = _find_calibration_hits(backend, vectors[hit_id], reference, vectors[hit_id])
         if neighbours.is_other.any():
             image_values.append(max_over_top_hits(neighbours.values[neighbours.is_other]))
-    texts = _estimate_scale([max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT)
-    images = _estimate_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
+    texts = _estimate_relevance_scale(
+        [max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT
+    )
+    images = _estimate_relevance_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
     if texts is None or images is None:
         print_once("Relevance is not calibrated, because too many images of the index are similar.")
         return None
@@ -317,18 +319,18 @@ def calibrate(backend: Backend, model: DualEncoder) -> Calibration | None:
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
     """Embed each text as a query, with prompt templates. Return a float32 array of shape (N, D)."""
     prompts, counts = SearchQuery(texts).build_prompts(model.query_templates)
-    means = average_prompts(model.encode_texts(prompts).numpy(), counts)
+    means = average_prompt_embeddings(model.encode_texts(prompts).numpy(), counts)
     return np.stack([combine_embeddings([mean]) for mean in means])
 
 
-def _estimate_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
+def _estimate_relevance_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
     """Return a scale with the mean and standard deviation of the values, or None if the values are too few or equal."""
     if len(values) < MIN_QUERIES or not np.std(values) > 1e-4 or not np.isfinite(values).all():
         return None
     return RelevanceScale(float(np.mean(values)), float(np.std(values)), slope, intercept)
 
 
-class Neighbours(NamedTuple):
+class CalibrationHits(NamedTuple):
     """Top hits of a calibration query."""
 
     captions: list[list[str]]  # captions of each hit
@@ -336,9 +338,9 @@ class Neighbours(NamedTuple):
     is_other: np.ndarray  # False for near duplicates of the excluded image
 
 
-def _find_neighbours(
-    backend: Backend, query: np.ndarray, reference: ReferenceEmbeddings, image: np.ndarray | None = None
-) -> Neighbours:
+def _find_calibration_hits(
+    backend: IndexBackend, query: np.ndarray, reference: ReferenceEmbeddings, image: np.ndarray | None = None
+) -> CalibrationHits:
     """Find the top hits of a query, and mark near duplicates of the image whose embedding is `image`."""
     hits = backend.search(query, CLOSEST if image is None else NEIGHBOURS, Filter())
     vectors = backend.read_vectors([hit.id for hit in hits])
@@ -347,7 +349,7 @@ def _find_neighbours(
     if image is not None:
         is_other = ~find_near_duplicates(stacked, image, reference.sample_mean)
     captions = [get_captions(hit.images) for hit in hits if hit.id in vectors]
-    return Neighbours(captions, compute_evidence(query, stacked, reference.background), is_other)
+    return CalibrationHits(captions, compute_evidence(query, stacked, reference.background), is_other)
 
 
 def get_captions(images: Sequence[IndexedImage]) -> list[str]:
@@ -367,8 +369,8 @@ def max_over_top_hits(values: np.ndarray) -> float:
 
 def _fit_caption_scale(
     scale: RelevanceScale,
-    background: Sequence[Neighbours],
-    backend: Backend,
+    background: Sequence[CalibrationHits],
+    backend: IndexBackend,
     model: DualEncoder,
     hit_ids: Sequence[str],
     reference: ReferenceEmbeddings,
@@ -385,24 +387,24 @@ def _fit_caption_scale(
     embeddings = dict(zip(queries, embed_texts(model, list(queries.values())), strict=True))
     positive, negative = [], []
     for query, neighbours in zip(BACKGROUND_QUERIES, background, strict=True):
-        negative.append(max_over_top_hits(_standardize_neighbours(scale, query, neighbours)))
+        negative.append(max_over_top_hits(_standardize_calibration_hits(scale, query, neighbours)))
     for hit_id, image in images.items():
-        neighbours = _find_neighbours(backend, embeddings[hit_id], reference, image)
-        values = _standardize_neighbours(scale, queries[hit_id], neighbours)
+        neighbours = _find_calibration_hits(backend, embeddings[hit_id], reference, image)
+        values = _standardize_calibration_hits(scale, queries[hit_id], neighbours)
         if neighbours.is_other.any():
             positive.append(max_over_top_hits(values))
             negative.append(max_over_top_hits(values[neighbours.is_other]))
     if len(positive) < MIN_QUERIES:
         return scale
-    slope, intercept = fit_logistic(np.array(positive), np.array(negative))
+    slope, intercept = fit_logistic_regression(np.array(positive), np.array(negative))
     return dataclasses.replace(scale, slope=slope, intercept=intercept)
 
 
-def _standardize_neighbours(scale: RelevanceScale, query: str, neighbours: Neighbours) -> np.ndarray:
+def _standardize_calibration_hits(scale: RelevanceScale, query: str, neighbours: CalibrationHits) -> np.ndarray:
     """Return the value x of each hit. Captions that equal the query are ignored."""
     stems = extract_stems([query])
-    overlaps = [compute_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
-    return scale.standardize(neighbours.values, np.nan_to_num(overlaps))
+    overlaps = [compute_stem_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
+    return scale.standardize_evidence(neighbours.values, np.nan_to_num(overlaps))
 
 
 # ---- search
@@ -416,7 +418,7 @@ class SearchResult(NamedTuple):
 
 
 def search_and_rate(
-    backend: Backend,
+    backend: IndexBackend,
     calibration: Calibration | None,
     query: QueryVectors | None,
     count: int,
@@ -425,7 +427,7 @@ def search_and_rate(
     words: Sequence[str] = (),
     show_weak: bool = False,
 ) -> SearchResult:
-    """Search an index and rate the hits. For the arguments, see `Backend.search`.
+    """Search an index and rate the hits. For the arguments, see `IndexBackend.search`.
 
     If no image is close to the query, return no hits, unless `show_weak` is True or the search has a filter. Images
     that contain all words of the query count as close. If the index is not calibrated or the query has no positive
@@ -450,7 +452,7 @@ def search_and_rate(
 
 
 def rate_hits(
-    backend: Backend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit], words: Sequence[str] = ()
+    backend: IndexBackend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit], words: Sequence[str] = ()
 ) -> list[Hit]:
     """Return hits with their relevance. Hits that another process has just removed are returned unchanged."""
     vectors = backend.read_vectors([hit.id for hit in hits])
@@ -461,7 +463,7 @@ def rate_hits(
         if hit.id in vectors:
             # If a hit has more than MAX_LOCATIONS locations, a filter changes which locations the hit contains.
             images = hit.images if len(hit.images) == hit.image_count else backend.read_images(hit.id)
-            overlaps.append(compute_overlap(stems, get_captions(images)))
+            overlaps.append(compute_stem_overlap(stems, get_captions(images)))
     relevances = calibration.compute_relevance(query, np.stack(list(vectors.values())), np.array(overlaps))
     ratings = dict(zip(vectors, relevances.tolist(), strict=True))
     return [dataclasses.replace(hit, relevance=ratings.get(hit.id)) for hit in hits]

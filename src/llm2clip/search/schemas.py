@@ -41,7 +41,7 @@ from llm2clip.search.types import (
     MAX_LOCATIONS,
     DeadlineExceeded,
     IndexUnavailableError,
-    NotFound,
+    NotFoundError,
     SimilarHit,
     UnsupportedQuery,
 )
@@ -58,7 +58,7 @@ MAX_OFFSET = 10_000  # maximum number of skipped hits, which must also be found 
 MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
 
 
-def _make_validator(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
+def _make_text_validator(is_valid: Callable[[str], bool], message: str) -> AfterValidator:
     def check_text(text: str) -> str:
         if not is_valid(text):
             raise ValueError(message)
@@ -73,10 +73,12 @@ def _limit_text_length(text: str) -> str:
     return text
 
 
-NON_BLANK = _make_validator(lambda text: bool(text.strip()), "the text is empty")
-VALID_UNICODE = _make_validator(is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate")
+NON_BLANK = _make_text_validator(lambda text: bool(text.strip()), "the text is empty")
+VALID_UNICODE = _make_text_validator(
+    is_valid_unicode, "the text is not valid Unicode: it contains an unpaired surrogate"
+)
 IMAGE_FORM = f"an image must be a data URI of the form {DATA_URI_PREFIX}jpeg;base64,DATA. URLs are not downloaded"
-IS_DATA_URI = _make_validator(lambda text: text.startswith(DATA_URI_PREFIX), IMAGE_FORM)
+IS_DATA_URI = _make_text_validator(lambda text: text.startswith(DATA_URI_PREFIX), IMAGE_FORM)
 AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
 Text = Annotated[AnyText, NON_BLANK]
 parse_text = TypeAdapter(Text).validate_python
@@ -367,7 +369,7 @@ STATUS_CODES: dict[type[Exception], int] = {
     QueueFull: 429,
     ImageTooLarge: 413,
     UnsupportedQuery: 400,
-    NotFound: 404,
+    NotFoundError: 404,
     IndexUnavailableError: 503,
     DeadlineExceeded: 504,
     ValueError: 422,
@@ -414,18 +416,18 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _handle_unexpected_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
     for exception in STATUS_CODES:
-        app.add_exception_handler(exception, _handle_known_error)
+        app.add_exception_handler(exception, _handle_known_exception)
 
 
-async def _handle_known_error(request: Request, error: Exception) -> Response:
+async def _handle_known_exception(request: Request, error: Exception) -> Response:
     if isinstance(error, InvalidImage):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
     headers = RETRY_SOON if code in (429, 503) else None
-    return make_error_response(code, make_client_message(error, request.app), headers)
+    return make_error_response(code, make_client_error_message(error, request.app), headers)
 
 
-def make_client_message(error: Exception, app: FastAPI) -> str:
+def make_client_error_message(error: Exception, app: FastAPI) -> str:
     """Return an error message that can be sent to clients. Log exceptions whose details clients must not see."""
     if isinstance(error, RequestValidationError | ValidationError):
         problems = []

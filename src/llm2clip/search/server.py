@@ -28,11 +28,11 @@ from llm2clip import __version__
 from llm2clip.cpu_tuning import limit_malloc_arenas
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.llm2clip import check_truncate_dim, truncate_and_normalize
-from llm2clip.search.backends import Backend
+from llm2clip.search.backends import IndexBackend
 from llm2clip.search.explain import Explanation
 from llm2clip.search.images import RequestImage
 from llm2clip.search.index import Index, SearchOptions
-from llm2clip.search.inference import InferenceService, Limits
+from llm2clip.search.inference import InferenceService, ServerLimits
 from llm2clip.search.metadata import CONDITIONS, FilterCondition
 from llm2clip.search.middleware import CHUNK_SIZE, Authenticator, RequestMiddleware, make_connection_class
 from llm2clip.search.schemas import (
@@ -51,7 +51,7 @@ from llm2clip.search.schemas import (
     SearchResponse,
     add_error_handlers,
 )
-from llm2clip.search.types import NotFound
+from llm2clip.search.types import NotFoundError
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("common.js", "page.css", "page.js", "selection.js", "start.js")
@@ -61,7 +61,7 @@ API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for c
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessPolicy:
     """Access control of a server.
 
     Attributes:
@@ -79,9 +79,9 @@ class Access:
 
 def create_app(
     model: DualEncoder,
-    backend: Backend | None = None,
-    limits: Limits | None = None,
-    access: Access | None = None,
+    backend: IndexBackend | None = None,
+    limits: ServerLimits | None = None,
+    access: AccessPolicy | None = None,
     model_thread: ThreadPoolExecutor | None = None,
     add_routes: Callable[[FastAPI, InferenceService], None] | None = None,
 ) -> FastAPI:
@@ -90,7 +90,7 @@ def create_app(
     Args:
         model: Model that encodes texts and images, and that built the index.
         backend: Index to search. Default: the server only computes embeddings.
-        limits: Resource limits for requests. Default: `Limits()`.
+        limits: Resource limits for requests. Default: `ServerLimits()`.
         access: Access control. Default: all users of the machine have access, without a token.
         model_thread: Single-threaded executor in which the model was loaded. See `InferenceService`.
         add_routes: Function that adds all routes of the application. Default: add the routes of this module.
@@ -99,7 +99,7 @@ def create_app(
         ValueError: The index was built with a different model, the token is not printable ASCII without spaces, or the
             model has too many prompt templates.
     """
-    access = access or Access()
+    access = access or AccessPolicy()
     auth = Authenticator(access.token) if access.token is not None else None
     count = len(model.query_templates.templates)
     if count > MAX_TEMPLATES:
@@ -107,7 +107,7 @@ def create_app(
             f"the model has {count} prompt templates, but the limit is {MAX_TEMPLATES}. Remove templates from "
             f"`query_templates` in {Path(model.name) / 'config.json'}"
         )
-    service = InferenceService(model, backend, limits or Limits(), model_thread)
+    service = InferenceService(model, backend, limits or ServerLimits(), model_thread)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -209,7 +209,9 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         Without a query, return the images that match the filter, newest first.
         """
         # A large response would block the event loop, so the worker thread also serialises the response.
-        body = await service.searchers.run(lambda: search_index(service.require_index(), request).model_dump_json())
+        body = await service.searchers.run(
+            lambda: run_search_request(service.require_index(), request).model_dump_json()
+        )
         return Response(body, media_type="application/json")
 
     @app.post("/explain", responses=API_ERRORS)
@@ -224,7 +226,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
         return HeatmapResponse(rows=heatmap.tolist())
 
 
-def search_index(index: Index, request: SearchRequest) -> SearchResponse:
+def run_search_request(index: Index, request: SearchRequest) -> SearchResponse:
     options = SearchOptions(request.words, request.group_similar, request.show_weak)
     page = index.search(request.to_query(), request.top, request.offset, request.filter.to_filter(), options)
     response = SearchResponse.model_validate(page, from_attributes=True)
@@ -282,7 +284,7 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         """Return a hit's thumbnail, a JPEG with at most 256 pixels per side."""
         jpeg = await run_in_threadpool(service.require_index().backend.read_thumbnail, hit_id)
         if jpeg is None:
-            raise NotFound(f"the index contains no image with id {hit_id}")
+            raise NotFoundError(f"the index contains no image with id {hit_id}")
         # The ETag is a hash of the thumbnail, because the same id can refer to different images in two indexes.
         tag = f'"{hashlib.sha256(jpeg).hexdigest()[:32]}"'
         headers = {"Cache-Control": "private, no-cache", "ETag": tag}
@@ -327,7 +329,7 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/", include_in_schema=False)
     async def serve_page(request: Request) -> Response:
         """Return the search page. If the URL contains the token, start a session and redirect to `/` instead."""
-        if auth is not None and auth.is_token(request.query_params.get("token", "")):
+        if auth is not None and auth.is_valid_token(request.query_params.get("token", "")):
             response = RedirectResponse("/", 303)
             auth.start_session(request, response)
             return response
@@ -336,7 +338,7 @@ def _add_page_routes(app: FastAPI, auth: Authenticator | None) -> None:
     @app.get("/static/{name}", include_in_schema=False)
     async def serve_static_file(name: str) -> Response:
         if name not in STATIC_FILES:
-            raise NotFound(f"no such file: {name}")
+            raise NotFoundError(f"no such file: {name}")
         # After an update, a browser must not combine cached scripts with new scripts.
         return FileResponse(STATIC_FOLDER / name, headers={"Cache-Control": "no-cache"})
 

@@ -21,29 +21,29 @@ import numpy as np
 from usearch.index import MetricKind
 from usearch.index import search as exact_search
 
-from llm2clip.runs.output_folder import check_format_version, folder_lock
+from llm2clip.runs.output_folder import check_format_version, hold_folder_lock
 from llm2clip.search.backends import (
     CONTENT_COLUMNS,
     FORMAT_VERSION,
     IMAGE_COLUMNS,
     INDEX_FILE,
     NEW_INDEX_ADVICE,
-    Backend,
+    IndexBackend,
     Result,
     SqlConditions,
     SqlRunner,
     format_missing_index_message,
 )
-from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, format_column_definitions, get_columns
+from llm2clip.search.metadata import CONTENT_FIELDS, IMAGE_FIELDS, Filter, format_column_definitions, get_column_values
 from llm2clip.search.types import MAX_LOCATIONS, IndexedContent, IndexedImage, IndexUnavailableError
 from llm2clip.search.words import (
     WORDS_SCHEMA,
     WordQuery,
-    add_texts,
+    add_image_texts,
     find_word_matches,
     make_caption_condition,
     read_searchable_fields,
-    remove_texts,
+    remove_image_texts,
     set_recognized_text,
     sort_distinct_ids,
 )
@@ -92,12 +92,12 @@ MATCH_DTYPE = np.dtype([("content", np.int64), ("taken", np.float64)])
 Block = tuple[np.ndarray, np.ndarray]  # sorted int64 ids of shape (N,) and int8 vectors of shape (N, D)
 
 
-def open_index(location: str, write: bool) -> Backend:
+def open_index(location: str, write: bool) -> IndexBackend:
     """Open the index in a local folder. See `open_backend`."""
     return SqliteBackend(Path(location), write)
 
 
-class SqliteBackend(Backend):
+class SqliteBackend(IndexBackend):
     """Index backend in a local folder, for one writing process and any number of readers. Thread-safe."""
 
     IN_IDS = "IN (SELECT value FROM json_each(:ids))"
@@ -114,7 +114,7 @@ class SqliteBackend(Backend):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self.folder, self._db = folder, SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
-        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_or_compute`
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached_or_compute`
         self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # database state and its vectors
         self._vectors_lock = threading.Lock()
         if not write and (self._db.is_empty or not self.metadata()):
@@ -125,7 +125,7 @@ class SqliteBackend(Backend):
     # ---- building
 
     def lock(self) -> AbstractContextManager[None]:
-        return folder_lock(self.folder)
+        return hold_folder_lock(self.folder)
 
     def metadata(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._db.query("SELECT key, value FROM metadata")}
@@ -142,22 +142,22 @@ class SqliteBackend(Backend):
         with self._db.open_transaction() as connection:
             self._may_have_orphans = True
             for content in contents:
-                row = get_columns(content, CONTENT_FIELDS)
+                row = get_column_values(content, CONTENT_FIELDS)
                 row |= {"hash": content.hash, "vector": np.ascontiguousarray(content.vector, dtype="<f2").tobytes()}
                 row["max_abs"] = float(np.abs(content.vector).max())
                 added = connection.execute(INSERT_CONTENT, row).fetchone()
                 if added is not None:
                     connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (added[0], content.thumbnail))
-            remove_texts(connection, [image.name for image, _ in images])
+            remove_image_texts(connection, [image.name for image, _ in images])
             rows = [{**self._image_to_row(image), "hash": digest} for image, digest in images]
             connection.executemany(INSERT_IMAGE, rows)
-            add_texts(connection, {image.name: image for image, _ in images}.values())
+            add_image_texts(connection, {image.name: image for image, _ in images}.values())
 
     def remove_images(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
             return  # an unnecessary write would make all readers look for changes
         with self._db.open_transaction() as connection:
-            remove_texts(connection, names)
+            remove_image_texts(connection, names)
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
             connection.execute("DELETE FROM contents WHERE id NOT IN (SELECT content FROM images)")
             self._may_have_orphans = False
@@ -197,23 +197,27 @@ class SqliteBackend(Backend):
     def count_matches(self, image_filter: Filter) -> int:
         return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
 
-    def _find_newest(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
+    def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         ids = self._get_matching_ids(image_filter, newest_first=True)
         return list(ids[offset : offset + count].tolist())
 
-    def _find_nearest(
+    def _find_nearest_contents(
         self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
         # The last ranking is cached, because the relevance of the next page depends on the top hits of the query.
-        key = self._db.read_state(), vector.tobytes(), image_filter  # the state must not be newer than the ranking
+        key = (
+            self._db.read_database_state(),
+            vector.tobytes(),
+            image_filter,
+        )  # the state must not be newer than the ranking
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
-            cached = self._cache["nearest"] = (key, depth), self._rank_nearest(vector, depth, allowed_ids)
+            cached = self._cache["nearest"] = (key, depth), self._rank_nearest_vectors(vector, depth, allowed_ids)
         ids, cosines = cached[1]
         return ids[:depth], cosines[:depth]
 
-    def _rank_nearest(
+    def _rank_nearest_vectors(
         self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (int64) and cosine similarities (float32) of the nearest vectors, best first, then by id.
@@ -233,7 +237,7 @@ class SqliteBackend(Backend):
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
         # The number of candidates determines which of several equal codes a scan returns, hence MIN_SCANNED.
-        ids = self._get_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
+        ids = self._get_quantized_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:
             vectors = self._fetch_vector_array(ids[len(scores) : size]).astype(np.float32)
@@ -243,15 +247,19 @@ class SqliteBackend(Backend):
         return ids[ranking[:count]], scores[ranking[:count]]
 
     def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        def find_ids() -> np.ndarray:
+        def find_word_match_ids() -> np.ndarray:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None
             with self._db.open_snapshot() as db:
                 return find_word_matches(db, query, allowed_ids)
 
-        ids: np.ndarray = self._get_or_compute("word matches", (self._db.read_state(), query, image_filter), find_ids)
+        ids: np.ndarray = self._get_cached_or_compute(
+            "word matches", (self._db.read_database_state(), query, image_filter), find_word_match_ids
+        )
         return ids
 
-    def _read_texts(self, run: SqlRunner, query: WordQuery, ids: Sequence[int]) -> list[tuple[int, dict[str, str]]]:
+    def _read_text_fields(
+        self, run: SqlRunner, query: WordQuery, ids: Sequence[int]
+    ) -> list[tuple[int, dict[str, str]]]:
         with self._db.open_snapshot() as db:
             return read_searchable_fields(db, query, ids)
 
@@ -276,11 +284,13 @@ class SqliteBackend(Backend):
         return images
 
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
-        key = self._db.read_state(), image_filter
+        key = self._db.read_database_state(), image_filter
         slot = "newest ids" if newest_first else "ids"
-        ids: np.ndarray = self._get_or_compute(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
+        ids: np.ndarray = self._get_cached_or_compute(
+            slot, key, lambda: self._find_matching_ids(image_filter, newest_first)
+        )
         if newest_first:
-            self._get_or_compute("ids", key, lambda: np.sort(ids))  # for `count_matches`
+            self._get_cached_or_compute("ids", key, lambda: np.sort(ids))  # for `count_matches`
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
@@ -299,10 +309,10 @@ class SqliteBackend(Backend):
 
     # ---- vectors
 
-    def _get_vectors(self) -> QuantizedVectors:
+    def _get_quantized_vectors(self) -> QuantizedVectors:
         """Return all quantised vectors. Read only vectors added since the last call, unless the scale must change."""
         with self._vectors_lock:  # only one of several concurrent searches reads the vectors
-            state = self._db.read_state()
+            state = self._db.read_database_state()
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
             with self._db.open_snapshot() as db:
@@ -312,11 +322,11 @@ class SqliteBackend(Backend):
                     vectors = last[1]
                 else:  # free the old vectors first, because old and new vectors may not both fit in memory
                     last = self._vectors = None
-                vectors = vectors.with_added(_read_vector_chunks(db, vectors.last_id))
+                vectors = vectors.with_added_vectors(_read_vector_chunks(db, vectors.last_id))
                 ((count,),) = db.execute("SELECT count(*) FROM contents")
                 if count < len(vectors):
                     remaining = db.execute("SELECT id FROM contents ORDER BY id")
-                    vectors = vectors.with_only(np.array([content_id for (content_id,) in remaining], np.int64))
+                    vectors = vectors.with_only_ids(np.array([content_id for (content_id,) in remaining], np.int64))
             self._vectors = state, vectors
             return vectors
 
@@ -332,7 +342,7 @@ class SqliteBackend(Backend):
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _get_or_compute(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+    def _get_cached_or_compute(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
         """Return the cached value of a name. If the state has changed since the last call, compute the value again."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
@@ -373,7 +383,7 @@ class QuantizedVectors:
     def __len__(self) -> int:
         return sum(len(ids) for ids, _ in self.blocks)
 
-    def with_added(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
+    def with_added_vectors(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
         """Return a copy with additional vectors, as chunks of int64 ids and float16 vectors.
 
         The ids must be larger than all existing ids. The copy shares most blocks with the original.
@@ -387,9 +397,9 @@ class QuantizedVectors:
             blocks.append((ids, codes))
         return QuantizedVectors(self.scale, blocks)
 
-    def with_only(self, ids: np.ndarray) -> QuantizedVectors:
+    def with_only_ids(self, ids: np.ndarray) -> QuantizedVectors:
         """Return a copy that contains only the vectors whose ids are in the sorted array `ids`."""
-        blocks = [_select_from_block(block, ids) for block in self.blocks]
+        blocks = [_select_vectors_from_block(block, ids) for block in self.blocks]
         return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
 
     def find_nearest(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
@@ -398,7 +408,7 @@ class QuantizedVectors:
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
         best_ids, best_distances = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         for block in self.blocks:
-            ids, codes = block if allowed_ids is None else _select_from_block(block, allowed_ids)
+            ids, codes = block if allowed_ids is None else _select_vectors_from_block(block, allowed_ids)
             if len(ids):
                 try:
                     matches = exact_search(codes, query_code, min(count, len(ids)), MetricKind.IP, exact=True)
@@ -412,7 +422,7 @@ class QuantizedVectors:
         return ids[np.lexsort((ids, np.concatenate(best_distances)))[:count]]
 
 
-def _select_from_block(block: Block, allowed_ids: np.ndarray) -> Block:
+def _select_vectors_from_block(block: Block, allowed_ids: np.ndarray) -> Block:
     """Return the allowed vectors of a block, or the block itself if all are allowed. `allowed_ids` is sorted."""
     ids, codes = block
     first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
@@ -436,7 +446,7 @@ class SqliteDatabase:
         if not self.file.exists():
             self.file.touch(mode=0o600)  # SQLite's temporary files inherit the permissions of the database
         self._lock = threading.RLock()
-        with self._convert_errors():
+        with self._convert_sqlite_errors():
             self.file_id = self._read_file_id()
             self.connection = self._connect()
             version = int(self.connection.execute("PRAGMA user_version").fetchone()[0])
@@ -452,14 +462,14 @@ class SqliteDatabase:
                     self.connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {WORDS_SCHEMA} COMMIT;")
 
     def query(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, self._convert_errors():
+        with self._lock, self._convert_sqlite_errors():
             self._reopen_if_replaced()
             return self.connection.execute(sql, parameters).fetchall()
 
     @contextmanager
     def open_transaction(self) -> Iterator[sqlite3.Connection]:
         """Open a transaction, which is rolled back if the `with` block raises an exception."""
-        with self._lock, self._convert_errors(), self.connection:
+        with self._lock, self._convert_sqlite_errors(), self.connection:
             self.connection.execute("BEGIN IMMEDIATE")
             yield self.connection
 
@@ -469,7 +479,7 @@ class SqliteDatabase:
 
         If the open file is no longer at its path, yield the main connection, which blocks other threads.
         """
-        with self._convert_errors():
+        with self._convert_sqlite_errors():
             with self._lock:
                 if not self._reopen_if_replaced():
                     yield self.connection
@@ -478,7 +488,7 @@ class SqliteDatabase:
                 db.execute("BEGIN")
                 yield db
 
-    def read_state(self) -> tuple[Any, ...]:
+    def read_database_state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
         ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
         with self._lock:
@@ -541,7 +551,7 @@ class SqliteDatabase:
         return stat.st_dev, stat.st_ino
 
     @contextmanager
-    def _convert_errors(self) -> Iterator[None]:
+    def _convert_sqlite_errors(self) -> Iterator[None]:
         """Convert SQLite errors, such as a full disk, to OSErrors whose message contains the file name and advice."""
         try:
             yield

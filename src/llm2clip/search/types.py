@@ -14,7 +14,7 @@ import numpy as np
 
 from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.io_utils import to_valid_unicode
-from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_details
+from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_metadata_details
 
 # These keys are stored in every index, so they must not change when a class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {"FileImage": FileImage, "TarImage": TarImage, "ParquetImage": ParquetImage}
@@ -99,14 +99,14 @@ class Hit(ContentMetadata):
     @property
     def details(self) -> list[Detail]:
         """Lines of metadata about the image and its first location, for display."""
-        return list_details(self, self.images[0])
+        return list_metadata_details(self, self.images[0])
 
 
-def ref_to_json(ref: ImageRef) -> str:
+def image_ref_to_json(ref: ImageRef) -> str:
     return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
 
 
-def ref_from_json(text: str) -> ImageRef:
+def image_ref_from_json(text: str) -> ImageRef:
     name, values = json.loads(text)
     if name not in REF_TYPES:
         raise ValueError(f"unknown image reference type: {name}")
@@ -116,7 +116,7 @@ def ref_from_json(text: str) -> ImageRef:
 # ---- errors
 
 
-class NotFound(LookupError):
+class NotFoundError(LookupError):
     """Raised when an index, an indexed image or an original image file does not exist."""
 
 
@@ -145,7 +145,7 @@ class Deadline(NamedTuple):
     def remaining(self) -> float | None:
         return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
 
-    def make_error(self) -> DeadlineExceeded:
+    def make_deadline_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"the request took longer than {self.limit:g} seconds")
 
 
@@ -176,7 +176,7 @@ class FairSemaphore:
         with self._lock:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-                raise deadline.make_error()
+                raise deadline.make_deadline_error()
         # Another thread woke this thread just after the timeout, so the semaphore is acquired.
 
     def __exit__(self, *_: object) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip.io_utils import UNSPACED, to_valid_unicode
-from llm2clip.search.metadata import normalize_text, to_datetime
+from llm2clip.search.metadata import convert_to_local_time, normalize_text
 from llm2clip.search.types import IndexedImage
 
 # Name in search results of each text field of an image. The fields are the columns of the full-text table `words`.
@@ -54,7 +54,7 @@ RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 def make_text_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
     """Return the normalised texts of an image, with the keys of FIELDS. `text` is the text recognised in the image."""
-    taken = to_datetime(image.taken)
+    taken = convert_to_local_time(image.taken)
     folder = image.source
     while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
         folder = os.path.dirname(folder)
@@ -116,7 +116,7 @@ class WordQuery:
         return cls(tuple(words), tuple(substrings))
 
 
-def quote_fts5(text: str) -> str:
+def quote_fts5_text(text: str) -> str:
     """Quote a text so that FTS5 does not interpret words such as NEAR as operators."""
     return '"' + text.replace('"', '""') + '"'
 
@@ -129,16 +129,16 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
     if len(text) < TRIGRAM_LENGTH:
         return "images.id IN (SELECT id FROM texts WHERE instr(captions, :caption))", {"caption": text}
     condition = "images.id IN (SELECT rowid FROM trigrams WHERE trigrams MATCH :caption)"
-    return condition, {"caption": f"captions : {quote_fts5(text)}"}
+    return condition, {"caption": f"captions : {quote_fts5_text(text)}"}
 
 
 def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
     """Return the ids of at most MAX_FUSED contents with all words, sorted by BM25 score, or none if too many match."""
-    tables, conditions, parameters = _make_match_condition(query)
+    tables, conditions, parameters = _make_word_match_condition(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
     ((total,),) = db.execute("SELECT count(*) FROM texts")
-    limit = compute_match_limit(total)
+    limit = compute_word_match_limit(total)
     if ranks:  # count the matches first, because computing BM25 scores takes 20 times as long
         ((matched,),) = db.execute(f"SELECT count(*) FROM (SELECT 1 {source} LIMIT {limit + 1})", parameters)
         if matched > limit:
@@ -163,7 +163,7 @@ def read_searchable_fields(
     db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]
 ) -> list[tuple[int, dict[str, str]]]:
     """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
-    tables, conditions, parameters = _make_match_condition(query)
+    tables, conditions, parameters = _make_word_match_condition(query)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")
     conditions.append("texts.content IN (SELECT value FROM json_each(:ids))")
@@ -196,18 +196,18 @@ def split_text_fields(images: Sequence[Mapping[str, str]]) -> list[list[list[str
     return [words[start : start + len(FIELDS)] for start in range(0, len(words), len(FIELDS))]
 
 
-def _make_match_condition(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
+def _make_word_match_condition(query: WordQuery) -> tuple[str, list[str], dict[str, str]]:
     tables, conditions = "texts", []
     parameters: dict[str, str] = {}
     if query.words:
         tables += " JOIN words ON words.rowid = texts.id"
         conditions.append("words MATCH :words")
-        parameters["words"] = " ".join(map(quote_fts5, query.words))  # FTS5 combines consecutive words with AND
+        parameters["words"] = " ".join(map(quote_fts5_text, query.words))  # FTS5 combines consecutive words with AND
     long_substrings = [text for text in query.substrings if len(text) >= TRIGRAM_LENGTH]
     if long_substrings:
         tables += " JOIN trigrams ON trigrams.rowid = texts.id"
         conditions.append("trigrams MATCH :trigrams")
-        parameters["trigrams"] = " ".join(map(quote_fts5, long_substrings))
+        parameters["trigrams"] = " ".join(map(quote_fts5_text, long_substrings))
     for number, text in enumerate(text for text in query.substrings if len(text) < TRIGRAM_LENGTH):
         columns = " || char(31) || ".join(f"texts.{column}" for column in SUBSTRING_COLUMNS)
         conditions.append(f"instr({columns}, :short{number})")
@@ -215,7 +215,7 @@ def _make_match_condition(query: WordQuery) -> tuple[str, list[str], dict[str, s
     return tables, conditions, parameters
 
 
-def compute_match_limit(total: int) -> int:
+def compute_word_match_limit(total: int) -> int:
     return int(min(max(MIN_COMMON, MAX_MATCHED_FRACTION * total), MAX_MATCHES))
 
 
@@ -237,7 +237,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 # ---- building
 
 
-def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
+def add_image_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
     """Add the texts of images that have just been added to the table `images`."""
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
@@ -256,7 +256,7 @@ def add_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) ->
     _add_to_full_text(connection, f"id > {int(last)}")
 
 
-def remove_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
+def remove_image_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
     """Remove the texts of images that will be removed from the table `images` or replaced."""
     _remove_from_full_text(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")

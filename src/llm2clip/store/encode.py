@@ -23,8 +23,8 @@ from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_write_jsonl, check_extra, format_count, read_jsonl
-from llm2clip.models.loading import describe_config, hash_weights
+from llm2clip.io_utils import atomic_write_jsonl, format_count, read_jsonl, require_extra
+from llm2clip.models.loading import get_output_affecting_config, hash_weights
 from llm2clip.models.precision import Precision, calibrate_precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
@@ -34,7 +34,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import load_or_compute_json, process_state
 from llm2clip.store.layout import DTYPES, KEY_BYTES, MANIFEST, make_image_keys, read_manifest
 from llm2clip.store.store import EmbeddingStore
-from llm2clip.store.writer import StoreWriter, WritePlan, open_for_writing
+from llm2clip.store.writer import StoreWriter, WritePlan, open_store_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
 MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings, so shards with large patch features have fewer items
@@ -74,7 +74,9 @@ def embed(
     folder = Path(folder)
     precision = resolve_store_precision(precision, encoder, folder, device)
     identity = encoder.identity(precision)
-    with open_for_writing(captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size) as plan:
+    with open_store_for_writing(
+        captions, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size
+    ) as plan:
         if device is not None and plan.shards:
             encoder.move_for_encoding(device, precision)
         if plan.shards:
@@ -211,7 +213,7 @@ class TowerEncoder:
         """Return everything that affects the features: architecture, preprocessing, weights and precision."""
         config = self.tower.config
         if config["library"] == "transformers":
-            config = {**config, "architecture": describe_config(self.tower.backbone.config)}
+            config = {**config, "architecture": get_output_affecting_config(self.tower.backbone.config)}
         return {"tower": config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()
@@ -249,10 +251,10 @@ def store_image_features(
     keys = make_image_keys(refs)
     shard_size = max(1, min(SHARD_SIZE, MAX_SHARD_BYTES // (DTYPES[dtype].itemsize * encoder.embed_dim)))
     indices = map(str, range(len(refs)))  # image numbers, which are stored in temporary files instead of image names
-    with open_for_writing(
+    with open_store_for_writing(
         indices, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size, keys=keys
     ) as plan:
-        for number, shard_indices, bar in _iter_shards(plan, "features", "image"):
+        for number, shard_indices, bar in _iterate_local_shards(plan, "features", "image"):
             shard_rows = np.array(shard_indices, np.int64)
             shard_refs = [refs[n] for n in shard_rows.tolist()]
             features, decoded = encode_image_batches(shard_refs, encoder, log, bar, batch_size, workers)
@@ -283,8 +285,8 @@ def store_text_embeddings(
 
     `encode` takes N texts and returns embeddings of shape (N, embed_dim).
     """
-    with open_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=SHARD_SIZE) as plan:
-        for number, shard_texts, bar in _iter_shards(plan, "texts", "text"):
+    with open_store_for_writing(texts, folder, identity, embed_dim, dtype=dtype, shard_size=SHARD_SIZE) as plan:
+        for number, shard_texts, bar in _iterate_local_shards(plan, "texts", "text"):
             plan.writer.write(number, shard_texts, [0] * len(shard_texts), encode(shard_texts).numpy())
             bar.update(len(shard_texts))
     return EmbeddingStore(folder)
@@ -314,7 +316,7 @@ def encode_image_batches(
     return torch.cat(embeddings), indices
 
 
-def _iter_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
+def _iterate_local_shards(plan: WritePlan, description: str, unit: str) -> Iterator[tuple[int, list[str], ProgressBar]]:
     with plan.create_progress_bar(description, unit) as bar:
         for number in plan.list_local_shards():
             yield number, plan.read_captions(number), bar
@@ -355,7 +357,7 @@ def embed_with_ray(
         ChildProcessError: A worker died more than `MAX_RETRIES` times.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
-    check_extra("ray", "--engine ray")
+    require_extra("ray", "--engine ray")
     import ray
     import ray.data
 
@@ -371,11 +373,11 @@ def embed_with_ray(
     if start_ray:
         _start_ray()
     try:
-        with open_for_writing(
+        with open_store_for_writing(
             captions, Path(folder).resolve(), identity, embed_dim, dtype=dtype, shard_size=shard_size
         ) as plan:
             if plan.shards:
-                _run_workers(plan, open_encoder, workers, precision)
+                _run_ray_workers(plan, open_encoder, workers, precision)
     finally:
         if start_ray:
             ray.shutdown()
@@ -401,7 +403,9 @@ def _start_ray() -> None:
     ray.init("local", include_dashboard=False, log_to_driver=False)
 
 
-def _run_workers(plan: WritePlan, open_encoder: Callable[..., CaptionEncoder], workers: int, precision: str) -> None:
+def _run_ray_workers(
+    plan: WritePlan, open_encoder: Callable[..., CaptionEncoder], workers: int, precision: str
+) -> None:
     import ray
     import ray.data
     from ray.exceptions import RayActorError

@@ -71,19 +71,19 @@ class Shard:
 # ---- file names ----------------------------------------------------------------------------------------------------
 
 
-def keys_path(folder: Path, number: int) -> Path:
+def get_keys_path(folder: Path, number: int) -> Path:
     return folder / f"keys-{number:05d}.parquet"
 
 
-def embeddings_path(folder: Path, number: int) -> Path:
+def get_embeddings_path(folder: Path, number: int) -> Path:
     return folder / f"embeddings-{number:05d}.npy"
 
 
-def scales_path(folder: Path, number: int) -> Path:
+def get_scales_path(folder: Path, number: int) -> Path:
     return folder / f"scales-{number:05d}.npy"
 
 
-def index_path(folder: Path, shards: Sequence[Shard]) -> Path:
+def get_index_path(folder: Path, shards: Sequence[Shard]) -> Path:
     """Return the path of the key index for exactly these shards. The name contains a hash of their metadata."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
@@ -97,7 +97,7 @@ def list_shard_numbers(folder: Path) -> list[int]:
     numbers = []
     for path in folder.iterdir():
         match = re.fullmatch(r"keys-(\d{5,})\.parquet", path.name)
-        if match and embeddings_path(folder, int(match[1])).is_file():
+        if match and get_embeddings_path(folder, int(match[1])).is_file():
             numbers.append(int(match[1]))
     return sorted(numbers)
 
@@ -114,7 +114,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
         StoreError: The file is corrupt.
         FormatVersionError: The shard has a different format version.
     """
-    path = keys_path(folder, number)
+    path = get_keys_path(folder, number)
     try:
         metadata = pq.read_schema(path).metadata
         check_format_version(path, int(metadata[b"format_version"]), FORMAT_VERSION, NEW_STORE_ADVICE)
@@ -137,7 +137,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
         rows, sha256, shard_spec = read_shard_metadata(folder, number)
         if spec is not None and shard_spec != spec:
             raise StoreError(
-                f"{keys_path(folder, number)} differs from the other shards in encoder, dimension or dtype. "
+                f"{get_keys_path(folder, number)} differs from the other shards in encoder, dimension or dtype. "
                 f"Run `llm2clip store repair {folder}` to delete this shard"
             )
         shards.append(Shard(number, start, rows, sha256))
@@ -147,7 +147,7 @@ def read_shards(folder: Path, spec: StoreSpec | None = None) -> list[Shard]:
 
 def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     """Read the keys of a shard's N rows as a uint8 array of shape (N, 16). Raise StoreError if the file is corrupt."""
-    path = keys_path(folder, shard.number)
+    path = get_keys_path(folder, shard.number)
     try:
         column = pq.read_table(path, columns=["key"], page_checksum_verification=True)["key"].combine_chunks()
     except READ_ERRORS as error:
@@ -171,7 +171,7 @@ def read_all_keys(folder: Path, shards: Sequence[Shard]) -> np.ndarray:
 def compute_shard_checksum(folder: Path, number: int) -> str:
     """Compute the SHA-256 hash of a shard's embeddings. In an int8 store, the hash also includes the scales."""
     combined = hashlib.sha256()
-    for path in (embeddings_path(folder, number), scales_path(folder, number)):
+    for path in (get_embeddings_path(folder, number), get_scales_path(folder, number)):
         if path.is_file():
             with path.open("rb") as stream:
                 combined.update(hashlib.file_digest(stream, "sha256").digest())
@@ -217,7 +217,7 @@ def get_store_spec(manifest: dict[str, Any]) -> StoreSpec:
     return manifest["identity"], manifest["embed_dim"], manifest["dtype"]
 
 
-def check_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> None:
+def check_store_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path) -> None:
     identity, embed_dim, dtype = expected
     check_identity(manifest["identity"], identity, folder)
     for name, value in (("embed_dim", embed_dim), ("dtype", dtype)):
@@ -306,7 +306,7 @@ class KeyIndex:
 
         The row number of a missing key is -1. If a key has several rows, the first row is returned.
         """
-        high, low = _split_keys(keys)
+        high, low = _split_keys_into_halves(keys)
         rows = np.full(len(keys), -1, np.int64)
         pending = np.argsort(high)  # sorted, so that consecutive lookups touch the same pages
         position = np.searchsorted(self._high, high[pending])
@@ -321,7 +321,7 @@ class KeyIndex:
             pending, position = pending[~match], position[~match] + 1
         return rows
 
-    def is_index_of(self, keys: np.ndarray) -> bool:
+    def is_intact_index_of(self, keys: np.ndarray) -> bool:
         """Return True if the file is an intact index of `keys`, the keys of all rows in the store."""
         start = 0
         for records in sort_keys(keys):
@@ -358,7 +358,7 @@ def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
     part_of_key = keys[:, 0] // np.uint8(256 // NUM_KEY_PARTS)
     for part in range(NUM_KEY_PARTS):
         positions = np.flatnonzero(part_of_key == part)
-        high, low = _split_keys(keys[positions])
+        high, low = _split_keys_into_halves(keys[positions])
         order = np.lexsort((low, high))  # a stable sort, so equal keys stay in order of position
         yield np.stack([high[order], low[order], positions[order].astype(np.uint64)])
 
@@ -370,7 +370,7 @@ def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
     return repeats
 
 
-def _split_keys(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _split_keys_into_halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that preserve the sort order."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.io_utils import atomic_path, atomic_write_jsonl
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import hold_folder_lock
 from llm2clip.store import layout
 from llm2clip.store.layout import Shard, StoreError, StoreSpec
 from llm2clip.store.store import EmbeddingStore, find_corrupt_shards
@@ -33,8 +33,8 @@ def repair_store(folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     deleted: list[str] = []
-    with folder_lock(folder):
-        specs, unreadable = _read_specs(folder)
+    with hold_folder_lock(folder):
+        specs, unreadable = _read_store_specs(folder)
         try:
             spec = layout.get_store_spec(layout.read_manifest(folder))
         except StoreError as error:
@@ -54,7 +54,7 @@ def repair_store(folder: str | Path) -> list[str]:
     return deleted
 
 
-def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
+def _read_store_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
     specs, unreadable = [], []
     for number in layout.list_shard_numbers(folder):
         try:
@@ -66,7 +66,7 @@ def _read_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
 
 def _delete_keys_file(folder: Path, number: int) -> str:
     """Delete a shard's keys file, which marks the shard as incomplete. Return the file's name."""
-    path = layout.keys_path(folder, number)
+    path = layout.get_keys_path(folder, number)
     path.unlink()
     return path.name
 
@@ -95,8 +95,8 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
         StoreError: A source is corrupt, or the stores differ in encoder, dimension or dtype.
     """
     out, folders = Path(out), [Path(source) for source in sources]
-    identity, embed_dim, dtype = _check_sources(folders)
-    with folder_lock(out):
+    identity, embed_dim, dtype = _check_source_stores(folders)
+    with hold_folder_lock(out):
         layout.remove_temp_files(out)
         writer = StoreWriter(out, identity, embed_dim, dtype)
         existing = {_compute_shard_checksums(out, shard) for shard in layout.read_shards(out)}
@@ -117,12 +117,12 @@ def merge_stores(out: str | Path, sources: Sequence[str | Path]) -> EmbeddingSto
     return EmbeddingStore(out)
 
 
-def _check_sources(folders: Sequence[Path]) -> StoreSpec:
+def _check_source_stores(folders: Sequence[Path]) -> StoreSpec:
     if not folders:
         raise StoreError("no stores to merge")
     spec = layout.get_store_spec(layout.read_manifest(folders[0]))
     for folder in folders[1:]:
-        layout.check_spec(layout.read_manifest(folder), spec, folder)
+        layout.check_store_spec(layout.read_manifest(folder), spec, folder)
     for folder in folders:
         # Check all shards in the folder, because the manifest may be incomplete after an interruption.
         corrupt = find_corrupt_shards(folder, layout.read_shards(folder), spec)
@@ -138,7 +138,7 @@ def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
     """Link or copy a shard's files to another store. The keys file, written last, marks the shard as complete."""
-    for file_path in (layout.embeddings_path, layout.scales_path, layout.keys_path):
+    for file_path in (layout.get_embeddings_path, layout.get_scales_path, layout.get_keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales files
             continue

@@ -28,7 +28,7 @@ from llm2clip.data.table import BATCH_ROWS, RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import hold_folder_lock
 from llm2clip.runs.ranks import print_once
 from llm2clip.store import layout
 from llm2clip.store.layout import KeyIndex, Shard, StoreError, StoreSpec
@@ -81,7 +81,7 @@ class EmbeddingStore:
         self._index = self._open_index()
 
     def _open_index(self) -> KeyIndex:
-        file = layout.index_path(self.folder, self.shards)
+        file = layout.get_index_path(self.folder, self.shards)
         if file.is_file():
             try:
                 index = KeyIndex(file)
@@ -147,7 +147,7 @@ class EmbeddingStore:
         for start in range(0, len(rows), chunk_size):
             positions = order[start : start + chunk_size]
             stored = buffer[: len(positions)]
-            scales = self._read(rows[positions], stored)
+            scales = self._read_sorted_rows(rows[positions], stored)
             values = stored
             if embeddings.dtype != self._dtype:
                 values = torch.from_numpy(stored).float().numpy()  # PyTorch converts float16 faster than NumPy
@@ -156,7 +156,7 @@ class EmbeddingStore:
             embeddings[positions] = values
         return embeddings
 
-    def _read(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
+    def _read_sorted_rows(self, sorted_rows: np.ndarray, out: np.ndarray) -> np.ndarray | None:
         """Read rows into `out` in the store's dtype. For int8, return the scale factor of each row, otherwise None."""
         cuts = np.searchsorted(sorted_rows, self._bounds)
         parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
@@ -164,7 +164,7 @@ class EmbeddingStore:
         for first in range(0, len(parts), MAX_OPEN_FILES):  # open at most as many files as the cache holds
             group = parts[first : first + MAX_OPEN_FILES]
             for shard, start, stop in group if self._uses_madvise else ():
-                self._request_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
+                self._prefetch_memory_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
             for shard, start, stop in group:
                 rows = sorted_rows[start:stop] - self._bounds[shard]
                 # mode="raise" would make NumPy buffer the output. All rows are in range, so nothing is clipped.
@@ -173,7 +173,7 @@ class EmbeddingStore:
                     scales.append(self._open_scales(shard)[rows])
         return np.concatenate(scales) if scales else None
 
-    def _request_pages(self, array: Any, rows: np.ndarray) -> None:
+    def _prefetch_memory_pages(self, array: Any, rows: np.ndarray) -> None:
         row_bytes = self.embed_dim * self._dtype.itemsize
         starts = rows * row_bytes + array.offset % mmap.ALLOCATIONGRANULARITY
         first_bytes = starts // mmap.PAGESIZE * mmap.PAGESIZE
@@ -194,8 +194,8 @@ class EmbeddingStore:
             raise StoreError(
                 f"{self.folder} has corrupt shards: {numbers}. Run `llm2clip store repair {self.folder}` to delete them"
             )
-        if not self._index.is_index_of(layout.read_all_keys(self.folder, self.shards)):
-            index = layout.index_path(self.folder, self.shards)
+        if not self._index.is_intact_index_of(layout.read_all_keys(self.folder, self.shards)):
+            index = layout.get_index_path(self.folder, self.shards)
             raise StoreError(f"{index} is corrupt. Run `llm2clip store repair {self.folder}` to rebuild the index")
 
 
@@ -222,8 +222,8 @@ def find_corrupt_shards(folder: Path, shards: Sequence[Shard], spec: StoreSpec) 
 def _memory_map_embeddings(
     folder: Path, shards: Sequence[Shard], embed_dim: int, dtype: np.dtype[Any], uses_madvise: bool, shard: int
 ) -> np.memmap[Any, Any]:
-    path = layout.embeddings_path(folder, shards[shard].number)
-    array = _open_array(path, (shards[shard].rows, embed_dim), dtype)
+    path = layout.get_embeddings_path(folder, shards[shard].number)
+    array = _memory_map_array(path, (shards[shard].rows, embed_dim), dtype)
     if uses_madvise and array.size:
         with suppress(OSError):
             array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
@@ -231,10 +231,12 @@ def _memory_map_embeddings(
 
 
 def _memory_map_scales(folder: Path, shards: Sequence[Shard], shard: int) -> np.memmap[Any, Any]:
-    return _open_array(layout.scales_path(folder, shards[shard].number), (shards[shard].rows,), np.dtype(np.float32))
+    return _memory_map_array(
+        layout.get_scales_path(folder, shards[shard].number), (shards[shard].rows,), np.dtype(np.float32)
+    )
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+def _memory_map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
     """Open a .npy file as a memory map.
 
     Raises:
@@ -306,11 +308,11 @@ def find_caption_rows(
         CAPTION_ROWS_VERSION,
         identity,
         source.manifest["fingerprint"],
-        layout.index_path(source.folder, source.shards).name,
+        layout.get_index_path(source.folder, source.shards).name,
     ]
     name = hashlib.sha256(repr([*version, *fields]).encode()).hexdigest()[:32]
     folder = table.folder / f"caption-rows-{name}"
-    with folder_lock(table.folder, "caption-rows.lock", timeout=-1):  # other processes wait for the files
+    with hold_folder_lock(table.folder, "caption-rows.lock", timeout=-1):  # other processes wait for the files
         if not folder.exists():
             with atomic_dir(folder) as temporary:
                 for field, captions in _look_up_fields(table, source, fields).items():
@@ -333,7 +335,7 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
             in_processes = field != "phrases" and num_texts >= MIN_PARALLEL_CAPTIONS and table.folder is not None
             size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
             tables = table.split(size) if in_processes else [table]
-            parts = map_in_processes(partial(_look_up, field=field, source=source), tables)
+            parts = map_in_processes(partial(_look_up_field_rows, field=field, source=source), tables)
             captions[field] = _concatenate_rows(list(parts))
     if "phrases" in captions and not len(captions["phrases"].rows) and isinstance(source, EmbeddingStore):
         print_once(
@@ -343,7 +345,7 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
     return captions
 
 
-def _look_up(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
+def _look_up_field_rows(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
     refused = layout.read_refused_captions(source.folder) if isinstance(source, EmbeddingStore) else {}
     row_of_phrase: dict[str, int] = {}
     parts = []

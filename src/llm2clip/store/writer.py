@@ -1,7 +1,7 @@
 """Writing of stores: shards for new captions, and the manifest and key index that summarise all shards.
 
-`open_for_writing` prepares a store for any number of processes. The main process reads all captions once and writes the
-captions that have no embedding yet to a folder:
+`open_store_for_writing` prepares a store for any number of processes. The main process reads all captions once and
+writes the captions that have no embedding yet to a folder:
 
     store/.incoming/
       captions.parquet   all captions, in input order; deleted once all duplicates have been found
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from llm2clip.io_utils import atomic_path, atomic_write_text, check_texts
 from llm2clip.models.loading import fingerprint
 from llm2clip.progress import ProgressBar
-from llm2clip.runs.output_folder import folder_lock
+from llm2clip.runs.output_folder import hold_folder_lock
 from llm2clip.runs.ranks import process_state, wait_for_everyone
 from llm2clip.store import layout
 from llm2clip.store.layout import StoreError
@@ -62,7 +62,7 @@ class StoreWriter:
         self.folder, self.identity, self.embed_dim, self.dtype = Path(folder), identity, embed_dim, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / layout.MANIFEST).is_file():
-            layout.check_spec(layout.read_manifest(self.folder), (identity, embed_dim, dtype), self.folder)
+            layout.check_store_spec(layout.read_manifest(self.folder), (identity, embed_dim, dtype), self.folder)
         elif layout.list_shard_numbers(self.folder):
             raise StoreError(
                 f"{self.folder} has shards but no {layout.MANIFEST}. Run `llm2clip store repair {self.folder}`"
@@ -90,11 +90,11 @@ class StoreWriter:
         keys = layout.make_caption_keys(captions) if keys is None else keys
         self._check_shapes(keys, token_counts, embeddings)
         self._check_values(keys, embeddings, captions)
-        stored, scales = convert_to_dtype(embeddings, self.dtype)
-        with atomic_path(layout.embeddings_path(self.folder, number)) as temporary:
+        stored, scales = convert_to_store_dtype(embeddings, self.dtype)
+        with atomic_path(layout.get_embeddings_path(self.folder, number)) as temporary:
             np.save(temporary, stored, allow_pickle=False)
         if scales is not None:
-            with atomic_path(layout.scales_path(self.folder, number)) as temporary:
+            with atomic_path(layout.get_scales_path(self.folder, number)) as temporary:
                 np.save(temporary, scales, allow_pickle=False)
         # The keys are written last, because they mark the shard as complete.
         buffer = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
@@ -108,7 +108,7 @@ class StoreWriter:
             "dtype": self.dtype,
             "identity": json.dumps(self.identity),
         }
-        with atomic_path(layout.keys_path(self.folder, number)) as temporary:
+        with atomic_path(layout.get_keys_path(self.folder, number)) as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary, write_page_checksum=True)
 
     def finish(self) -> None:
@@ -148,7 +148,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
         StoreError: A shard has a different identity, dimension or dtype.
     """
     shards = layout.read_shards(folder, (identity, embed_dim, dtype))
-    index = layout.index_path(folder, shards)
+    index = layout.get_index_path(folder, shards)
     distinct = layout.build_key_index(index, layout.read_all_keys(folder, shards))
     manifest = {
         "format_version": layout.FORMAT_VERSION,
@@ -164,7 +164,7 @@ def write_manifest(folder: Path, identity: dict[str, Any], embed_dim: int, dtype
         old_index.unlink()
 
 
-def convert_to_dtype(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+def convert_to_store_dtype(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:
@@ -197,18 +197,20 @@ class WritePlan:
 
     def read_captions(self, shard: int) -> list[str]:
         """Read the captions to encode for a new shard."""
-        captions: list[str] = pq.read_table(shard_path(self.incoming, shard))["text"].to_pylist()
+        captions: list[str] = pq.read_table(get_shard_path(self.incoming, shard))["text"].to_pylist()
         return captions
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Create a progress bar for the captions of this process's shards, shown only on the main process."""
-        total = sum(pq.read_metadata(shard_path(self.incoming, shard)).num_rows for shard in self.list_local_shards())
+        total = sum(
+            pq.read_metadata(get_shard_path(self.incoming, shard)).num_rows for shard in self.list_local_shards()
+        )
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
 
 
 @contextmanager
-def open_for_writing(
+def open_store_for_writing(
     captions: Iterable[str],
     folder: str | Path,
     identity: dict[str, Any],
@@ -238,11 +240,11 @@ def open_for_writing(
     """
     state, folder = process_state(), Path(folder)
     incoming = folder / ".incoming"
-    with folder_lock(folder) if state.is_main_process else nullcontext():
+    with hold_folder_lock(folder) if state.is_main_process else nullcontext():
         with state.main_process_first():
             writer = StoreWriter(folder, identity, embed_dim, dtype)
         if state.is_main_process:
-            _prepare_incoming(writer, captions, keys, incoming, shard_size)
+            _prepare_incoming_captions(writer, captions, keys, incoming, shard_size)
         wait_for_everyone()
         shards = sorted(int(path.stem) for path in incoming.glob("[0-9]*.parquet"))
         yield WritePlan(writer, incoming, shards)
@@ -253,7 +255,7 @@ def open_for_writing(
         wait_for_everyone()
 
 
-def _prepare_incoming(
+def _prepare_incoming_captions(
     writer: StoreWriter, captions: Iterable[str], keys: np.ndarray | None, incoming: Path, shard_size: int
 ) -> None:
     """Clean up after an interrupted run, verify the existing shards, and write the captions of the new shards."""
@@ -286,7 +288,7 @@ def write_incoming_captions(
 ) -> None:
     """Write the captions that have no embedding in `store` to the empty folder `incoming`, in one file per new shard.
 
-    The new shards are numbered consecutively, starting with `first_shard`. For `keys`, see `open_for_writing`.
+    The new shards are numbered consecutively, starting with `first_shard`. For `keys`, see `open_store_for_writing`.
     """
     key_bytes = bytearray()
     masks = [np.empty(0, np.bool_)]
@@ -303,11 +305,11 @@ def write_incoming_captions(
         repeated = layout.mask_repeated_keys(records)
         is_new[records[2, repeated].astype(np.int64)] = False
     for number, texts in enumerate(layout.iter_chunks(_select_captions(file, is_new), shard_size), first_shard):
-        pq.write_table(pa.table({"text": texts}), shard_path(incoming, number), compression="zstd")
+        pq.write_table(pa.table({"text": texts}), get_shard_path(incoming, number), compression="zstd")
     file.unlink()
 
 
-def shard_path(incoming: Path, shard: int) -> Path:
+def get_shard_path(incoming: Path, shard: int) -> Path:
     return incoming / f"{shard:05d}.parquet"
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip.config import EvaluateConfig
-from llm2clip.data.build_table import NoImagesError, open_table, read_splits
-from llm2clip.data.formats import IMAGE_SUFFIXES, load_formats
+from llm2clip.data.build_table import NoImagesError, build_record_table, read_data_splits
+from llm2clip.data.formats import IMAGE_SUFFIXES, load_source_formats
 from llm2clip.data.image_refs import IMAGE_KINDS
-from llm2clip.data.noun_phrases import add_phrases
+from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, NoCaptionsError, Record, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -38,7 +38,18 @@ from llm2clip.io_utils import (
     hide_url_secrets,
     to_valid_unicode,
 )
-from llm2clip.reports import BAD, Block, Code, Example, Examples, Figure, Heading, Paragraph, Table, write_report
+from llm2clip.reports import (
+    BAD,
+    Block,
+    Code,
+    Figure,
+    Heading,
+    Paragraph,
+    ReportImage,
+    ReportImageGroup,
+    Table,
+    write_report,
+)
 from llm2clip.runs.run_description import build_run_section, describe_run
 
 NUM_EXAMPLES = 24  # number of example images on the page
@@ -76,7 +87,7 @@ class DataOverview:
         return sum(self.statistics.texts[name].words.count for name in CAPTION_FIELDS)
 
 
-def inspect_data(
+def inspect_data_sources(
     sources: Sequence[str], columns: dict[str, str], max_skipped: float = 1.0
 ) -> tuple[DataOverview, RecordTable]:
     start = time.monotonic()
@@ -85,23 +96,23 @@ def inspect_data(
         log = SkipLog(skipped_file, max_skipped)
         num_training = num_held_out = 0
         try:
-            splits = read_splits(sources, EvaluateConfig(), columns, log)
+            splits = read_data_splits(sources, EvaluateConfig(), columns, log)
             table = splits.records
             training = [splits.summary, splits.rule]
             num_training = len(splits.train)
             num_held_out = max(map(len, splits.held_out.values()), default=0)
         except NoImagesError:
-            table = open_table(sources, columns, log, image_check="unchecked")
+            table = build_record_table(sources, columns, log, image_check="unchecked")
             training = ["No record has an image. Only `tune` and `embed` accept text-only data"]
         except NoCaptionsError:
             skipped_file = Path(folder) / "skipped_images.jsonl"
             log = SkipLog(skipped_file, max_skipped)
-            table = open_table(sources, columns, log, require_captions=False)
+            table = build_record_table(sources, columns, log, require_captions=False)
             training = ["`fit` needs captions"]
         seconds = time.monotonic() - start
         skipped = read_first_skipped_rows(skipped_file)
     if any(table.count_texts(name).any() for name in CAPTION_FIELDS):
-        table = add_phrases(table)
+        table = add_noun_phrases(table)
     language_fields = CAPTION_FIELDS if find_spec("py3langid") else ()
     overview = DataOverview(
         sources=list(sources),
@@ -121,7 +132,7 @@ def inspect_data(
 
 def count_unsupported_files(sources: Sequence[str]) -> Counter[str]:
     """Count the files in unsupported formats in local source folders, keyed by suffix such as ".mp4"."""
-    formats = load_formats().values()
+    formats = load_source_formats().values()
     readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
     suffixes: Counter[str] = Counter()
     for source in sources:
@@ -190,7 +201,7 @@ def describe_data_quality(overview: DataOverview) -> str:
     return f"{size} can be used for training."
 
 
-def build_blocks(overview: DataOverview) -> list[Block]:
+def build_data_report_blocks(overview: DataOverview) -> list[Block]:
     return [
         *_build_summary_blocks(overview),
         *_build_caption_blocks(overview),
@@ -336,10 +347,10 @@ def _format_percent(count: int, total: int) -> str:
 def write_data_report(file: Path, overview: DataOverview, table: RecordTable, next_commands: str) -> None:
     rows = np.flatnonzero(table.has_image)
     cards = [_make_record_card(table[int(row)]) for row in rows[get_evenly_spaced_indices(len(rows), NUM_EXAMPLES)]]
-    blocks = build_blocks(overview)
+    blocks = build_data_report_blocks(overview)
     if cards:
         text = f"Images and texts of {format_count(len(cards), 'evenly spaced record')}."
-        blocks += [Heading("Examples"), Paragraph(text), Examples(cards, as_cards=True)]
+        blocks += [Heading("Examples"), Paragraph(text), ReportImageGroup(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     if next_commands:
         blocks += [Heading("Next"), Code(to_valid_unicode(next_commands), "bash")]
@@ -347,7 +358,7 @@ def write_data_report(file: Path, overview: DataOverview, table: RecordTable, ne
     write_report(file, "Dataset overview", describe_data_quality(overview), blocks, with_markdown=False)
 
 
-def _make_record_card(record: Record) -> Example:
+def _make_record_card(record: Record) -> ReportImage:
     from llm2clip.caption.files import make_image_card, shorten_text
 
     assert record.image is not None

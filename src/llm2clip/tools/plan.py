@@ -20,7 +20,7 @@ from llm2clip.data.records import CAPTION_FIELDS
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.encoder_choice import describe_encoder, resolve_auto_encoder
 from llm2clip.io_utils import format_bytes, format_count
-from llm2clip.reports import Paragraph, Table, render_text
+from llm2clip.reports import Paragraph, Table, render_plain_text
 from llm2clip.runs.output_folder import MAX_CHECKPOINTS
 from llm2clip.runs.ranks import is_fsdp_enabled, process_state
 from llm2clip.tools.plan_costs import ImageCosts, TextCosts, measure_image_costs, measure_text_costs
@@ -49,7 +49,7 @@ SAMPLED_RECORDS = 1000  # maximum number of records for estimating caption count
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """Resource estimates for a `fit` run.
 
     The precisions in `config` are resolved for the device, and `align.batch_size` is reduced if there are too few
@@ -107,7 +107,7 @@ class Plan:
         return memory
 
     @property
-    def stage_fits(self) -> dict[str, bool]:
+    def stage_fits_in_memory(self) -> dict[str, bool]:
         memory = self.machine.device_spec.memory
         return {stage: fits_in_memory(parts, memory) for stage, parts in self.stage_memory.items()}
 
@@ -136,7 +136,7 @@ def plan_fit(
     images: int,
     captions_per_image: float,
     tokens_per_caption: float,
-) -> Plan:
+) -> FitPlan:
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
     For `--encoder.path auto`, the estimates are for the largest candidate.
@@ -164,7 +164,7 @@ def plan_fit(
     max_length = config.encoder.max_length or 512
     text = measure_text_costs(config.encoder, config.tune, min(tokens_per_caption, max_length), machine.is_cpu)
     captions = min(config.align.captions_per_image or captions_per_image, captions_per_image)
-    return Plan(
+    return FitPlan(
         config=config,
         machine=machine,
         images=images,
@@ -178,21 +178,23 @@ def plan_fit(
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 
-def format_plan(plan: Plan) -> str:
+def format_plan(plan: FitPlan) -> str:
     device = plan.machine.device_spec
-    problems = [f"OUT OF MEMORY in {s}. {MEMORY_ADVICE[s]}" for s, fits in plan.stage_fits.items() if not fits]
+    problems = [
+        f"OUT OF MEMORY in {s}. {MEMORY_ADVICE[s]}" for s, fits in plan.stage_fits_in_memory.items() if not fits
+    ]
     verdict = " ".join(problems) or f"Every stage fits in the memory of each {device.name} ({device.memory:g} GB)."
     tables = [_make_parameter_table(plan), _make_flops_table(plan), _make_memory_table(plan), _make_time_table(plan)]
     lines = [f"Embedding store ({plan.config.embed.dtype}): {format_bytes(plan.store_bytes)} on disk."]
     if plan.feature_bytes:
         lines.append(f"Cached tower features (float16): {format_bytes(plan.feature_bytes)} on disk.")
-    mfu = ", ".join(f"{stage} {plan.machine.get_mfu(stage):.0%}" for stage in plan.stage_hours)
+    mfu = ", ".join(f"{stage} {plan.machine.get_model_flops_utilization(stage):.0%}" for stage in plan.stage_hours)
     lines.append(
         f"All values are estimates. Assumed model FLOPs utilisation (MFU): {mfu}. Other assumptions: "
         f"{1 - USABLE_FRACTION:.0%} of memory lost to fragmentation, captions of {plan.tokens_per_caption:.0f} tokens, "
         "no duplicate captions, and fast image decoding. To estimate the caption length from your captions, pass DATA."
     )
-    return render_text([*tables, Paragraph("\n".join(lines))], verdict)
+    return render_plain_text([*tables, Paragraph("\n".join(lines))], verdict)
 
 
 def format_hours(hours: float) -> str:
@@ -201,7 +203,7 @@ def format_hours(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
 
 
-def _make_parameter_table(plan: Plan) -> Table:
+def _make_parameter_table(plan: FitPlan) -> Table:
     text, image = plan.text, plan.image
     tuned = text.trained if plan.config.tune.steps else 0
     rows = [
@@ -214,7 +216,7 @@ def _make_parameter_table(plan: Plan) -> Table:
     return Table(("Parameters", "all", "trained"), rows)
 
 
-def _make_flops_table(plan: Plan) -> Table:
+def _make_flops_table(plan: FitPlan) -> Table:
     flops, align = plan.step_flops, plan.config.align
     caption = f"caption of {round(plan.tokens_per_caption, 1):g} tokens"
     captions = "its caption" if plan.image.captions == 1 else f"its {round(plan.image.captions, 1):g} captions"
@@ -232,7 +234,7 @@ def _make_flops_table(plan: Plan) -> Table:
     return Table(("GFLOPs (a multiply-add counts as 2 FLOPs)", "number"), rows)
 
 
-def _make_memory_table(plan: Plan) -> Table:
+def _make_memory_table(plan: FitPlan) -> Table:
     parts = dict.fromkeys(part for memory in plan.stage_memory.values() for part in memory)  # without duplicates
     ordered = sorted(parts, key=("libraries", "loading").__contains__)  # moves libraries and loading to the end
     rows: list[list[str | None]] = []
@@ -244,7 +246,7 @@ def _make_memory_table(plan: Plan) -> Table:
     return Table(("Memory per device, GB (10^9 bytes)", *plan.stage_memory), rows)
 
 
-def _make_time_table(plan: Plan) -> Table:
+def _make_time_table(plan: FitPlan) -> Table:
     config, count = plan.config, plan.machine.count
     epochs = f"{config.align.epochs:g} epoch{'' if config.align.epochs == 1 else 's'}"
     align = f"{epochs} of {format_count(plan.images, 'image')}, {config.align.batch_size * count:,} per step"
@@ -280,7 +282,7 @@ def check_resources(config: FitConfig, run_dir: Path, records: RecordTable | Non
             return []
     try:
         plan = plan_fit(config, _detect_machine(), **data)
-        fits = {} if records is None else plan.stage_fits
+        fits = {} if records is None else plan.stage_fits_in_memory
     except (ValueError, RuntimeError) as error:  # for example, if fake tensors do not support an operation
         return [f"Could not check memory and disk space: {error}"]
     _check_disk_space(plan, run_dir)
@@ -315,7 +317,7 @@ def _detect_machine() -> Machine:
     return Machine(name, state.num_processes, tflops=1, memory=memory / 1e9, use_fsdp=is_fsdp_enabled())
 
 
-def _check_disk_space(plan: Plan, run_dir: Path) -> None:
+def _check_disk_space(plan: FitPlan, run_dir: Path) -> None:
     """Raise OSError if there is not enough disk space for the files that the run has not written yet."""
     trained = plan.image.trained + (plan.text.trained if plan.config.tune.steps else 0)
     # Checkpoints contain trained weights and AdamW's two moments. The encoder is saved in both tune/ and model/.

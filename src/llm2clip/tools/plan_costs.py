@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm2clip.config import AlignConfig, EncoderConfig, TuneConfig
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import load_config
-from llm2clip.models.precision import Precision, get_layers
-from llm2clip.models.text.packing import GPU_BATCH_TOKENS, PACKED, can_pack, pack_captions
+from llm2clip.models.loading import load_transformers_config
+from llm2clip.models.precision import Precision, get_llm_layers
+from llm2clip.models.text.packing import GPU_BATCH_TOKENS, PACKED, pack_captions, supports_packed_attention
 from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.initial_model import make_model_config
@@ -94,8 +94,8 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
     sequences, which is not fused.
     """
     config = get_llm_config(encoder)
-    llm = build_llm(config)
-    layers, parameters = get_layers(llm), count_parameters(llm)
+    llm = build_llm_on_meta_device(config)
+    layers, parameters = get_llm_layers(llm), count_parameters(llm)
     linear, largest_linear = _count_linear_weights(layers), max(_count_linear_weights(layer) for layer in layers)
     length = max(1, round(tokens))
     two, three = (_measure_shortened_llm(config, tune, n, length, is_cpu) for n in (2, 3))
@@ -176,7 +176,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
     for items in (2, 1):  # the difference between 2 items and 1 item is the number of bytes per item
         sizes: dict[int, int] = {}  # storage id -> bytes, so that shared storages are counted once
 
-        def record_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+        def record_saved_tensor_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
                 sizes[storage._cdata] = storage.nbytes()
@@ -184,7 +184,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
 
         # fp16 and bf16 values have the same size, so bf16 autocast represents both.
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
-        hooks = torch.autograd.graph.saved_tensors_hooks(record_size, lambda tensor: tensor)
+        hooks = torch.autograd.graph.saved_tensors_hooks(record_saved_tensor_size, lambda tensor: tensor)
         counter = FlopCounterMode(display=False, custom_mapping=_FLOP_FORMULAS)
         with autocast, hooks, counter:
             output = run(items)  # the output keeps the saved tensors alive
@@ -216,8 +216,8 @@ def _measure_shortened_llm(config: Any, tune: TuneConfig, num_layers: int, token
     short_config.num_hidden_layers, short_config.is_causal = num_layers, False
     if getattr(short_config, "layer_types", None):
         short_config.layer_types = (config.layer_types * num_layers)[:num_layers]
-    llm = build_llm(short_config).train()
-    is_packed = is_cpu and can_pack(llm)
+    llm = build_llm_on_meta_device(short_config).train()
+    is_packed = is_cpu and supports_packed_attention(llm)
     if is_packed:
         llm.set_attn_implementation(PACKED)
     llm.get_input_embeddings().requires_grad_(False)
@@ -297,7 +297,11 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     else:
         try:
             is_gguf = folder.suffix == ".gguf"
-            config = load_config(folder.parent, gguf_file=folder.name) if is_gguf else load_config(folder)
+            config = (
+                load_transformers_config(folder.parent, gguf_file=folder.name)
+                if is_gguf
+                else load_transformers_config(folder)
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and "
@@ -312,14 +316,14 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
     return config
 
 
-def build_llm(config: Any) -> Any:
+def build_llm_on_meta_device(config: Any) -> Any:
     from transformers import AutoModel
 
     with torch.device("meta"):
         return AutoModel.from_config(config, dtype=torch.float32)
 
 
-def build_tower(align: AlignConfig) -> VisionTower:
+def build_tower_on_meta_device(align: AlignConfig) -> VisionTower:
     """Build the vision tower on the meta device.
 
     Raises:
@@ -338,7 +342,7 @@ def build_tower(align: AlignConfig) -> VisionTower:
 
 def build_align_model(align: AlignConfig, text_dim: int) -> LLM2CLIP:
     """Build the model of the `align` stage on the meta device and in training mode."""
-    tower = build_tower(align)
+    tower = build_tower_on_meta_device(align)
     config = make_model_config(align, tower, text_dim)
     with torch.device("meta"):
         return LLM2CLIP(config, tower).train()

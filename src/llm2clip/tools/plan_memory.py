@@ -51,10 +51,10 @@ class Device:
             ValueError: The setting is bf16, but the hardware does not support bf16.
         """
         if setting == "auto":
-            from llm2clip.models.precision import get_auto_precision
+            from llm2clip.models.precision import choose_auto_precision
 
             device_type = "cpu" if self.name.lower() == "cpu" else "cuda"
-            return "fp32" if get_auto_precision(stage, device_type, self.bf16) == "fp32" else "bf16"
+            return "fp32" if choose_auto_precision(stage, device_type, self.bf16) == "fp32" else "bf16"
         if setting.startswith("bf16") and not self.bf16:
             raise ValueError(f"{self.name} does not support bf16. Use fp16, fp32 or auto")
         return setting.partition("+")[0]
@@ -149,12 +149,16 @@ class Machine:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
         return device if self.memory is None else dataclasses.replace(device, memory=self.memory)
 
-    def get_mfu(self, stage: str) -> float:
+    def get_model_flops_utilization(self, stage: str) -> float:
         return self.mfu or MFU[stage]
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
         """Return the duration of a stage in hours. `flops` is the total over all devices."""
-        return flops / (self.count * self.get_mfu(stage) * self.device_spec.get_peak_flops(precision)) / 3600
+        return (
+            flops
+            / (self.count * self.get_model_flops_utilization(stage) * self.device_spec.get_peak_flops(precision))
+            / 3600
+        )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def estimate_tune_memory(text: "TextCosts", config: TuneConfig, machine: Machine
     parts |= estimate_optimizer_memory(text.trained, machine)
     saved = tokens_per_pass * count_activation_bytes(text, config.gradient_checkpointing)
     parts["activations"] = _subtract_gradient_bytes(saved, text.trained / num_shards, tokens_per_pass < tokens_per_step)
-    return parts | _estimate_overhead(text, machine)
+    return parts | _estimate_memory_overhead(text, machine)
 
 
 def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -> Parts:
@@ -198,7 +202,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
 
     parts = {"LLM": get_bytes_per_value(precision) * text.linear + 4.0 * (text.parameters - text.linear)}
     parts["activations"] = (CPU_BATCH_TOKENS if machine.is_cpu else MIN_EMBED_TOKENS) * text.saved_per_token
-    return parts | _estimate_overhead(text, machine)
+    return parts | _estimate_memory_overhead(text, machine)
 
 
 def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
@@ -227,7 +231,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
         # For the trained and pretrained tower: distances from this rank's features to all, intermediates, gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
-    return parts | _estimate_overhead(text, machine)
+    return parts | _estimate_memory_overhead(text, machine)
 
 
 def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
@@ -263,7 +267,7 @@ def _subtract_gradient_bytes(activations: float, trained: float, several_passes:
     return activations if several_passes else max(0.0, activations - 4 * trained)
 
 
-def _estimate_overhead(text: "TextCosts", machine: Machine) -> Parts:
+def _estimate_memory_overhead(text: "TextCosts", machine: Machine) -> Parts:
     if not machine.is_cpu:
         return {"libraries": FRAMEWORK_OVERHEAD}
     # While weights are converted, memory contains fp32 weights (4 bytes) and memory-mapped 16-bit weights (2 bytes).

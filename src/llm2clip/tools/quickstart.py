@@ -30,12 +30,12 @@ from PIL import Image
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, FitConfig, TuneConfig
 from llm2clip.data.images import load_thumbnail
 from llm2clip.data.records import open_records
-from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, check_extra, get_cache_dir, read_jsonl
+from llm2clip.io_utils import atomic_dir, atomic_write_jsonl, get_cache_dir, read_jsonl, require_extra
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.pipeline import fit, open_run
 from llm2clip.progress import ProgressBar
-from llm2clip.reports import Block, Example, Examples, Paragraph, write_report
+from llm2clip.reports import Block, Paragraph, ReportImage, ReportImageGroup, write_report
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state
 
 QUERY_LANGUAGES = ("zh", "es", "ja")
@@ -66,8 +66,8 @@ def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]
         print_once(f"This run is complete. Delete {out} to start over.")
         return _format_next_steps(out)
 
-    llm = resolve_pretrained("smollm2-135m", hub=hub, offline=offline)
-    tower = resolve_pretrained("efficientnet-lite0", hub=hub, offline=offline)
+    llm = resolve_pretrained_name("smollm2-135m", hub=hub, offline=offline)
+    tower = resolve_pretrained_name("efficientnet-lite0", hub=hub, offline=offline)
     data = out / "data" / "captions.jsonl"
     with process_state().main_process_first():
         emoji = prepare_emoji_dataset(offline=offline)
@@ -124,8 +124,8 @@ def _write_search_page(model: LLM2CLIP, data: Path, page: Path) -> None:
     for query, query_indices, query_scores in zip(QUERIES, indices.tolist(), scores.tolist(), strict=True):
         results = []
         for index, score in zip(query_indices, query_scores, strict=True):
-            results.append(Example(load_thumbnail(images[index], THUMBNAIL_SIDE), f"{score:.3f}"))
-        blocks.append(Examples(results, query))
+            results.append(ReportImage(load_thumbnail(images[index], THUMBNAIL_SIDE), f"{score:.3f}"))
+        blocks.append(ReportImageGroup(results, query))
     title = f"Example searches among {len(images)} held-out emoji"
     write_report(page, title, "", blocks, with_markdown=False)
 
@@ -162,8 +162,8 @@ def prepare_emoji_dataset(folder: str | Path | None = None, *, size: int = 160, 
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():
         return folder
-    check_extra("quickstart", "the emoji dataset")
-    openmoji = Path(resolve_pretrained("openmoji", offline=offline))
+    require_extra("quickstart", "the emoji dataset")
+    openmoji = Path(resolve_pretrained_name("openmoji", offline=offline))
     rows = make_emoji_rows()
     try:
         with atomic_dir(folder) as temporary:

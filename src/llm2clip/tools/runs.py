@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from llm2clip.io_utils import describe_error, format_duration, open_regular_file, read_json, to_valid_unicode
-from llm2clip.reports import Table, render_text
+from llm2clip.reports import Table, render_plain_text
 from llm2clip.runs import output_folder
 
 COLUMNS = ("run", "command", "state", "stage", "step", "loss", "time left", "result", "last change")
@@ -21,7 +21,7 @@ STAGES = {
 LOCKS_FILE = Path("/proc/locks")  # all held file locks; exists only on Linux
 
 
-def list_runs(folder: Path) -> list[str]:
+def list_run_directories(folder: Path) -> list[str]:
     """Return a table of the runs in a folder and its subfolders, followed by a line for each unreadable run file."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -33,16 +33,16 @@ def list_runs(folder: Path) -> list[str]:
             is_store = name == "manifest.json" and output_folder.RUN_LOCK in names
             if is_store or name in (output_folder.CONFIG_FILE, "index.sqlite") or name.endswith(".jsonl.sqlite"):
                 try:
-                    rows.append(_make_table_row(Path(parent, name)))
+                    rows.append(_make_run_table_row(Path(parent, name)))
                 except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
                     skipped.append(f"Skipped {Path(parent, name)}: not a valid run file ({describe_error(error)})")
     rows.sort(key=lambda row: row["last change"] or "")
     table = Table(COLUMNS, [[row.get(column) for column in COLUMNS] for row in rows])
-    lines = [render_text([table], width=160) if rows else f"No runs in {folder}", *skipped]
+    lines = [render_plain_text([table], width=160) if rows else f"No runs in {folder}", *skipped]
     return list(map(to_valid_unicode, lines))
 
 
-def _make_table_row(file: Path) -> dict[str, str | None]:
+def _make_run_table_row(file: Path) -> dict[str, str | None]:
     """Return the values of a run's table row, keyed by column name. Unknown values are omitted."""
     folder, is_caption = file.parent, file.name.endswith(".jsonl.sqlite")
     locks = (f".{file.stem}.lock",) if is_caption else (output_folder.RUN_LOCK, ".lock")
@@ -95,7 +95,10 @@ def _read_training_progress(folder: Path, started: float) -> dict[str, str | Non
     row = {"step": f"{step:,}", "loss": None if loss is None else f"{loss:.3f}"}
     checkpoint = output_folder.latest_checkpoint(folder / "checkpoints") or output_folder.latest_checkpoint(folder)
     if checkpoint is not None:
-        marker, done = checkpoint / output_folder.COMPLETE_MARKER, step - output_folder.parse_step(checkpoint)
+        marker, done = (
+            checkpoint / output_folder.COMPLETE_MARKER,
+            step - output_folder.parse_checkpoint_step(checkpoint),
+        )
         signature = read_json(marker)["signature"]  # the signature of `llava train` has no `steps`
         steps = signature.get("steps") or read_json(checkpoint / "trainer_state.json")["max_steps"]
         row["step"] = f"{step:,} of {steps:,}"

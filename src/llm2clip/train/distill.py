@@ -34,7 +34,7 @@ from llm2clip.io_utils import format_count, iterate_lines
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import check_model_source, fingerprint, hash_weights
 from llm2clip.models.model_folder import AdapterConfig
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, batch_by_length, get_default_batch_tokens
 from llm2clip.runs.ranks import is_fsdp_enabled, print_once, process_state
@@ -89,12 +89,12 @@ class Teacher:
         self.stores: list[EmbeddingStore] = []
         neighbour = folder.parent / "store"
         if store is not None:
-            self._add_store(Path(store))
+            self._add_embedding_store(Path(store))
         elif (neighbour / MANIFEST).is_file():
             with suppress(StoreError):  # raised if the store belongs to a different model
-                self._add_store(neighbour)
+                self._add_embedding_store(neighbour)
 
-    def _add_store(self, folder: Path) -> None:
+    def _add_embedding_store(self, folder: Path) -> None:
         """Add a store. Raise StoreError if the store was created with a different encoder. The precision may differ."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
@@ -120,10 +120,10 @@ class Teacher:
     def select_texts(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
         """Yield the texts that are in one of the stores or, if `is_stored` is False, in none of the stores."""
         for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
-            mask = (self._find_rows(chunk)[0] >= 0) == is_stored
+            mask = (self._find_store_rows(chunk)[0] >= 0) == is_stored
             yield from compress(chunk, mask.tolist())
 
-    def _find_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _find_store_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return the store index (-1 if no store contains the text) and row of each text, both of shape (N,), int64."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
@@ -135,7 +135,7 @@ class Teacher:
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> Tensor:
         """Return L2-normalised text embeddings in the shared space, float32 of shape (N, embed_dim), on the CPU."""
-        numbers, rows = self._find_rows(texts)
+        numbers, rows = self._find_store_rows(texts)
         embeddings = torch.zeros(len(texts), self.model.config.text_dim)
         for number, store in enumerate(self.stores):
             members = np.flatnonzero(numbers == number)
@@ -170,7 +170,7 @@ def load_student(name: str, teacher_folder: Path, embed_dim: int, config: Distil
         if config.max_length is not None:
             raise ValueError("--distill.max_length does not apply to static students: remove this setting")
         return CaptionEncoder(
-            _build_static_model(resolve_pretrained(argument) or str(teacher_folder / "text"), embed_dim)
+            _build_static_model(resolve_pretrained_name(argument) or str(teacher_folder / "text"), embed_dim)
         )
     layers = None
     if kind == "layers":

@@ -190,7 +190,7 @@ def inherit_text_space(
             "adapter": hash_weights(model.adapter),  # untrained weights, which depend on the architecture and the seed
             "training": [EPOCHS, MIN_STEPS, BATCH_SIZE, LR, WARMUP_RATIO, MAX_REPEATS, seed, precision],
         }
-        if _read_signature(file) != signature:
+        if _read_weights_signature(file) != signature:
             similarity = _train_adapter(model.adapter, training_texts, model.device, seed, precision)
             state = {name: tensor.cpu().contiguous() for name, tensor in model.adapter.state_dict().items()}
             with atomic_path(file) as temporary:
@@ -270,7 +270,7 @@ def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store:
     )
 
 
-def _read_signature(file: Path) -> object:
+def _read_weights_signature(file: Path) -> object:
     if not file.exists():
         return None
     with safe_open(file, "pt") as weights:

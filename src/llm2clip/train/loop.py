@@ -26,7 +26,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.models.precision import resolve_precision
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.checkpoint import (
-    Checkpoints,
+    CheckpointManager,
     hash_texts,
     load_training_state,
     raise_if_not_finite,
@@ -106,7 +106,7 @@ class TrainingLoop:
             raise ValueError(f"--{stage}.precision fp16 requires a GPU: use bf16 or fp32 on {self.device}")
         enable_fp32_gradient_reduction(self.accelerator)
         keep_freed_memory(self.device)
-        self.checkpoints = Checkpoints(run_dir / "checkpoints")
+        self.checkpoints = CheckpointManager(run_dir / "checkpoints")
         self.items_per_step = self.checkpoints.get_saved_items_per_step(f"{items} per step")
 
     def check_signature(self, steps: int, items_per_step: int, data: Mapping[str, Any]) -> None:
@@ -264,17 +264,17 @@ class StepLogger:
             failures = torch.full((), len(result.failures), dtype=torch.float32, device=loss.device)
             values.append(accelerator.reduce(failures, "sum"))
         self._pending.append((step, result, step_metrics, AsyncScalars(values)))
-        self._report(pending=1 if loss.device.type == "cuda" else 0)
+        self._report_pending_steps(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
         """Log all steps that have been added. Must be called by all ranks. Raises the same errors as `add_step`."""
-        self._report(pending=0)
+        self._report_pending_steps(pending=0)
 
-    def _report(self, pending: int) -> None:
+    def _report_pending_steps(self, pending: int) -> None:
         while len(self._pending) > pending:
             step, result, step_metrics, values = self._pending.pop(0)
             loss, grad_norm, *others = values.read()
-            self._log_failures(result, others[len(result.metrics) :])
+            self._log_undecodable_items(result, others[len(result.metrics) :])
             self._check_finite("loss", loss, step, result)
             self.skipped_steps = 0 if math.isfinite(grad_norm) else self.skipped_steps + 1
             if self.loop.accelerator.scaler is None or self.skipped_steps >= MAX_SKIPPED_STEPS:
@@ -290,7 +290,7 @@ class StepLogger:
             self.loop.accelerator.log({name: value for name, value in line.items() if value is not None}, step)
             self.progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-    def _log_failures(self, result: StepResult, total_failures: list[float]) -> None:
+    def _log_undecodable_items(self, result: StepResult, total_failures: list[float]) -> None:
         """Log undecodable items. All ranks log the items of all ranks, so that all ranks stop at the same step.
 
         `total_failures` contains the number of failures on all ranks, or is empty in a single-process run.

@@ -63,7 +63,7 @@ def info_nce(
     Returns:
         The loss as a float32 scalar, averaged over both directions and over this rank's images.
     """
-    return _apply_loss(_InfoNCE, image, text, [logit_scale], image_of_text, text_ids, other_texts, gather)
+    return _apply_loss(_InfoNCEFunction, image, text, [logit_scale], image_of_text, text_ids, other_texts, gather)
 
 
 def sigmoid_loss(
@@ -85,7 +85,7 @@ def sigmoid_loss(
         pair is 1 / (number of texts of the image to which the pair's text belongs).
     """
     scalars = [logit_scale, logit_bias]
-    return _apply_loss(_Sigmoid, image, text, scalars, image_of_text, text_ids, other_texts, gather)
+    return _apply_loss(_SigmoidLossFunction, image, text, scalars, image_of_text, text_ids, other_texts, gather)
 
 
 def _apply_loss(
@@ -164,7 +164,7 @@ def get_loss(name: str) -> Loss:
 # ---- chunked losses --------------------------------------------------------------------------------------------------
 
 
-class _InfoNCE(torch.autograd.Function):
+class _InfoNCEFunction(torch.autograd.Function):
     """Multi-positive InfoNCE.
 
     Let p be the logit of a text t and its image i, and let n be the logits of the negatives. In each direction, the
@@ -180,7 +180,7 @@ class _InfoNCE(torch.autograd.Function):
         with respect to a negative logit l_it:  a_i * exp(l_it - image_lse_i) + b_t * exp(l_it - text_lse_t)
 
     where a_i is the sum of w_t * sigmoid(image_lse_i - p) over the texts of image i, and b_t is
-    w_t * sigmoid(text_lse_t - p). `_shift_lse` moves the factors a and b into the exponents.
+    w_t * sigmoid(text_lse_t - p). `_shift_log_sum_exp` moves the factors a and b into the exponents.
     """
 
     @staticmethod
@@ -204,7 +204,7 @@ class _InfoNCE(torch.autograd.Function):
         a = image.new_zeros(len(image)).index_add(0, image_of_text, coef)
         b = layout.text_gather.gather(weights * text_margin.sigmoid())
         coef = coef + weights * text_margin.sigmoid()
-        image_shift, text_shift = _shift_lse(image_lse, a), _shift_lse(text_lse, b)
+        image_shift, text_shift = _shift_log_sum_exp(image_lse, a), _shift_log_sum_exp(text_lse, b)
         ctx.layout = layout
         ctx.save_for_backward(image, text, scale, all_text, image_shift, text_shift, coef)
         return (weights * (F.softplus(image_margin) + F.softplus(text_margin))).sum() / 2
@@ -223,7 +223,7 @@ class _InfoNCE(torch.autograd.Function):
             grad_image[rows] = grad_logits @ all_text
             if single_process:
                 grad_text.addmm_(grad_logits.T, image[rows])
-            _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
+            _add_positive_pair_gradients(grad_image, grad_text, image, text, coef, layout, rows)
 
         # Logits between this rank's texts and the images of all ranks.
         if not single_process:
@@ -233,10 +233,10 @@ class _InfoNCE(torch.autograd.Function):
                 logits = layout.compute_text_logits(text, all_image, scale, rows)
                 grad_logits = torch.exp(logits - local_text_shift[rows, None]).add_(logits.sub_(all_image_shift).exp_())
                 grad_text[rows].addmm_(grad_logits, all_image)
-        return *_scale_grads(grad_image, grad_text, image, scale, grad_output / 2), None
+        return *_scale_gradients(grad_image, grad_text, image, scale, grad_output / 2), None
 
 
-class _Sigmoid(torch.autograd.Function):
+class _SigmoidLossFunction(torch.autograd.Function):
     """Pairwise sigmoid loss.
 
     The loss of a positive pair (a text and its image) is softplus(-logit). The loss of a negative pair is
@@ -264,7 +264,7 @@ class _Sigmoid(torch.autograd.Function):
             grad_image[rows] = grad_logits @ all_text
             if single_process:
                 grad_text.addmm_(grad_logits.T, image[rows])
-            _add_positive_grads(grad_image, grad_text, image, text, coef, layout, rows)
+            _add_positive_pair_gradients(grad_image, grad_text, image, text, coef, layout, rows)
         if not single_process:
             all_image = layout.image_gather.gather(image)
             for rows in layout.iterate_row_chunks(len(text), len(all_image)):
@@ -281,7 +281,7 @@ class _Sigmoid(torch.autograd.Function):
             raise RuntimeError("sigmoid_loss does not support a second backward(): its saved gradients have been freed")
         grad_image, grad_text, grad_bias = ctx.gradients
         ctx.gradients = None  # the gradients are scaled in place below
-        return *_scale_grads(grad_image, grad_text, image, scale, grad_output), grad_bias * grad_output, None
+        return *_scale_gradients(grad_image, grad_text, image, scale, grad_output), grad_bias * grad_output, None
 
 
 class _ImageTextLayout:
@@ -381,7 +381,7 @@ class _ImageTextLayout:
         logits[self.image_of_text[texts][positions] - rows.start, equal] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
-            _mask_logits(logits, other_image - self.image_gather.offset - rows.start, other_text)
+            _mask_logits_in_place(logits, other_image - self.image_gather.offset - rows.start, other_text)
         return logits
 
     def compute_text_logits(self, text: Tensor, all_image: Tensor, scale: Tensor, rows: slice) -> Tensor:
@@ -391,14 +391,14 @@ class _ImageTextLayout:
         logits[positions, self.all_image_of_text[equal]] = -torch.inf
         if self.other_pairs is not None:
             other_image, other_text = self.other_pairs
-            _mask_logits(logits, other_text - self.text_gather.offset - rows.start, other_image)
+            _mask_logits_in_place(logits, other_text - self.text_gather.offset - rows.start, other_image)
         return logits
 
     def compute_positive_cosines(self, image: Tensor, text: Tensor) -> Tensor:
         return (image[self.image_of_text] * text).sum(1)  # (texts of this rank,)
 
 
-def _add_positive_grads(
+def _add_positive_pair_gradients(
     grad_image: Tensor,
     grad_text: Tensor,
     image: Tensor,
@@ -414,7 +414,7 @@ def _add_positive_grads(
     grad_text[texts] -= image[image_of_text] * coef
 
 
-def _scale_grads(
+def _scale_gradients(
     grad_image: Tensor, grad_text: Tensor, image: Tensor, scale: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scale the embeddings' gradients in place. Return the gradients of image, text and logit scale."""
@@ -423,7 +423,7 @@ def _scale_grads(
     return grad_image.mul_(factor), grad_text.mul_(factor), grad_scale
 
 
-def _shift_lse(lse: Tensor, coef: Tensor) -> Tensor:
+def _shift_log_sum_exp(lse: Tensor, coef: Tensor) -> Tensor:
     """Return lse - log(coef), so that exp(logit - result) = coef * exp(logit - lse). The result is inf if coef is 0."""
     return torch.where(coef > 0, lse - coef.log(), torch.inf)
 
@@ -443,7 +443,7 @@ def _concatenate_ranges(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
     return range_of_element, starts[range_of_element] + offset
 
 
-def _mask_logits(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
+def _mask_logits_in_place(logits: Tensor, rows: Tensor, columns: Tensor) -> None:
     """Set logits[rows[k], columns[k]] to -inf for every k, ignoring out-of-range rows."""
     is_inside = (rows >= 0) & (rows < len(logits))
     logits[rows[is_inside], columns[is_inside]] = -torch.inf
@@ -481,15 +481,17 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 
         ranks = RaggedGather(len(student), student.device, gather)
         all_student, all_teacher = ranks.gather(student, gradients=True), ranks.gather(teacher)
-        student_distances = _pairwise_distances(student, all_student)  # (items of this rank, items of all ranks)
-        teacher_distances = _pairwise_distances(teacher, all_teacher)
+        student_distances = _compute_pairwise_distances(
+            student, all_student
+        )  # (items of this rank, items of all ranks)
+        teacher_distances = _compute_pairwise_distances(teacher, all_teacher)
         # The pair of an item with itself adds 0 to the sum.
         total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")
         structure = total / max(1, len(student) * (ranks.total_size - 1))
     return instance + structure
 
 
-def _pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
+def _compute_pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the Euclidean distances (N, M) between L2-normalised vectors of shapes (N, D) and (M, D).
 
     Distances between nearly identical vectors are 0 and have no gradient, because the gradient of the square root at 0

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llm2clip.config import AlignConfig
-from llm2clip.data.counter_random import hash_counters, shuffle_rows, to_unit_interval
-from llm2clip.data.image_order import EpochOrders, ImageOrder
+from llm2clip.data.counter_random import convert_bits_to_unit_interval, hash_counters, shuffle_row_prefixes
+from llm2clip.data.image_order import EpochImageOrders, ImageOrder
 from llm2clip.data.images import build_worker_options, decode_or_return_error
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS
-from llm2clip.data.table import IMAGE_COLUMNS, ImageList, RecordTable
-from llm2clip.data.transforms import Preprocess, TrainTransform
+from llm2clip.data.table import IMAGE_COLUMNS, ImageRefList, RecordTable
+from llm2clip.data.transforms import PreprocessConfig, TrainTransform
 from llm2clip.parallel import count_cores
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, find_caption_rows
@@ -55,7 +55,7 @@ class Batch:
     all_distinct: bool
     """True if all captions of the step are known to be distinct and `phrases` is None. The loss then does not compare
     row numbers, which avoids a GPU synchronisation."""
-    image_refs: ImageList
+    image_refs: ImageRefList
     """Reference to each image, for error messages. Image names are read from the record table on demand."""
     failures: dict[str, str]
     """Error message for each image that could not be decoded, keyed by image name. These images are replaced with
@@ -90,7 +90,7 @@ class AlignBatches:
         self,
         records: RecordTable,
         store: CaptionSource,
-        preprocess: Preprocess,
+        preprocess: PreprocessConfig,
         config: AlignConfig,
         ranks: tuple[int, int] = (0, 1),
         features: EmbeddingStore | None = None,
@@ -132,12 +132,12 @@ class AlignBatches:
         self.images_per_step = images_per_step or resolve_images_per_step(self.image_count, config, self.world_size)
         self.steps_per_epoch = self.image_count // self.images_per_step
         self.config, self.store = config, store
-        self.orders = EpochOrders(records, is_usable, config.seed, image_order, read_images=features is None)
+        self.orders = EpochImageOrders(records, is_usable, config.seed, image_order, read_images=features is None)
         self.phrases = captions.get("phrases")
         self.captions = CaptionSampler(
             list(captions.values()), [config.caption_mix.get(kind, 0.0) for kind in captions], config
         )
-        self.images = _ImageDataset(records.get_images(), TrainTransform(preprocess), config.seed)
+        self.images = _RandomCropDataset(records.get_images(), TrainTransform(preprocess), config.seed)
 
     def __len__(self) -> int:
         """Return the number of steps in the run."""
@@ -153,7 +153,7 @@ class AlignBatches:
             return
         if self.features is not None:
             for samples in self.iterate_samples(first_step):
-                features = _take_rows(self.features, self.feature_rows[[image for _, image in samples]])
+                features = _take_text_rows(self.features, self.feature_rows[[image for _, image in samples]])
                 yield self._make_batch(features, samples, failures={})
             return
         workers = resolve_decoding_workers(self.config)
@@ -161,7 +161,7 @@ class AlignBatches:
             self.images,
             batch_sampler=cast(Any, self.iterate_samples(first_step)),
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=_collate_decoded_images,
             persistent_workers=False,
             **build_worker_options(workers, __name__),
             generator=torch.Generator(),  # otherwise, the DataLoader would change the global random state
@@ -186,18 +186,18 @@ class AlignBatches:
         all_distinct = self.world_size == 1 and len(np.unique(caption_rows)) == len(caption_rows)
         return Batch(
             images=images,
-            embeddings=_take_rows(self.store, caption_rows),
+            embeddings=_take_text_rows(self.store, caption_rows),
             caption_rows=torch.from_numpy(caption_rows),
             image_of_caption=torch.from_numpy(image_of_caption),
             phrases=None if self.phrases is None else torch.from_numpy(_list_caption_rows(self.phrases, image_numbers)),
             first_caption=np.searchsorted(image_of_caption, np.arange(len(images) + 1)).tolist(),
             all_distinct=all_distinct and self.phrases is None,
-            image_refs=ImageList(self.images.refs.record_batches, self.images.refs.rows[image_numbers]),
+            image_refs=ImageRefList(self.images.refs.record_batches, self.images.refs.rows[image_numbers]),
             failures=failures,
         )
 
 
-def _take_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
+def _take_text_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
     """Return the text inputs or embeddings in the given rows. If there is a GPU, read embeddings into pinned memory.
 
     float16 embeddings are not converted to float32, because copying float16 to a GPU takes half the time.
@@ -255,10 +255,10 @@ def resolve_decoding_workers(config: AlignConfig) -> int:
     return max(1, min(16, count_cores() // (2 * local_ranks)))
 
 
-class _ImageDataset(Dataset):
+class _RandomCropDataset(Dataset):
     """Dataset of random crops, each of which depends only on the seed, the epoch and the image."""
 
-    def __init__(self, refs: ImageList, transform: TrainTransform, seed: int) -> None:
+    def __init__(self, refs: ImageRefList, transform: TrainTransform, seed: int) -> None:
         self.refs, self.transform, self.seed = refs, transform, seed
 
     def __getitems__(self, samples: list[Sample]) -> list[tuple[str, Tensor | str, Sample]]:
@@ -274,7 +274,9 @@ class _ImageDataset(Dataset):
         return items
 
 
-def _collate(items: list[tuple[str, Tensor | str, Sample]]) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
+def _collate_decoded_images(
+    items: list[tuple[str, Tensor | str, Sample]],
+) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
     """Collate decoded images. Return the pixels, the samples and the error messages, keyed by image name.
 
     The pixels are stacked in the worker process, because the main process needs one file descriptor for each tensor
@@ -325,17 +327,17 @@ class CaptionSampler:
             positions = starts[kind, :, None] + captions_of_image
             rows = captions.rows[np.minimum(positions, len(captions.rows) - 1)].astype(np.int64)  # (N, max captions)
             bits = hash_counters(self.seed, epochs[:, None], images[:, None], _CAPTIONS, kind, captions_of_image)
-            shuffled.append(shuffle_rows(rows, counts[kind], bits))
+            shuffled.append(shuffle_row_prefixes(rows, counts[kind], bits))
         if self.captions_per_image == 0:
             valid = [np.arange(rows.shape[1]) < counts[kind, :, None] for kind, rows in enumerate(shuffled)]
             image_of_caption, column = np.nonzero(np.concatenate(valid, axis=1))
             return np.concatenate(shuffled, axis=1)[image_of_caption, column], image_of_caption
         draws = np.arange(self.captions_per_image)[:, None]
-        numbers = to_unit_interval(hash_counters(self.seed, epochs, images, _KINDS, draws))
-        kinds = self._sample_kinds(used, numbers)
+        numbers = convert_bits_to_unit_interval(hash_counters(self.seed, epochs, images, _KINDS, draws))
+        kinds = self._sample_caption_kinds(used, numbers)
         return _take_captions(shuffled, counts, kinds)
 
-    def _sample_kinds(self, used: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    def _sample_caption_kinds(self, used: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Sample the kinds of captions in proportion to their weights. Return kinds of shape (captions_per_image, N).
 
         `used` is a boolean mask of the kinds that can be sampled for each image, of shape (kinds, N). `numbers`

@@ -32,12 +32,12 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from llm2clip.config import TuneConfig
 from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.pairs import TuningItems, iter_pair_batches, resolve_pairs_per_step
-from llm2clip.io_utils import atomic_dir, check_extra, make_text_key
-from llm2clip.models.precision import Precision, get_layers, resolve_precision
+from llm2clip.io_utils import atomic_dir, hash_text_to_int64, require_extra
+from llm2clip.models.precision import Precision, get_llm_layers, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import TokenizedTexts, copy_to_device, get_default_batch_tokens
 from llm2clip.models.text.sentence_transformer import LoraSession
-from llm2clip.runs.checkpoint import Checkpoints, TrainingLog, TrainingStateMixin, hash_texts
+from llm2clip.runs.checkpoint import CheckpointManager, TrainingLogCallback, TrainingStateMixin, hash_texts
 from llm2clip.runs.ranks import (
     RaggedGather,
     copy_to_meta_device,
@@ -70,7 +70,7 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
         sources: Image captions or text pairs, one list per source.
         encoder: Caption encoder, which is saved without tuning if `steps` is 0.
         run_dir: Output folder for checkpoints/, metrics.jsonl and, after training, encoder/ in the
-            sentence-transformers format. The caller must hold `run_lock`.
+            sentence-transformers format. The caller must hold the run lock.
 
     Raises:
         ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
@@ -79,9 +79,9 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
     """
     encoder_dir = run_dir / "encoder"
     if not encoder_dir.exists():
-        checkpoints = Checkpoints(run_dir / "checkpoints")
+        checkpoints = CheckpointManager(run_dir / "checkpoints")
         if config.qlora:
-            check_extra("qlora", "--tune.qlora")
+            require_extra("qlora", "--tune.qlora")
             if is_fsdp_enabled():
                 raise ValueError("--tune.qlora does not support FSDP: remove --use_fsdp")
         if config.steps > 0:
@@ -165,12 +165,12 @@ def _train(
     config: TuneConfig,
     run_dir: Path,
     precision: str,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
 ) -> None:
     pairs_per_step = len(pairs) // config.steps  # total over all ranks
     batch_size = pairs_per_step // process_state().num_processes
     set_mixed_precision(precision)
-    set_fsdp_wrap_policy(list(get_layers(encoder.llm)))
+    set_fsdp_wrap_policy(list(get_llm_layers(encoder.llm)))
     args = _make_training_arguments(config, run_dir, precision, batch_size)
     keep_freed_memory(args.device)
     rows = (row for batch in pairs.to_batches() for row in batch.to_pylist())
@@ -199,7 +199,7 @@ def _train(
         data_collator=cast(Any, PairCollator(preprocess_fn=encoder.tokenize)),
     )
     advice = "Lower --tune.lr, or use --tune.precision fp32"
-    TrainingLog(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to(trainer)
+    TrainingLogCallback(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to_trainer(trainer)
     enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
     # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions (`benchmarks/tune.py`).
@@ -330,7 +330,7 @@ class PairCollator(SentenceTransformerDataCollator):
         return {
             "tokens": tokenized.ids,
             "prompt_lengths": tokenized.prompt_lengths,
-            "text_ids": torch.tensor([make_text_key(text) for text in anchors + others]),
+            "text_ids": torch.tensor([hash_text_to_int64(text) for text in anchors + others]),
             "pairs": len(rows),
         }
 

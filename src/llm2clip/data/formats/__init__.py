@@ -1,6 +1,6 @@
 """Formats of data sources: common interface, registry of all formats, and resolution of paths to files.
 
-To add a format, write a subclass of `SourceFormat` in this package and register it in `load_formats`.
+To add a format, write a subclass of `SourceFormat` in this package and register it in `load_source_formats`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llm2clip.data.remote import (
     get_local_path,
     get_remote_version,
     list_folder,
-    look_up_versions,
+    pin_current_versions,
     walk_folder,
 )
 from llm2clip.data.skip_log import SkipLog
@@ -63,13 +63,13 @@ RawRow = tuple[str, int, dict[str, Any] | BadRow]
 ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 
 
-def choose_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
+def select_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    choose: ColumnChooser = choose_all_columns  # selects the columns to read from a table
+    choose: ColumnChooser = select_all_columns  # selects the columns to read from a table
     image_bytes: bool = True  # read images embedded in tables and tar files
     # Splits of a Hugging Face dataset to read; empty for all splits. If None, rows get no `split` field.
     splits: Sequence[str] | None = ()
@@ -127,7 +127,7 @@ class SourceFormat(ABC):
         return digest.hexdigest()
 
 
-def split_file(file: FilePart, target_bytes: int) -> list[FilePart]:
+def split_file_into_parts(file: FilePart, target_bytes: int) -> list[FilePart]:
     """Divide a file into parts of about `target_bytes` bytes each. Smaller files have a single part."""
     with suppress(Exception):  # for example, corrupt Parquet metadata, which `read_rows` reports
         if get_file_size(file.path) > target_bytes:
@@ -167,34 +167,36 @@ def read_rows(part: FilePart, options: ReadOptions = ReadOptions()) -> Iterator[
 
 
 @cache
-def load_formats() -> Mapping[str, SourceFormat]:
+def load_source_formats() -> Mapping[str, SourceFormat]:
     """Return all formats by name, in order of preference."""
     # imported here to avoid a circular import
-    from llm2clip.data.formats.csv_files import CaptionsTxt, DelimitedText
-    from llm2clip.data.formats.image_files import ImageFolder, TarFile
-    from llm2clip.data.formats.tables import HubDataset, Parquet
-    from llm2clip.data.formats.text_files import JsonFile, JsonLines
+    from llm2clip.data.formats.csv_files import DelimitedTextFormat, FlickrCaptionsFormat
+    from llm2clip.data.formats.image_files import ImageFolderFormat, WebdatasetTarFormat
+    from llm2clip.data.formats.tables import HubDatasetFormat, Parquet
+    from llm2clip.data.formats.text_files import JsonFileFormat, JsonLinesFormat
 
     formats: list[SourceFormat] = [
-        JsonLines(),
-        JsonFile(),
-        DelimitedText("csv", ","),
-        DelimitedText("tsv", "\t"),
-        TarFile(),
+        JsonLinesFormat(),
+        JsonFileFormat(),
+        DelimitedTextFormat("csv", ","),
+        DelimitedTextFormat("tsv", "\t"),
+        WebdatasetTarFormat(),
         Parquet(),
-        CaptionsTxt(),
-        HubDataset(),
-        ImageFolder(),
+        FlickrCaptionsFormat(),
+        HubDatasetFormat(),
+        ImageFolderFormat(),
     ]
     return {source_format.name: source_format for source_format in formats}
 
 
-def describe_formats() -> str:
-    suffixes = ", ".join(suffix for source_format in load_formats().values() for suffix in source_format.suffixes)
+def describe_supported_formats() -> str:
+    suffixes = ", ".join(
+        suffix for source_format in load_source_formats().values() for suffix in source_format.suffixes
+    )
     return f"files ending in {suffixes}, and folders with such files or with images (see docs/howto/data.md)"
 
 
-def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
+def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
     """Resolve the path of a `Source` to files and folders with their formats, in reading order.
 
     An existing path is never treated as a pattern, even if it contains glob or brace characters. In a folder, only the
@@ -209,18 +211,22 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
     if is_remote(path):
         files: list[FilePart] = []
         for url in find_remote_files(path):
-            files += _find_files_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [find_format(url)]
-        look_up_versions([file.path for file in files if not file.format.is_folder])
+            files += (
+                _find_files_in_folder(url.rstrip("/"), all_files, log)
+                if url.endswith("/")
+                else [identify_file_format(url)]
+            )
+        pin_current_versions([file.path for file in files if not file.format.is_folder])
         return files
     if path.startswith("hf:"):
-        return [FilePart(load_formats()["hf"], path.removeprefix("hf:"))]
+        return [FilePart(load_source_formats()["hf"], path.removeprefix("hf:"))]
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         return _find_files_in_folder(path, all_files, log)
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path} is a device or a named pipe, not a regular file. Save the data to a file first")
-        return [find_format(path)]
+        return [identify_file_format(path)]
     files = []
     for pattern in braceexpand(path) if "{" in path else [path]:
         if glob.has_magic(pattern):
@@ -228,23 +234,23 @@ def find_files(path: str, all_files: bool = False, log: SkipLog | None = None) -
         else:
             matches = [pattern] if os.path.exists(pattern) else []
         if not matches:
-            raise FileNotFoundError(f"{pattern}: no such file or folder; {suggest_paths(pattern)}")
+            raise FileNotFoundError(f"{pattern}: no such file or folder; {suggest_similar_paths(pattern)}")
         for match in matches:
-            files += find_files(match, all_files, log)
+            files += find_source_files(match, all_files, log)
     return files
 
 
-def find_format(path: str) -> FilePart:
+def identify_file_format(path: str) -> FilePart:
     """Return a `FilePart` for an entire file, with the format of its suffix. Raise ValueError for unknown suffixes."""
     name = get_file_name(path)
-    for source_format in load_formats().values():
+    for source_format in load_source_formats().values():
         if source_format.suffixes and name.lower().endswith(source_format.suffixes):
             return FilePart(source_format, path)
-    advice = _suggest_conversion(name) or f"supported formats: {describe_formats()}"
+    advice = _suggest_conversion(name) or f"supported formats: {describe_supported_formats()}"
     raise ValueError(f"{hide_url_secrets(path)}: unknown format; {advice}")
 
 
-def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
+def list_files_with_suffixes(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
     """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
 
     Hidden files and folders are skipped. Subfolders that are run directories or embedding stores are also skipped, and
@@ -266,7 +272,7 @@ def list_files(folder: str, suffixes: frozenset[str], log: SkipLog | None = None
                 yield os.path.join(parent, name)
 
 
-def suggest_paths(path: str) -> str:
+def suggest_similar_paths(path: str) -> str:
     """Return a hint for a missing path: the most similar paths in its nearest existing ancestor."""
     parent, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     while not os.path.isdir(parent):
@@ -276,9 +282,9 @@ def suggest_paths(path: str) -> str:
 
 
 def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
-    """List the files in a folder; see `find_files`. Names of caption files are case-insensitive."""
+    """List the files in a folder; see `find_source_files`. Names of caption files are case-insensitive."""
     names = list_folder(folder)
-    formats = load_formats()
+    formats = load_source_formats()
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
         raise ValueError(
             f"{folder} was written by save_to_disk. Convert it with datasets.load_from_disk(...) and to_parquet"
@@ -287,7 +293,7 @@ def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> 
     files: list[FilePart] = []
     for name in CAPTION_FILES:
         if name in lower_names and (all_files or not files):
-            files += find_files(os.path.join(folder, lower_names[name]))
+            files += find_source_files(os.path.join(folder, lower_names[name]))
     if files and not all_files:
         return files
     images = [FilePart(formats["images"], folder)]
@@ -296,7 +302,7 @@ def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> 
         files += images if _contains_images(folder) else []
         for shards in shard_formats:
             suffixes = frozenset(suffix.lstrip(".") for suffix in shards.suffixes)
-            files += [FilePart(shards, path) for path in list_files(folder, suffixes, log)]
+            files += [FilePart(shards, path) for path in list_files_with_suffixes(folder, suffixes, log)]
         if not files:
             raise FileNotFoundError(_describe_unreadable_folder(folder, names))
         return files
@@ -305,12 +311,14 @@ def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> 
         if paths:
             return [FilePart(shards, path) for path in paths]
     if not _contains_images(folder):
-        raise ValueError(f"{_describe_unreadable_folder(folder, names)}; supported formats: {describe_formats()}")
+        raise ValueError(
+            f"{_describe_unreadable_folder(folder, names)}; supported formats: {describe_supported_formats()}"
+        )
     return images
 
 
 def _contains_images(folder: str) -> bool:
-    return next(list_files(folder, IMAGE_SUFFIXES), None) is not None
+    return next(list_files_with_suffixes(folder, IMAGE_SUFFIXES), None) is not None
 
 
 def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:

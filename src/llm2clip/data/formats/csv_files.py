@@ -13,13 +13,13 @@ from typing import Any
 
 from llm2clip.data.formats import BadRow, FilePart, RawRow, ReadOptions, SourceFormat
 from llm2clip.data.formats.text_files import (
-    BoundedLines,
-    LineTooLong,
+    BoundedLineIterator,
+    LineTooLongError,
     describe_encoding_problem,
     find_image_folder,
-    open_text,
+    open_text_file,
     read_lines,
-    reject_undecodable,
+    reject_undecodable_text,
 )
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import open_file
@@ -33,7 +33,7 @@ SAMPLE_CHARACTERS = 1 << 16  # number of characters read to detect the delimiter
 SAMPLE_ROWS = 50
 
 
-class DelimitedText(SourceFormat):
+class DelimitedTextFormat(SourceFormat):
     """CSV or TSV file with a header line. The values of columns with the same name are combined into a list.
 
     The suffix determines the default delimiter. Another delimiter is used if more rows match the header with it.
@@ -47,37 +47,37 @@ class DelimitedText(SourceFormat):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
         path, log = part.path, options.log
-        delimiter, header_line = _read_delimiter(path, self.delimiter, log)
-        with open_text(path, newline="", stop=None if part.start else part.stop) as file:
+        delimiter, header_line = _detect_file_delimiter(path, self.delimiter, log)
+        with open_text_file(path, newline="", stop=None if part.start else part.stop) as file:
             for _ in range(header_line - 1):
                 file.readline()
-            lines = BoundedLines(file, path)
+            lines = BoundedLineIterator(file, path)
             rows = _create_csv_reader(lines, delimiter)
             try:
                 header = [name.strip() for name in next(rows, [])]
-            except (csv.Error, LineTooLong) as error:
+            except (csv.Error, LineTooLongError) as error:
                 raise DataFormatError(f"{path}: malformed CSV header ({error})") from error
             if not is_valid_unicode("".join(header)):
                 raise DataFormatError(f"{path}: cannot decode the header: {describe_encoding_problem(path)}")
             if not part.start:
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, header_line, log)
         if part.start:
-            with open_text(path, newline="", start=part.start, stop=part.stop) as file:
-                lines = BoundedLines(file, path)
+            with open_text_file(path, newline="", start=part.start, stop=part.stop) as file:
+                lines = BoundedLineIterator(file, path)
                 rows = _create_csv_reader(lines, delimiter)
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
     def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
         """Yield the byte offsets and line numbers of rows at least `target_bytes` apart. Stop at a malformed row."""
         yield 0, 1
-        detected, header_line = _read_delimiter(path, self.delimiter)
-        with open_text(path) as text:
+        detected, header_line = _detect_file_delimiter(path, self.delimiter)
+        with open_text_file(path) as text:
             if text.encoding != "utf-8-sig" or not detected.isascii():
                 return
         # All special characters of CSV files are ASCII, so decoding as Latin-1 finds the same rows.
         with io.TextIOWrapper(open_file(path), "latin-1", newline="") as file:
             last = position = end = sum(len(file.readline()) for _ in range(header_line - 1))
-            lines = BoundedLines(file, path)
+            lines = BoundedLineIterator(file, path)
 
             def count_characters() -> Iterator[str]:
                 nonlocal position
@@ -87,7 +87,7 @@ class DelimitedText(SourceFormat):
 
             rows = _create_csv_reader(count_characters(), detected)
             number = header_line
-            with suppress(csv.Error, LineTooLong):
+            with suppress(csv.Error, LineTooLongError):
                 for _ in rows:
                     if end - last >= target_bytes:
                         last = end
@@ -96,7 +96,7 @@ class DelimitedText(SourceFormat):
                     lines.start_row()
 
 
-class CaptionsTxt(SourceFormat):
+class FlickrCaptionsFormat(SourceFormat):
     """Text file with one caption per line, in one of the two formats of Flickr8k's caption files.
 
     The lines have the form `name.jpg,caption`, with an optional header line, or the form `name.jpg#0<TAB>caption`.
@@ -131,7 +131,7 @@ def _create_csv_reader(lines: Iterable[str], delimiter: str) -> Any:
 
 
 def _read_csv_rows(
-    lines: BoundedLines,
+    lines: BoundedLineIterator,
     rows: Any,
     path: str,
     delimiter: str,
@@ -148,7 +148,7 @@ def _read_csv_rows(
             cells = next(rows)
         except StopIteration:
             return
-        except (csv.Error, LineTooLong) as error:
+        except (csv.Error, LineTooLongError) as error:
             num_lines = max(1, rows.line_num + first_line - number)  # `line_num` does not count overlong lines
             is_too_long = "field limit" in str(error)
             if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
@@ -160,12 +160,12 @@ def _read_csv_rows(
             yield path, number, BadRow("malformed row", problem, num_lines)
             continue
         if cells:
-            undecodable = reject_undecodable(delimiter.join(cells), path, log)
-            yield path, number, undecodable or _build_fields(header, repeated, cells)
+            undecodable = reject_undecodable_text(delimiter.join(cells), path, log)
+            yield path, number, undecodable or _build_row_fields(header, repeated, cells)
 
 
-def _read_delimiter(path: str, default: str, log: SkipLog | None = None) -> tuple[str, int]:
-    with open_text(path, log, newline="") as file:
+def _detect_file_delimiter(path: str, default: str, log: SkipLog | None = None) -> tuple[str, int]:
+    with open_text_file(path, log, newline="") as file:
         sample = file.read(SAMPLE_CHARACTERS)
     delimiter, header_line = _detect_delimiter(sample, default)
     if delimiter != default and log is not None:
@@ -200,7 +200,7 @@ def _count_matching_rows(sample: str, delimiter: str) -> int:
     return lengths.count(lengths[0]) if lengths and lengths[0] > 1 else 0
 
 
-def _build_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
+def _build_row_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
         return BadRow("malformed row", f"must have {len(header)} cells, like the header (got {len(cells)}): {cells}")
     fields: dict[str, Any] = dict(zip(header, cells, strict=True))

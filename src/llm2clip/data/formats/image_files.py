@@ -19,11 +19,18 @@ from llm2clip.data.formats import (
     RawRow,
     ReadOptions,
     SourceFormat,
-    list_files,
+    list_files_with_suffixes,
 )
-from llm2clip.data.formats.text_files import open_text, parse_json, reject_undecodable
+from llm2clip.data.formats.text_files import open_text_file, parse_json, reject_undecodable_text
 from llm2clip.data.image_refs import FileImage, LoadedImage, TarImage
-from llm2clip.data.remote import file_exists, get_remote_version, list_folder, look_up_versions, open_file, walk_folder
+from llm2clip.data.remote import (
+    file_exists,
+    get_remote_version,
+    list_folder,
+    open_file,
+    pin_current_versions,
+    walk_folder,
+)
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
 
@@ -43,7 +50,7 @@ _PLAIN_HEADER = re.compile(  # header fields after the name, in a regular file o
 _TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records: length, name and value
 
 
-class ImageFolder(SourceFormat):
+class ImageFolderFormat(SourceFormat):
     """Folder of images with caption files next to them. Suffixes are case-insensitive.
 
     An image in an unsupported format becomes a `BadRow`, unless an image in a supported format has the same stem, such
@@ -58,16 +65,18 @@ class ImageFolder(SourceFormat):
         if not is_remote(path):
             return super().compute_version(path)
         urls = [f"{parent}/{name}" for parent, _, names in walk_folder(path) for name in names]
-        look_up_versions(urls)
+        pin_current_versions(urls)
         return "\n".join(f"{url} {get_remote_version(url)}" for url in urls)
 
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         log, note_encoding = options.log, True
         parent, files = "", dict[str, str]()
-        for number, path in enumerate(list_files(part.path, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1):
+        for number, path in enumerate(
+            list_files_with_suffixes(part.path, IMAGE_SUFFIXES | UNSUPPORTED_SUFFIXES, log), 1
+        ):
             if os.path.dirname(path) != parent:
                 parent = os.path.dirname(path)
-                files = {_lowercase_suffix(name): name for name in list_folder(parent)}
+                files = {_get_lowercase_suffix(name): name for name in list_folder(parent)}
             stem, _, suffix = os.path.basename(path).rpartition(".")
             if suffix.lower() in UNSUPPORTED_SUFFIXES:
                 if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
@@ -94,15 +103,15 @@ def _read_caption_files(
     text_path = os.path.join(parent, files.get(f"{stem}.txt", ""))
     if isinstance(fields, BadRow) or f"{stem}.txt" not in files or not file_exists(text_path):
         return fields
-    with open_text(text_path, log) as text_file:
+    with open_text_file(text_path, log) as text_file:
         text = text_file.read(MAX_CAPTION_BYTES + 1)
     if len(text) > MAX_CAPTION_BYTES:
         return _reject_large_caption_file(text_path)
-    undecodable = reject_undecodable(text, text_path, log if note_encoding else None)
+    undecodable = reject_undecodable_text(text, text_path, log if note_encoding else None)
     return undecodable or fields | {"txt": [line for line in text.split("\n") if line.strip()]}
 
 
-def _lowercase_suffix(name: str) -> str:
+def _get_lowercase_suffix(name: str) -> str:
     stem, dot, suffix = name.rpartition(".")
     return f"{stem}{dot}{suffix.lower()}"
 
@@ -124,7 +133,7 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 # ---- samples of tar files --------------------------------------------------------------------------------------------
 
 
-class TarFile(SourceFormat):
+class WebdatasetTarFormat(SourceFormat):
     """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
 
     If the file is truncated, its complete samples are yielded, followed by one `BadRow`. No file is extracted to disk.
@@ -138,7 +147,7 @@ class TarFile(SourceFormat):
 
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         path = part.path
-        number, sample = 0, _TarSample("")
+        number, sample = 0, _WebdatasetSample("")
         try:
             file = _BoundedHeaderReader(open_file(path).detach())
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is closed below
@@ -146,9 +155,9 @@ class TarFile(SourceFormat):
             yield path, 1, BadRow("unreadable tar", str(error))
             return
         with file:
-            window = _ReadBuffer(file)
+            window = _ReadAheadBuffer(file)
             damage = ""
-            for member in _iter_members(tar, file, window):
+            for member in _iterate_tar_members(tar, file, window):
                 if isinstance(member, str):
                     damage = member
                     break
@@ -159,7 +168,7 @@ class TarFile(SourceFormat):
                     if sample.members:
                         number += 1
                         yield path, number, sample.to_row(path)
-                    sample = _TarSample(key)
+                    sample = _WebdatasetSample(key)
                 sample.add(suffix, member, window, options.image_bytes)
             if sample.members and (not damage or sample.is_complete()):  # skip a truncated sample
                 number += 1
@@ -185,7 +194,7 @@ def _split_member_name(name: str) -> tuple[str, str]:
     return name[:dot] if dot > start else "", name[dot + 1 :].lower()
 
 
-class _TarSample:
+class _WebdatasetSample:
     """Members of a tar file with the same key, indexed by suffix."""
 
     def __init__(self, key: str) -> None:
@@ -194,7 +203,7 @@ class _TarSample:
         self.image_suffix = ""
         self.duplicate = ""  # name of a member that occurs twice, if any
 
-    def add(self, suffix: str, member: _TarMember, window: _ReadBuffer, image_bytes: bool) -> None:
+    def add(self, suffix: str, member: _TarMember, window: _ReadAheadBuffer, image_bytes: bool) -> None:
         if suffix in self.members:
             self.duplicate = member.name
         self.members[suffix] = member
@@ -252,7 +261,7 @@ class _BoundedHeaderReader(io.BufferedReader):
         return super().read(size)
 
 
-class _ReadBuffer:
+class _ReadAheadBuffer:
     """Buffer for reads at increasing offsets of a file, in which nearby byte ranges share one large read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
@@ -271,14 +280,16 @@ class _ReadBuffer:
         return bytes(self._buffer[offset - self._start : min(offset + size, self._stop) - self._start])
 
 
-def _iter_members(tar: tarfile.TarFile, file: _BoundedHeaderReader, window: _ReadBuffer) -> Iterator[_TarMember | str]:
+def _iterate_tar_members(
+    tar: tarfile.TarFile, file: _BoundedHeaderReader, window: _ReadAheadBuffer
+) -> Iterator[_TarMember | str]:
     """Yield the regular files in a tar file. For a corrupt file, the last item is a string that describes the problem.
 
     Plain headers are parsed without `tarfile`, because it takes 20 times as long and ignores corrupt offsets.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
-        member = None if tar.pax_headers or not end else _parse_plain_headers(window, tar.offset)
+        member = None if tar.pax_headers or not end else _parse_regular_file_headers(window, tar.offset)
         if member is not None:
             end = member.offset + member.size
             tar.offset = end + -end % tarfile.BLOCKSIZE
@@ -315,20 +326,20 @@ def _iter_members(tar: tarfile.TarFile, file: _BoundedHeaderReader, window: _Rea
         yield f"no end-of-archive marker at byte {tar.offset}"
 
 
-def _parse_plain_headers(window: _ReadBuffer, position: int) -> _TarMember | None:
+def _parse_regular_file_headers(window: _ReadAheadBuffer, position: int) -> _TarMember | None:
     """Parse the headers of a regular file in a tar file. Return None for all other headers, which require `tarfile`.
 
     The headers may start with a PAX header that contains only timestamps, as in files written by webdataset.
     """
     header = window.read(position, tarfile.BLOCKSIZE)
-    fields = _parse_plain_block(header)
+    fields = _parse_tar_header_block(header)
     if fields is not None and fields[1] == b"x":
         records = window.read(position + tarfile.BLOCKSIZE, tarfile.BLOCKSIZE).rstrip(b"\0")
-        if fields[0] != len(records) or not _has_only_timestamps(records):
+        if fields[0] != len(records) or not _has_only_pax_timestamps(records):
             return None
         position += 2 * tarfile.BLOCKSIZE
         header = window.read(position, tarfile.BLOCKSIZE)
-        fields = _parse_plain_block(header)
+        fields = _parse_tar_header_block(header)
     if fields is None or fields[1] == b"x":
         return None
     name = header[:100].partition(b"\0")[0]
@@ -339,7 +350,7 @@ def _parse_plain_headers(window: _ReadBuffer, position: int) -> _TarMember | Non
     return _TarMember(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
 
 
-def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
+def _parse_tar_header_block(header: bytes) -> tuple[int, bytes] | None:
     """Return the size and type from a header, or None if the header requires `tarfile`."""
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
@@ -349,7 +360,7 @@ def _parse_plain_block(header: bytes) -> tuple[int, bytes] | None:
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 
 
-def _has_only_timestamps(records: bytes) -> bool:
+def _has_only_pax_timestamps(records: bytes) -> bool:
     """Return True if all PAX records in a header are timestamps with correct lengths."""
     lines = records.splitlines(keepends=True)
     return _TIME_RECORDS.fullmatch(records) is not None and all(int(line.split()[0]) == len(line) for line in lines)

@@ -43,7 +43,7 @@ class Parquet(SourceFormat):
                         problem = f"several columns are named {name!r}"
                         yield part.path, part.first_row, BadRow(UNREADABLE_FILE, problem, max(1, total - row))
                         return
-                image_columns = {name for name in selected if _is_image_type(schema.field(name).type)}
+                image_columns = {name for name in selected if _is_image_column_type(schema.field(name).type)}
                 columns = _list_leaf_columns(schema, selected, image_columns, options.image_bytes)
                 if options.image_bytes and image_columns:
                     check_row_group_sizes(file.metadata)
@@ -77,7 +77,7 @@ class Parquet(SourceFormat):
             num_bytes += group.total_byte_size
 
 
-class HubDataset(SourceFormat):
+class HubDatasetFormat(SourceFormat):
     """Dataset on the Hugging Face Hub, given by `NAME` or `NAME:CONFIG`. No code from the Hub is executed.
 
     The dataset is streamed, so only the selected splits are downloaded. The images are kept in memory.
@@ -133,7 +133,7 @@ def _list_leaf_columns(schema: pa.Schema, names: Sequence[str], images: Set[str]
     return leaves
 
 
-def _is_image_type(kind: pa.DataType) -> bool:
+def _is_image_column_type(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

@@ -32,7 +32,7 @@ from llm2clip.data.formats import NOT_UTF8, BadRow, FilePart, RawRow, ReadOption
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.remote import FileSlice, file_exists, get_file_size, open_file
 from llm2clip.data.skip_log import SkipLog
-from llm2clip.data.storage import get_file_name, get_parent, is_remote, join_path
+from llm2clip.data.storage import get_file_name, get_parent_folder, is_remote, join_path
 from llm2clip.io_utils import (
     MAX_LINE_CHARACTERS,
     DataFormatError,
@@ -65,15 +65,15 @@ UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "da
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
-def open_text(
+def open_text_file(
     path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
 ) -> TextIO:
-    """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). To read lines, use `BoundedLines`.
+    """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). To read lines, use `BoundedLineIterator`.
 
-    Undecodable bytes become lone surrogates; see `reject_undecodable`. UTF-16 files are recorded in `log`. `newline` is
-    the argument of the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
+    Undecodable bytes become lone surrogates; see `reject_undecodable_text`. UTF-16 files are recorded in `log`.
+    `newline` is the argument of the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
     """
-    stream = _open_decompressed(path, start, stop)
+    stream = _open_decompressed_file(path, start, stop)
     try:
         encoding = "utf-8" if start else detect_encoding(stream.read(4))
         stream.seek(0)
@@ -87,15 +87,15 @@ def open_text(
     return io.TextIOWrapper(stream, encoding, "escape_undecodable", newline)
 
 
-class LineTooLong(ValueError):
+class LineTooLongError(ValueError):
     """Raised when a line or a multi-line row has too many characters."""
 
 
-class BoundedLines:
+class BoundedLineIterator:
     """Iterator over the lines of a text file, with a limit on the length of rows.
 
-    If a row is too long, `LineTooLong` is raised, and iteration can continue after the row. For formats in which a row
-    can span several lines, call `start_row` before each row.
+    If a row is too long, `LineTooLongError` is raised, and iteration can continue after the row. For formats in which a
+    row can span several lines, call `start_row` before each row.
     """
 
     def __init__(self, file: TextIO, path: str) -> None:
@@ -123,28 +123,28 @@ class BoundedLines:
             if num_skipped > MAX_SKIPPED_CHARACTERS:
                 raise DataFormatError(f"{self._path}: a line has more than {MAX_SKIPPED_CHARACTERS:,} characters")
         self.start_row()
-        raise LineTooLong(f"a row has more than {MAX_LINE_CHARACTERS:,} characters")
+        raise LineTooLongError(f"a row has more than {MAX_LINE_CHARACTERS:,} characters")
 
 
 def read_lines(
     path: str, log: SkipLog | None = None, newline: str | None = None, start: int = 0, stop: int | None = None
 ) -> Iterator[str | BadRow]:
-    """Yield the lines of a text file; see `open_text`. An overlong or undecodable line becomes a `BadRow`."""
-    with open_text(path, log, newline, start, stop) as file:
-        lines = BoundedLines(file, path)
+    """Yield the lines of a text file; see `open_text_file`. An overlong or undecodable line becomes a `BadRow`."""
+    with open_text_file(path, log, newline, start, stop) as file:
+        lines = BoundedLineIterator(file, path)
         while True:
             lines.start_row()
             try:
                 line = next(lines)
             except StopIteration:
                 return
-            except LineTooLong as error:
+            except LineTooLongError as error:
                 yield BadRow("malformed row", str(error))
                 continue
-            yield reject_undecodable(line, path, log) or line
+            yield reject_undecodable_text(line, path, log) or line
 
 
-def reject_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
+def reject_undecodable_text(text: str, path: str, log: SkipLog | None = None) -> BadRow | None:
     """Return a `BadRow` if a text has undecodable bytes, otherwise None. Record the likely encodings in `log`."""
     if is_valid_unicode(text):
         return None
@@ -156,7 +156,7 @@ def reject_undecodable(text: str, path: str, log: SkipLog | None = None) -> BadR
 @functools.lru_cache(maxsize=64)
 def describe_encoding_problem(path: str) -> str:
     """Return a message that shows an undecodable line in each likely encoding and explains how to convert the file."""
-    with _open_decompressed(path) as stream:
+    with _open_decompressed_file(path) as stream:
         encoding = detect_encoding(stream.read(4))
     if encoding != "utf-8-sig":
         return f"contains bytes that are not valid {encoding.upper()}"
@@ -179,7 +179,7 @@ def describe_encoding_problem(path: str) -> str:
     return f"{description}. Convert the file from the encoding that shows this text correctly: `{command}`"
 
 
-def _open_decompressed(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
+def _open_decompressed_file(path: str, start: int = 0, stop: int | None = None) -> BinaryIO:
     if start or stop is not None:
         size = (get_file_size(path) if stop is None else stop) - start
         return io.BufferedReader(FileSlice(path, start, size))
@@ -192,7 +192,7 @@ def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
     """Return the first lines that are not valid UTF-8, as one byte string, and the very first of these lines."""
     sample = first = b""
     num_searched = 0
-    with _open_decompressed(path) as stream:
+    with _open_decompressed_file(path) as stream:
         while len(sample) <= MAX_SAMPLE_BYTES and num_searched <= MAX_SEARCHED_BYTES:
             line = stream.readline(1 << 20)
             if not line:
@@ -216,7 +216,7 @@ codecs.register_error("escape_undecodable", _escape_undecodable_bytes)
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-class JsonLines(SourceFormat):
+class JsonLinesFormat(SourceFormat):
     """Text file with one JSON object per line."""
 
     name = "jsonl"
@@ -262,7 +262,7 @@ class JsonLines(SourceFormat):
                 yield start, number
 
 
-class JsonFile(SourceFormat):
+class JsonFileFormat(SourceFormat):
     """JSON file with a list of objects or in COCO's or Karpathy's format. The entire file is read into memory."""
 
     name = "json"
@@ -270,14 +270,14 @@ class JsonFile(SourceFormat):
 
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         path = part.path
-        with open_text(path, options.log) as file:
+        with open_text_file(path, options.log) as file:
             check_json_size(path, file.buffer)
             text = file.read()
         if not is_valid_unicode(text):
             raise DataFormatError(f"{path}: {describe_encoding_problem(path)}")
         is_object = text.lstrip().startswith("{")
         try:
-            rows = json.loads(text, object_hook=drop_unused_keys if is_object else None)
+            rows = json.loads(text, object_hook=drop_unused_json_keys if is_object else None)
         except (ValueError, RecursionError) as error:
             raise DataFormatError(
                 f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
@@ -324,7 +324,7 @@ class KarpathyImage:
         return cls(str(row.get("cocoid", stem)), name, row["split"], captions)
 
 
-def drop_unused_keys(fields: dict[str, Any]) -> dict[str, Any]:
+def drop_unused_json_keys(fields: dict[str, Any]) -> dict[str, Any]:
     """Remove unused keys. As the `object_hook` of `json.loads`, it more than halves the memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
@@ -365,11 +365,11 @@ def _read_karpathy_rows(path: str, images: Sequence[Mapping[str, Any]]) -> Itera
 
 
 def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations: Sequence[Any]) -> Iterator[RawRow]:
-    captions: dict[Any, list[Any]] = {_get_valid_id(image, "id"): [] for image in images}
+    captions: dict[Any, list[Any]] = {_get_valid_image_id(image, "id"): [] for image in images}
     num_bad = 0
     example = ""
     for annotation in annotations:
-        image_id = _get_valid_id(annotation, "image_id") if isinstance(annotation, dict) else None
+        image_id = _get_valid_image_id(annotation, "image_id") if isinstance(annotation, dict) else None
         if image_id is None or image_id not in captions:
             num_bad += 1
             example = example or repr(annotation)
@@ -380,7 +380,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
     )
     for number, image in enumerate(images, 1):
         name = image.get("file_name")
-        image_id = _get_valid_id(image, "id")
+        image_id = _get_valid_image_id(image, "id")
         if not isinstance(name, str) or image_id is None:
             yield path, number, BadRow("malformed row", f"an image has no id or no file_name: {dict(image)!r}")
             continue
@@ -391,7 +391,7 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
         yield path, len(images) + 1, BadRow("malformed row", problem, num_bad)
 
 
-def _get_valid_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
+def _get_valid_image_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
     """Return an id that is a text or a number, or None if the id is missing or has another type."""
     value = fields.get(key)
     return value if isinstance(value, str | int | float) else None
@@ -409,7 +409,7 @@ def guess_image_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
     """Return the first folder that contains one of the images, or else the folder of the caption file `path`."""
-    parent = get_parent(path)
+    parent = get_parent_folder(path)
     for name in names[: MAX_SEARCHED_REMOTE_IMAGES if is_remote(path) else MAX_SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:
             for subfolder in ("", *subfolders):

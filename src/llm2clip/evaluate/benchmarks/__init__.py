@@ -12,7 +12,7 @@ from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkKind
 from llm2clip.evaluate.benchmarks.classification import read_class_folders
 from llm2clip.evaluate.benchmarks.coco_instances import read_detection_data, read_region_data
 from llm2clip.evaluate.benchmarks.segmentation import read_coco_masks, read_mask_folder
-from llm2clip.io_utils import MissingFileError, find_first
+from llm2clip.io_utils import MissingFileError, find_first_existing
 from llm2clip.published_results import get_published_metrics, get_published_recalls
 from llm2clip.reports import Table, render_markdown
 
@@ -77,7 +77,7 @@ def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
     kind, description, source, read_data = (FOLDER_READERS if is_folder else FILE_READERS)[prefix]
 
     def read_folder(folder: Path) -> Any:
-        return read_data(folder if is_folder else find_first(folder, path.name), templates)
+        return read_data(folder if is_folder else find_first_existing(folder, path.name), templates)
 
     folders = (str(path if is_folder else path.parent),)
     return Benchmark(name=name, kind=kind, description=description, folders=folders, read=read_folder, source=source)

@@ -169,7 +169,7 @@ class BenchmarkResult:
     examples: list[Block] = field(default_factory=list)  # result of `draw_examples`, or [] to show no images
 
     @property
-    def first_entry(self) -> Mapping[str, Any]:
+    def first_summary_row(self) -> Mapping[str, Any]:
         """First row of the summary, or the summary itself if the summary has no rows."""
         rows: Sequence[Mapping[str, Any]] = self.summary.get("rows", [self.summary])
         return rows[0]
@@ -178,7 +178,7 @@ class BenchmarkResult:
 # ---- helpers for readers ---------------------------------------------------------------------------------------------
 
 
-def resolve_image(folder: Path, name: str) -> FileImage:
+def resolve_benchmark_image(folder: Path, name: str) -> FileImage:
     """Return a reference to `folder/name`. Raise DataFormatError if the path is outside the folder."""
     if not is_safe_relative_path(name):
         raise DataFormatError(f"{folder}: the image path {name!r} points outside the folder")
@@ -190,7 +190,7 @@ def find_coco_folders(folder: Path) -> list[Path]:
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 
 
-def check_image_files(refs: Sequence[ImageRef], source: Path) -> None:
+def check_image_files_exist(refs: Sequence[ImageRef], source: Path) -> None:
     """Raise MissingFileError if image files are missing."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
@@ -213,7 +213,7 @@ def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], sour
             raise DataFormatError(f"{source}: {image} has no captions or an empty caption")
         record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
         records.append(Record(record_id, image, texts))
-    check_image_files([record.image for record in records if record.image is not None], source)
+    check_image_files_exist([record.image for record in records if record.image is not None], source)
     if not records:
         raise DataFormatError(f"{source} contains no test images")
     return records

@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llm2clip.data.image_refs import FileImage, ImageRef, MemoryImage
+from llm2clip.data.image_refs import FileImage, ImageRef, InMemoryImage
 from llm2clip.evaluate.benchmarks.base import (
     ClassificationData,
     CompositionalExample,
-    check_image_files,
+    check_image_files_exist,
     find_coco_folders,
-    resolve_image,
+    resolve_benchmark_image,
 )
 from llm2clip.io_utils import (
     DataFormatError,
     MissingFileError,
-    check_extra,
-    find_first,
+    find_first_existing,
     read_json,
     read_lines,
+    require_extra,
 )
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -92,7 +92,7 @@ def _read_images(class_dirs: Sequence[Path], names: Sequence[str], templates: Se
 
 def get_imagenet_templates() -> list[str]:
     """Return OpenAI's 80 prompt templates for ImageNet. Raise MissingFileError if open_clip is not installed."""
-    check_extra("open-clip", "reading ImageNet's class names and templates", MissingFileError)
+    require_extra("open-clip", "reading ImageNet's class names and templates", MissingFileError)
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
@@ -100,7 +100,7 @@ def get_imagenet_templates() -> list[str]:
 
 def _load_imagenet_classes() -> tuple[list[str], list[str]]:
     """Return ImageNet's sorted WordNet ids, and OpenAI's class names in the same order."""
-    check_extra("open-clip", "reading ImageNet's class names", MissingFileError)
+    require_extra("open-clip", "reading ImageNet's class names", MissingFileError)
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
 
@@ -120,16 +120,16 @@ def _read_imagenet(folder: Path) -> ClassificationData:
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
     """Read the folders `0` to `999`, whose names are class indices and must be sorted as numbers."""
     _, names = _load_imagenet_classes()
-    root = folder if (folder / "0").is_dir() else find_first(folder, "imagenetv2-matched-frequency-format-val")
-    class_dirs = [find_first(root, str(n)) for n in range(len(names))]
+    root = folder if (folder / "0").is_dir() else find_first_existing(folder, "imagenetv2-matched-frequency-format-val")
+    class_dirs = [find_first_existing(root, str(n)) for n in range(len(names))]
     return _read_images(class_dirs, names, get_imagenet_templates())
 
 
 def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 0) -> ClassificationData:
     """Read CIFAR's binary format: label (CIFAR-100: coarse and fine label), then all red, green and blue values."""
     row_size = skipped_labels + 1 + CIFAR_PIXELS
-    names = [name.replace("_", " ") for name in read_lines(find_first(folder, names_file))]
-    data = np.fromfile(find_first(folder, file), np.uint8)
+    names = [name.replace("_", " ") for name in read_lines(find_first_existing(folder, names_file))]
+    data = np.fromfile(find_first_existing(folder, file), np.uint8)
     if len(data) % row_size:
         raise DataFormatError(
             f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} bytes (one image)"
@@ -143,7 +143,7 @@ def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 
         pixels = row[skipped_labels + 1 :].reshape(3, 32, 32).transpose(1, 2, 0)
         png = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(png, "PNG", compress_level=1)
-        images.append(MemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
+        images.append(InMemoryImage(png.getvalue(), f"{folder / file}, image {n}"))
         labels.append(label)
     return ClassificationData(images, labels, names, TEMPLATES)
 
@@ -156,11 +156,11 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
         raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
     examples = []
     for kind in SUGARCREPE_KINDS:
-        for row in read_json(find_first(data_dir, f"{kind}.json")).values():
-            image = resolve_image(image_dir, row["filename"])
+        for row in read_json(find_first_existing(data_dir, f"{kind}.json")).values():
+            image = resolve_benchmark_image(image_dir, row["filename"])
             captions = row["caption"].strip(), row["negative_caption"].strip()
             examples.append(CompositionalExample(kind, image, *captions))
-    check_image_files([example.image for example in examples], data_dir)
+    check_image_files_exist([example.image for example in examples], data_dir)
     return examples
 
 

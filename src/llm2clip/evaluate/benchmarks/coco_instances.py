@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip.data.formats.text_files import drop_unused_keys, find_image_folder, guess_image_folders
+from llm2clip.data.formats.text_files import drop_unused_json_keys, find_image_folder, guess_image_folders
 from llm2clip.data.image_header import MAX_PIXELS
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.evaluate.benchmarks.base import (
     DetectionData,
     ImageId,
     RegionData,
-    check_image_files,
-    resolve_image,
+    check_image_files_exist,
+    resolve_benchmark_image,
 )
 from llm2clip.evaluate.benchmarks.classification import get_imagenet_templates
-from llm2clip.io_utils import DataFormatError, MissingFileError, check_extra, find_first, read_json
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first_existing, read_json, require_extra
 
 MIN_SIDE = 1.0  # minimum width and height of a box in pixels, for region classification
 CROWD, DEGENERATE = "crowd", "smaller than a pixel"  # reasons for excluding a box
@@ -58,8 +58,8 @@ def read_coco_annotations(file: Path, with_masks: bool = False, needs_pycocotool
         DataFormatError: Ids are not unique, a name or size is invalid, or an annotation refers to a missing entry.
     """
     if with_masks or needs_pycocotools:
-        check_extra("dense", f"{file}: reading masks and computing the average precision", MissingFileError)
-    data = read_json(file, None if with_masks else drop_unused_keys)
+        require_extra("dense", f"{file}: reading masks and computing the average precision", MissingFileError)
+    data = read_json(file, None if with_masks else drop_unused_json_keys)
     images: dict[ImageId, dict[str, Any]] = {}
     for image in data["images"]:
         if image["id"] in images:
@@ -100,7 +100,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
 
 
 def find_coco_annotations(folder: Path) -> Path:
-    return find_first(folder, "annotations/instances_val2017.json", "instances_val2017.json")
+    return find_first_existing(folder, "annotations/instances_val2017.json", "instances_val2017.json")
 
 
 def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[ImageRef]:
@@ -109,8 +109,8 @@ def make_image_refs(file: Path, images: Sequence[Mapping[str, Any]]) -> list[Ima
         # LVIS specifies only a URL, such as http://images.cocodataset.org/val2017/000000397133.jpg.
         names.append(image.get("file_name") or "/".join(image["coco_url"].split("/")[-2:]))
     folder = Path(find_image_folder(str(file), names, guess_image_folders(str(file), images)))
-    refs: list[ImageRef] = [resolve_image(folder, name) for name in names]
-    check_image_files(refs, file)
+    refs: list[ImageRef] = [resolve_benchmark_image(folder, name) for name in names]
+    check_image_files_exist(refs, file)
     return refs
 
 
@@ -244,10 +244,10 @@ def load_ov_coco_classes() -> dict[str, list[str]]:
 def read_detection_data(file: Path, templates: Sequence[str] = ()) -> DetectionData:
     """Read all images and the objects of all categories from a JSON file in COCO's format."""
     instances = read_coco_annotations(file, needs_pycocotools=True)
-    return _select_objects(instances, list(instances.names), {}, templates, with_empty=True)
+    return _select_objects_by_category(instances, list(instances.names), {}, templates, with_empty=True)
 
 
-def _select_objects(
+def _select_objects_by_category(
     instances: CocoAnnotations,
     category_ids: Sequence[Any],
     groups: Mapping[str, Sequence[str]],
@@ -282,7 +282,7 @@ def _select_objects(
     )
 
 
-def _read_ov_coco(folder: Path) -> DetectionData:
+def _read_open_vocabulary_coco(folder: Path) -> DetectionData:
     instances = read_coco_annotations(find_coco_annotations(folder), needs_pycocotools=True)
     groups = load_ov_coco_classes()
     names = [name for group in groups.values() for name in group]
@@ -292,12 +292,12 @@ def _read_ov_coco(folder: Path) -> DetectionData:
         raise DataFormatError(
             f"{instances.file}: {len(missing)} of the {len(names)} OV-COCO categories are missing, e.g. {missing[0]!r}"
         )
-    return _select_objects(instances, [category_ids[name] for name in names], groups)
+    return _select_objects_by_category(instances, [category_ids[name] for name in names], groups)
 
 
 LVIS_FILES = ("annotations/lvis_v1_val.json", "lvis_v1_val.json")
 READERS = {
     "coco-boxes": lambda folder: read_region_data(find_coco_annotations(folder)),
-    "lvis-boxes": lambda folder: read_region_data(find_first(folder, *LVIS_FILES)),
-    "ov-coco": _read_ov_coco,
+    "lvis-boxes": lambda folder: read_region_data(find_first_existing(folder, *LVIS_FILES)),
+    "ov-coco": _read_open_vocabulary_coco,
 }

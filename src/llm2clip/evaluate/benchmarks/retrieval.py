@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip.data.formats.text_files import KarpathyImage
-from llm2clip.data.image_refs import ImageRef, MemoryImage
+from llm2clip.data.image_refs import ImageRef, InMemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.benchmarks.base import (
     CaptionFields,
     find_coco_folders,
     make_captioned_records,
-    resolve_image,
+    resolve_benchmark_image,
 )
-from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, read_json, read_jsonl, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first_existing, read_json, read_jsonl, read_lines
 
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
 READ_SIZE = 1 << 25  # in characters, enough for the first 1,000 records of ShareGPT4V (about 2 million characters)
@@ -39,9 +39,11 @@ XTD10_FILES = {
 
 def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
     """Read the test split of Karpathy's `dataset_NAME.json` (see `KarpathyImage`)."""
-    file = find_first(folder, f"dataset_{name}.json", f"annotations/dataset_{name}.json")
+    file = find_first_existing(folder, f"dataset_{name}.json", f"annotations/dataset_{name}.json")
     images = [KarpathyImage.parse(row) for row in read_json(file)["images"]]
-    pairs = [(resolve_image(image_dir, image.name), image.captions) for image in images if image.split == "test"]
+    pairs = [
+        (resolve_benchmark_image(image_dir, image.name), image.captions) for image in images if image.split == "test"
+    ]
     return {"captions": make_captioned_records(pairs, file)}
 
 
@@ -72,34 +74,34 @@ def _read_sharegpt4v(folder: Path) -> CaptionFields:
 
     As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
     """
-    file = find_first(folder, SHAREGPT4V_FILE)
-    image_dir = folder if (folder / "sam").exists() else find_first(folder, "images", "data")
+    file = find_first_existing(folder, SHAREGPT4V_FILE)
+    image_dir = folder if (folder / "sam").exists() else find_first_existing(folder, "images", "data")
     pairs = []
     for row in read_first_json_objects(file, 1000):
         caption = row["conversations"][1]["value"].replace("\n", " ")
-        pairs.append((resolve_image(image_dir, row["image"]), [caption]))
+        pairs.append((resolve_benchmark_image(image_dir, row["image"]), [caption]))
     return {"captions": make_captioned_records(pairs, file)}
 
 
 def _read_urban1k(folder: Path) -> CaptionFields:
     """Read `caption/N.txt` and `image/N.jpg`. As in Long-CLIP, only the first line of each caption file is used."""
-    caption_dir = find_first(folder, "caption")
+    caption_dir = find_first_existing(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:
         raise MissingFileError(f"{folder / 'caption'} has no .txt files")
     pairs = []
     for file in files:
         first_line = file.read_text(encoding="utf-8").split("\n")[0]
-        pairs.append((resolve_image(folder / "image", f"{file.stem}.jpg"), [first_line]))
+        pairs.append((resolve_benchmark_image(folder / "image", f"{file.stem}.jpg"), [first_line]))
     return {"captions": make_captioned_records(pairs, folder / "caption")}
 
 
 def _read_docci(folder: Path) -> CaptionFields:
     """Read the split "test" (not "qual_test") from `docci_descriptions.jsonlines` and `images/` (arXiv 2404.19753)."""
-    file = find_first(folder, "docci_descriptions.jsonlines")
+    file = find_first_existing(folder, "docci_descriptions.jsonlines")
     rows = [row for _, row in read_jsonl(file) if row["split"] == "test"]
-    image_dir = find_first(folder, "images", "test_images")
-    pairs = [(resolve_image(image_dir, row["image_file"]), [row["description"]]) for row in rows]
+    image_dir = find_first_existing(folder, "images", "test_images")
+    pairs = [(resolve_benchmark_image(image_dir, row["image_file"]), [row["description"]]) for row in rows]
     return {"captions": make_captioned_records(pairs, file)}
 
 
@@ -129,17 +131,17 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
             except binascii.Error as error:
                 raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64 ({error})") from error
             if tab and key in ids:
-                refs[key] = MemoryImage(image, f"{file}, line {number}")
+                refs[key] = InMemoryImage(image, f"{file}, line {number}")
     return refs
 
 
 def _read_xm3600(folder: Path) -> CaptionFields:
     """Read 3,600 images with captions in 36 languages (arXiv 2205.12522). All captions are used."""
-    file = find_first(folder, "captions.jsonl", "annotations/captions.jsonl")
-    image_dir = find_first(folder, "images")
+    file = find_first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
+    image_dir = find_first_existing(folder, "images")
     pairs: dict[str, list[tuple[ImageRef, list[str]]]] = {}
     for _, row in read_jsonl(file):
-        image = resolve_image(image_dir, f"{row['image/key']}.jpg")
+        image = resolve_benchmark_image(image_dir, f"{row['image/key']}.jpg")
         for language, value in row.items():
             if isinstance(value, dict) and value.get("caption"):
                 pairs.setdefault(f"captions_{language}", []).append((image, value["caption"]))
@@ -148,12 +150,12 @@ def _read_xm3600(folder: Path) -> CaptionFields:
 
 def _read_xtd10(folder: Path) -> CaptionFields:
     """Read 1,000 COCO images with one caption in each of 11 languages (arXiv 2012.05107)."""
-    names = read_lines(find_first(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
+    names = read_lines(find_first_existing(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
     refs = []
     for name in names:
         split = "train2014" if "train2014" in name else "val2014"
         root = next((root for root in find_coco_folders(folder) if (root / split / name).is_file()), folder)
-        refs.append(resolve_image(root, f"{split}/{name}"))
+        refs.append(resolve_benchmark_image(root, f"{split}/{name}"))
     fields: dict[str, list[Record]] = {}
     for name, language in XTD10_FILES.items():
         file = next((path for path in (folder / name, folder / Path(name).name) if path.exists()), None)
@@ -174,13 +176,15 @@ def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record
 
 READERS = {
     "flickr30k": lambda folder: _read_karpathy(
-        folder, "flickr30k", find_first(folder, "flickr30k-images", "flickr30k_images", "images", "Images")
+        folder, "flickr30k", find_first_existing(folder, "flickr30k-images", "flickr30k_images", "images", "Images")
     ),
-    "coco": lambda folder: _read_karpathy(folder, "coco", find_first(folder, "val2014", "images/val2014").parent),
+    "coco": lambda folder: _read_karpathy(
+        folder, "coco", find_first_existing(folder, "val2014", "images/val2014").parent
+    ),
     "flickr8k": lambda folder: _read_karpathy(
         folder,
         "flickr8k",
-        find_first(folder, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic
+        find_first_existing(folder, "Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images"),  # sic
     ),
     "sharegpt4v": _read_sharegpt4v,
     "urban1k": _read_urban1k,

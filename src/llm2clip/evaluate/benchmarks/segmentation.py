@@ -22,8 +22,8 @@ from llm2clip.evaluate.benchmarks.base import (
     IGNORED,
     ImageId,
     SegmentationData,
-    check_image_files,
-    resolve_image,
+    check_image_files_exist,
+    resolve_benchmark_image,
 )
 from llm2clip.evaluate.benchmarks.classification import IMAGE_SUFFIXES, get_imagenet_templates
 from llm2clip.evaluate.benchmarks.coco_instances import (
@@ -33,7 +33,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
     make_image_refs,
     read_coco_annotations,
 )
-from llm2clip.io_utils import DataFormatError, MissingFileError, find_first, format_count, read_lines
+from llm2clip.io_utils import DataFormatError, MissingFileError, find_first_existing, format_count, read_lines
 
 CLASSES_FILE = "classes.txt"
 BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the dataset has a background
@@ -57,7 +57,7 @@ def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
     """Read a JSON file in COCO's format with segmentation masks."""
     instances = read_coco_annotations(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
-    return _build_from_masks(instances, names, templates or get_imagenet_templates())
+    return _build_data_from_masks(instances, names, templates or get_imagenet_templates())
 
 
 def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
@@ -66,7 +66,7 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
     Line n of classes.txt lists the comma-separated names of the class with pixel value n - 1. Pixels with value 255 are
     ignored. If the first class is "background", the protocol for datasets with a background is used.
     """
-    classes_file = find_first(folder, CLASSES_FILE)
+    classes_file = find_first_existing(folder, CLASSES_FILE)
     try:
         # Empty lines are not dropped, because every line defines a class index.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
@@ -75,7 +75,7 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
     names = [[name.strip() for name in line.split(",")] for line in lines]
     if len(names) > IGNORED or not all(all(class_names) for class_names in names):
         raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, one per class, without empty names")
-    image_dir, label_dir = find_first(folder, "images"), find_first(folder, "masks")
+    image_dir, label_dir = find_first_existing(folder, "images"), find_first_existing(folder, "masks")
     image_of_stem: dict[str, FileImage] = {}
     for file in sorted(image_dir.iterdir()):
         if file.suffix.lower() in IMAGE_SUFFIXES:
@@ -87,16 +87,16 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
     if without_image:
         count = format_count(len(without_image), "mask")
         raise MissingFileError(f"{image_dir} has no image for {count}, e.g. {without_image[0]}")
-    table = _make_label_table({value: value for value in range(len(names))})
+    table = _make_label_lookup_table({value: value for value in range(len(names))})
     has_background = names[0] == [BACKGROUND]
     if has_background:
         names[0] = read_class_names("background")[0]
     images = [image_of_stem[file.stem] for file in label_files]
     protocol = _WITH_BACKGROUND if has_background else {}
-    return _build_from_label_files(images, label_files, table, label_dir, names, templates, **protocol)
+    return _build_data_from_label_files(images, label_files, table, label_dir, names, templates, **protocol)
 
 
-def _make_label_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
+def _make_label_lookup_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
     """Return a table that maps pixel values to class indices, `IGNORED` or `_INVALID`, int16 of shape (256,)."""
     table = np.full(256, _INVALID, np.int16)
     table[[*ignored, 255]] = IGNORED
@@ -122,7 +122,7 @@ def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
     return labels.astype(np.uint8)
 
 
-def _build_from_label_files(
+def _build_data_from_label_files(
     images: Sequence[FileImage],
     label_files: Sequence[Path],
     table: np.ndarray,
@@ -135,8 +135,8 @@ def _build_from_label_files(
     if not images:
         raise MissingFileError(f"{source} contains no images")
     refs: list[ImageRef] = [*images]
-    check_image_files(refs, source)
-    check_image_files([FileImage(str(file)) for file in label_files], source)
+    check_image_files_exist(refs, source)
+    check_image_files_exist([FileImage(str(file)) for file in label_files], source)
 
     def read_labels(index: int) -> np.ndarray:
         return _read_label_file(label_files[index], table)
@@ -144,23 +144,23 @@ def _build_from_label_files(
     return SegmentationData(refs, read_labels, names, templates or get_imagenet_templates(), **protocol)
 
 
-def _read_voc(folder: Path, with_background: bool) -> SegmentationData:
+def _read_pascal_voc(folder: Path, with_background: bool) -> SegmentationData:
     roots = (folder / "VOCdevkit" / "VOC2012", folder / "VOC2012", folder)
     root = next((root for root in roots if (root / "JPEGImages").is_dir()), None)
     if root is None:
         raise MissingFileError(f"{folder} contains neither VOC2012/JPEGImages nor JPEGImages")
-    split_file = find_first(root, "ImageSets/Segmentation/val.txt")
+    split_file = find_first_existing(root, "ImageSets/Segmentation/val.txt")
     ids = read_lines(split_file)
-    images = [resolve_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
+    images = [resolve_benchmark_image(root / "JPEGImages", f"{name}.jpg") for name in ids]
     label_files = [root / f"SegmentationClass/{name}.png" for name in ids]
     names = read_class_names("voc20")
     if not with_background:
-        table = _make_label_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
-        return _build_from_label_files(images, label_files, table, split_file, names)
-    table = _make_label_table({value: value for value in range(21)})
+        table = _make_label_lookup_table({value: value - 1 for value in range(1, 21)}, ignored=[0])
+        return _build_data_from_label_files(images, label_files, table, split_file, names)
+    table = _make_label_lookup_table({value: value for value in range(21)})
     names = [*read_class_names("background"), *names]
     protocol = {**_WITH_BACKGROUND, "logit_scale": 65, "min_area": 0.1}
-    return _build_from_label_files(images, label_files, table, split_file, names, **protocol)
+    return _build_data_from_label_files(images, label_files, table, split_file, names, **protocol)
 
 
 def _read_coco_object(folder: Path) -> SegmentationData:
@@ -168,10 +168,12 @@ def _read_coco_object(folder: Path) -> SegmentationData:
     names = read_class_names("coco_object")
     if len(instances.names) != len(names):
         raise DataFormatError(f"{instances.file} has {len(instances.names)} categories, but COCO has {len(names)}")
-    return _build_from_masks(instances, names, get_imagenet_templates())
+    return _build_data_from_masks(instances, names, get_imagenet_templates())
 
 
-def _build_from_masks(instances: CocoAnnotations, names: list[list[str]], templates: Sequence[str]) -> SegmentationData:
+def _build_data_from_masks(
+    instances: CocoAnnotations, names: list[list[str]], templates: Sequence[str]
+) -> SegmentationData:
     """Return a dataset whose labels come from the object masks. Pixels outside all masks are background.
 
     Pixels that belong to several objects get the label of the smallest object. `names` are sorted by category id.
@@ -209,41 +211,45 @@ def _build_from_masks(instances: CocoAnnotations, names: list[list[str]], templa
 
 
 def _read_coco_stuff(folder: Path) -> SegmentationData:
-    label_dir = find_first(
+    label_dir = find_first_existing(
         folder, "stuffthingmaps/val2017", "stuffthingmaps_trainval2017/val2017", "annotations/val2017"
     )
-    image_dir = find_first(folder, "val2017", "images/val2017")
+    image_dir = find_first_existing(folder, "val2017", "images/val2017")
     label_files = sorted(file for file in label_dir.glob("*.png") if "TrainIds" not in file.name)
-    images = [resolve_image(image_dir, f"{file.stem}.jpg") for file in label_files]
+    images = [resolve_benchmark_image(image_dir, f"{file.stem}.jpg") for file in label_files]
     values = [value for value in range(182) if value not in _COCO_REMOVED]
-    table = _make_label_table({value: label for label, value in enumerate(values)})
-    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0)
+    table = _make_label_lookup_table({value: label for label, value in enumerate(values)})
+    return _build_data_from_label_files(
+        images, label_files, table, label_dir, read_class_names("coco_stuff"), scale=2.0
+    )
 
 
 def _read_ade20k(folder: Path) -> SegmentationData:
-    root = find_first(folder, "ADEChallengeData2016") if not (folder / "images").is_dir() else folder
-    label_dir = find_first(root, "annotations/validation")
+    root = find_first_existing(folder, "ADEChallengeData2016") if not (folder / "images").is_dir() else folder
+    label_dir = find_first_existing(root, "annotations/validation")
     label_files = sorted(label_dir.glob("*.png"))
-    images = [resolve_image(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
-    table = _make_label_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
-    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("ade20k"))
+    images = [resolve_benchmark_image(root / "images" / "validation", f"{file.stem}.jpg") for file in label_files]
+    table = _make_label_lookup_table({value: value - 1 for value in range(1, 151)}, ignored=[0])
+    return _build_data_from_label_files(images, label_files, table, label_dir, read_class_names("ade20k"))
 
 
 def _read_cityscapes(folder: Path) -> SegmentationData:
-    label_dir = find_first(folder, "gtFine/val")
+    label_dir = find_first_existing(folder, "gtFine/val")
     label_files = sorted(label_dir.glob("*/*_gtFine_labelIds.png"))
     images = []
     for file in label_files:
         name = file.name.replace("_gtFine_labelIds", "_leftImg8bit")
-        images.append(resolve_image(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
+        images.append(resolve_benchmark_image(folder / "leftImg8bit" / "val", f"{file.parent.name}/{name}"))
     others = [value for value in range(34) if value not in _CITYSCAPES_IDS]
-    table = _make_label_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
-    return _build_from_label_files(images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5)
+    table = _make_label_lookup_table({value: label for label, value in enumerate(_CITYSCAPES_IDS)}, ignored=others)
+    return _build_data_from_label_files(
+        images, label_files, table, label_dir, read_class_names("cityscapes"), scale=2.5
+    )
 
 
 READERS = {
-    "voc20": partial(_read_voc, with_background=False),
-    "voc21": partial(_read_voc, with_background=True),
+    "voc20": partial(_read_pascal_voc, with_background=False),
+    "voc21": partial(_read_pascal_voc, with_background=True),
     "coco-object": _read_coco_object,
     "coco-stuff": _read_coco_stuff,
     "ade20k": _read_ade20k,

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2clip.io_utils import check_extra
+from llm2clip.io_utils import require_extra
 from llm2clip.models.export.transformers import (
     MIN_COSINE,
     SAMPLE_TEXTS,
     build_tokenizer,
-    check_pooling,
+    check_exportable_pooling,
     check_text_embeddings,
 )
 from llm2clip.models.llm2clip import LLM2CLIP
@@ -63,7 +63,7 @@ CALIBRATION_TEXTS = (
 
 
 @dataclass
-class _ExportGraph:
+class _OnnxExportGraph:
     """ONNX graph to export."""
 
     name: str  # file name without suffix: vision or text
@@ -103,7 +103,7 @@ class TextModule(nn.Module):
             self.llm: Any = nn.Embedding.from_pretrained(st[0].embedding.weight.detach())
             self.head = nn.ModuleList(list(st)[1:])
         else:
-            check_pooling(encoder)
+            check_exportable_pooling(encoder)
             self.llm = CaptionEncoder(st).llm
             self.llm.set_attn_implementation("sdpa")
             self.pooling = st[1].get_config_dict()["pooling_mode"]
@@ -126,11 +126,11 @@ class TextModule(nn.Module):
 def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     """Write vision.onnx, text.onnx, the tokenizer, the preprocessing config, and USE.md with example code.
 
-    If `int8` is True, also write vision-int8.onnx and text-int8.onnx with 8-bit weights (see `quantize_weights`).
+    If `int8` is True, also write vision-int8.onnx and text-int8.onnx with 8-bit weights (see `quantize_onnx_weights`).
     Return a message for each graph, with the cosine similarity of its embeddings to PyTorch's embeddings. Raise
     ValueError if the minimum cosine similarity of a float32 graph is less than 0.9999.
     """
-    check_extra("onnx", "exporting to ONNX")
+    require_extra("onnx", "exporting to ONNX")
     messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     tokenizer = build_tokenizer(model.encoder)
@@ -155,7 +155,7 @@ def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
     export_text(model, folder)
     file, full = folder / "text.onnx", folder / "text-float32.onnx"
     file.replace(full)
-    quantize_weights(full, file)
+    quantize_onnx_weights(full, file)
     graph = _build_text_graph(model, build_tokenizer(model.encoder))
     message = _format_quantization_message(graph, file, full)
     full.unlink()
@@ -168,19 +168,19 @@ def count_final_tokens(tokenizer: Any) -> int:
     return len(list(takewhile(bool, reversed(mask))))
 
 
-def _build_vision_graph(model: LLM2CLIP) -> _ExportGraph:
+def _build_vision_graph(model: LLM2CLIP) -> _OnnxExportGraph:
     size = model.tower.preprocess.size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, 3, size, size), generator=generator, dtype=torch.uint8)
     count = {0: torch.export.Dim("count")}
-    return _ExportGraph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
+    return _OnnxExportGraph("vision", VisionModule(model).eval(), {"pixels": pixels}, (count,), {"pixels": pixels})
 
 
-def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _ExportGraph:
+def _build_text_graph(model: LLM2CLIP, tokenizer: Any) -> _OnnxExportGraph:
     count_and_length = {0: torch.export.Dim("count"), 1: torch.export.Dim("length")}
     module = TextModule(model).eval()
     samples, calibration = (_tokenize(tokenizer, texts) for texts in (SAMPLE_TEXTS, CALIBRATION_TEXTS))
-    return _ExportGraph("text", module, samples, (count_and_length, count_and_length), calibration)
+    return _OnnxExportGraph("text", module, samples, (count_and_length, count_and_length), calibration)
 
 
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -188,16 +188,16 @@ def _tokenize(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     return {name: tokens[name] for name in ("input_ids", "attention_mask")}
 
 
-def _export_graph(graph: _ExportGraph, folder: Path, int8: bool) -> list[str]:
-    messages = [_write_graph(graph, folder)]
+def _export_graph(graph: _OnnxExportGraph, folder: Path, int8: bool) -> list[str]:
+    messages = [_write_verified_graph(graph, folder)]
     if int8:
         file, quantized = folder / f"{graph.name}.onnx", folder / f"{graph.name}-int8.onnx"
-        quantize_weights(file, quantized)
+        quantize_onnx_weights(file, quantized)
         messages.append(_format_quantization_message(graph, quantized, file))
     return messages
 
 
-def _write_graph(graph: _ExportGraph, folder: Path) -> str:
+def _write_verified_graph(graph: _OnnxExportGraph, folder: Path) -> str:
     """Write a graph. Raise ValueError if the graph's embeddings differ from PyTorch's embeddings."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -225,7 +225,7 @@ def _write_graph(graph: _ExportGraph, folder: Path) -> str:
     return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
 
 
-def _format_quantization_message(graph: _ExportGraph, quantized: Path, original: Path) -> str:
+def _format_quantization_message(graph: _OnnxExportGraph, quantized: Path, original: Path) -> str:
     cosines = _compute_cosines(quantized, graph.module, graph.calibration)
     sizes = [sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) for file in (quantized, original)]
     return (
@@ -243,7 +243,7 @@ def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]
     return torch.cosine_similarity(embeddings, module(*inputs.values()))
 
 
-def quantize_weights(source: Path, target: Path) -> None:
+def quantize_onnx_weights(source: Path, target: Path) -> None:
     """Write a copy of an ONNX graph with weight matrices, convolutions and embedding tables stored as int8.
 
     Each output of a weight matrix or convolution, and each row of an embedding table, has its own float32 scale. The

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm2clip.models import modeling_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import build_config
+from llm2clip.models.loading import build_transformers_config
 from llm2clip.models.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
@@ -86,7 +86,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 @torch.no_grad()
 def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     """Copy a model into a float32 transformers model on the CPU, in eval mode."""
-    check_pooling(model.encoder)
+    check_exportable_pooling(model.encoder)
     encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu().float())
     llm = encoder.llm
     llm.set_attn_implementation("sdpa")
@@ -105,7 +105,7 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     return exported
 
 
-def check_pooling(encoder: CaptionEncoder) -> None:
+def check_exportable_pooling(encoder: CaptionEncoder) -> None:
     """Raise ValueError if the encoder is static, or its pooling is not in `POOLINGS`."""
     if encoder.is_static:
         raise ValueError(
@@ -194,7 +194,7 @@ def build_vision_model(tower: VisionTower) -> Any:
     tensors = {name: tensor.detach().cpu() for name, tensor in tower.backbone.state_dict().items()}
     model: Any
     if tower.config["library"] == "transformers":
-        model = AutoModel.from_config(build_config(tower.config["architecture"]))
+        model = AutoModel.from_config(build_transformers_config(tower.config["architecture"]))
         model.load_state_dict(tensors)
         return model.float().eval()
     args = {name: value for name, value in tower.config["args"].items() if name != "num_classes"}
@@ -219,7 +219,7 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
     if not is_static:
         tokenizer.model_max_length = encoder.st.max_seq_length or 512
     if encoder.prefix:
-        _add_template(tokenizer, encoder)
+        _add_template_to_tokenizer(tokenizer, encoder)
         for text in CHECKED_TEXTS:
             if tokenizer(text)["input_ids"] != encoder.tokenizer(encoder.prefix + text)["input_ids"]:
                 raise ValueError(
@@ -258,7 +258,7 @@ def _build_static_tokenizer(static: StaticEmbedding) -> Any:
     )
 
 
-def _add_template(tokenizer: Any, encoder: CaptionEncoder) -> None:
+def _add_template_to_tokenizer(tokenizer: Any, encoder: CaptionEncoder) -> None:
     from tokenizers.processors import TemplateProcessing
 
     first, second = (encoder.tokenizer(encoder.prefix + text)["input_ids"] for text in ("a", "1"))

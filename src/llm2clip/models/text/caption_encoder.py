@@ -23,9 +23,9 @@ from llm2clip.cpu_tuning import is_flex_attention_correct, use_onednn_matmul
 from llm2clip.io_utils import atomic_write_text, check_texts, read_json
 from llm2clip.models.loading import (
     check_model_source,
-    describe_config,
     explain_load_errors,
     fingerprint,
+    get_output_affecting_config,
     hash_text,
     hash_weights,
     hide_loading_bars,
@@ -39,27 +39,27 @@ from llm2clip.models.precision import (
     cast_linear_weights,
     resolve_precision,
 )
-from llm2clip.models.pretrained import resolve_gguf, resolve_pretrained
+from llm2clip.models.pretrained import convert_gguf_to_cached_folder, resolve_pretrained_name
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.packing import (
     PACKED,
     TokenizedTexts,
-    can_pack,
     copy_to_device,
     get_default_encoding_tokens,
     pack_captions,
-    remove_prompts,
+    remove_prompt_hidden_states,
+    supports_packed_attention,
 )
 from llm2clip.models.text.sentence_transformer import (
     REQUIREMENTS,
+    append_truncation_layer,
     count_prompt_tokens,
     has_consistent_prompt_length,
     is_encoder_only,
     load_sentence_transformer,
-    set_bidirectional,
-    set_template,
-    truncate_embeddings,
-    truncate_layers,
+    set_bidirectional_attention,
+    set_prompt_template,
+    truncate_transformer_layers,
 )
 from llm2clip.progress import ProgressBar
 
@@ -130,17 +130,17 @@ class CaptionEncoder(nn.Module):
         attention: str | None = None,
     ) -> None:
         if layers is not None:
-            truncate_layers(self.llm, layers)
+            truncate_transformer_layers(self.llm, layers)
         if bidirectional is not None:
-            set_bidirectional(self.llm, bidirectional)
+            set_bidirectional_attention(self.llm, bidirectional)
         if pooling is not None:
             self._set_pooling(pooling, path)
         if template is not None:
-            set_template(self.st, template)
+            set_prompt_template(self.st, template)
         if max_length is not None:
             self.st.max_seq_length = max_length
         if truncate_dim is not None:
-            truncate_embeddings(self.st, truncate_dim)
+            append_truncation_layer(self.st, truncate_dim)
         self._set_attention(attention)
 
     def _set_pooling(self, mode: str, path: str) -> None:
@@ -162,7 +162,7 @@ class CaptionEncoder(nn.Module):
             )
         if attention is not None:
             self.llm.set_attn_implementation(attention)
-        elif can_pack(self.llm):
+        elif supports_packed_attention(self.llm):
             self.llm.set_attn_implementation(PACKED)
 
     @property
@@ -337,7 +337,7 @@ class CaptionEncoder(nn.Module):
         if {"prompt_length", "caption_lengths"} <= features.keys():
             pooling = modules[0]
             if pooling.pooling_mode == "mean" and not pooling.include_prompt:
-                remove_prompts(features)
+                remove_prompt_hidden_states(features)
         for module in modules:
             features = module(features)
         embeddings: Tensor = features["sentence_embedding"]
@@ -390,7 +390,7 @@ class CaptionEncoder(nn.Module):
             **common,
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
-            "config": fingerprint(describe_config(self.llm.config)),
+            "config": fingerprint(get_output_affecting_config(self.llm.config)),
             "header": self.prefix,
             "pooling": self.st[1].get_config_dict(),
             "max_length": self.st.max_seq_length,
@@ -415,11 +415,11 @@ def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) 
 
 
 def _resolve_model_path(path: str | Path) -> str:
-    path = resolve_pretrained(str(path))
+    path = resolve_pretrained_name(str(path))
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
         read_model_config(Path(path), path)  # raises an error for an unsupported format version
         return str(Path(path) / "text")
-    return str(resolve_gguf(path)) if path.endswith(".gguf") else path
+    return str(convert_gguf_to_cached_folder(path)) if path.endswith(".gguf") else path
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:

@@ -172,7 +172,7 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
     return batch
 
 
-def remove_prompts(features: dict[str, Any]) -> None:
+def remove_prompt_hidden_states(features: dict[str, Any]) -> None:
     """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
     Unlike the removal of prompts in sentence-transformers, the function does not synchronise with the GPU. `features`
@@ -200,7 +200,7 @@ def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def can_pack(llm: Any) -> bool:
+def supports_packed_attention(llm: Any) -> bool:
     """Return True if a transformers model returns the same embeddings with packed attention as with padding.
 
     The model must be a decoder, loaded with `sdpa`, whose tokens interact only through attention and not, for example,
@@ -257,7 +257,7 @@ def packed_attention(
         )
         return padded
 
-    if "cu_seq_lens_q" in kwargs and can_use_varlen(query, kwargs.get("dropout") or 0.0):
+    if "cu_seq_lens_q" in kwargs and can_use_varlen_attention(query, kwargs.get("dropout") or 0.0):
         output = varlen_attention(
             query,
             key,
@@ -270,10 +270,12 @@ def packed_attention(
         )
         return output, None
 
-    return _attend_by_length(module, query, key, value, caption_lengths, sliding_window, is_causal, kwargs), None
+    return _compute_attention_by_length(
+        module, query, key, value, caption_lengths, sliding_window, is_causal, kwargs
+    ), None
 
 
-def _attend_by_length(
+def _compute_attention_by_length(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -368,7 +370,7 @@ def get_varlen_dtype(query: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
 
 
-def can_use_varlen(query: Tensor, dropout: float) -> bool:
+def can_use_varlen_attention(query: Tensor, dropout: float) -> bool:
     """Return True if `varlen_attention` supports queries of shape (1, heads, T, D) and the dropout probability."""
     device, dtype, head_dim = query.device, get_varlen_dtype(query), query.shape[-1]
     if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16) or dropout:

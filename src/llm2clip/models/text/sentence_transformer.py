@@ -20,7 +20,7 @@ from llm2clip.models.loading import (
     hide_loading_bars,
     read_config,
 )
-from llm2clip.models.precision import get_layers, set_layers
+from llm2clip.models.precision import get_llm_layers, set_llm_layers
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
 ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
@@ -69,7 +69,7 @@ def load_sentence_transformer(path: str, pooling: str, device: str | None) -> Se
     pooling_module = Pooling(transformer.get_embedding_dimension(), pooling)
     st = SentenceTransformer(modules=[transformer, pooling_module], device=device)
     st.max_seq_length = min(512, transformer.max_seq_length or 512)
-    set_bidirectional(transformer.model, True)
+    set_bidirectional_attention(transformer.model, True)
     return st
 
 
@@ -106,7 +106,7 @@ class _StrictTransformer(Transformer):
         return model
 
 
-def truncate_embeddings(st: Any, dim: int) -> None:
+def append_truncation_layer(st: Any, dim: int) -> None:
     """Append a linear layer that truncates embeddings to the first `dim` dimensions and is saved with the model."""
     full_dim = st.get_embedding_dimension()
     if not 0 < dim <= full_dim:
@@ -116,7 +116,7 @@ def truncate_embeddings(st: Any, dim: int) -> None:
     st.append(layer.to(st.device))
 
 
-def set_template(st: Any, template: str) -> None:
+def set_prompt_template(st: Any, template: str) -> None:
     """Set the template of a SentenceTransformer. The template is saved with the model.
 
     The text before the caption becomes the default prompt and is excluded from pooling. If a special token follows the
@@ -170,20 +170,20 @@ def is_encoder_only(llm: Any) -> bool:
     return not hasattr(llm, "layers") and hasattr(llm, "encoder")
 
 
-def truncate_layers(llm: Any, count: int) -> None:
+def truncate_transformer_layers(llm: Any, count: int) -> None:
     """Remove all but the first `count` transformer layers. Models with fewer layers are unchanged."""
-    layers = get_layers(llm)
+    layers = get_llm_layers(llm)
     if count < 1:
         raise ValueError(f"layers must be at least 1 (got {count})")
     if count >= len(layers):
         return
-    set_layers(llm, layers[:count])
+    set_llm_layers(llm, layers[:count])
     llm.config.num_hidden_layers = count
     if getattr(llm.config, "layer_types", None):
         llm.config.layer_types = llm.config.layer_types[:count]
 
 
-def set_bidirectional(llm: Any, bidirectional: bool) -> None:
+def set_bidirectional_attention(llm: Any, bidirectional: bool) -> None:
     """Make a model's attention bidirectional or causal. The setting is saved in the model's config."""
     if is_encoder_only(llm):
         if not bidirectional:

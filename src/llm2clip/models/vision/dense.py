@@ -135,7 +135,7 @@ def build_dense_encoder(
     def features(pixels: Tensor, variant: str) -> Tensor:
         with precision.autocast(device):
             cells = _encode_cells(tower, pixels, variant)  # (N, h, w, C)
-            embeddings = project(_apply_head(tower, cells.flatten(0, 2)))
+            embeddings = project(_apply_tower_head(tower, cells.flatten(0, 2)))
         return embeddings.unflatten(0, cells.shape[:3])
 
     blocks = tower.get_blocks()
@@ -151,7 +151,7 @@ def build_dense_encoder(
     )
 
 
-def feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
+def compute_feature_map(tower: VisionTower, pixels: Tensor) -> Tensor:
     """Compute the feature map before the tower's head, for example as input to a detector.
 
     `pixels` has shape (N, 3, H, W), uint8 or float from 0 to 1. The feature map has shape (N, C, H / cell size, W /
@@ -191,11 +191,13 @@ def _encode_cells(tower: VisionTower, pixels: Tensor, variant: str) -> Tensor:
     cell_size = _get_cell_size(tower)
     grid = (pixels.shape[-2] // cell_size, pixels.shape[-1] // cell_size)
     if tower.config["library"] == "timm":
-        tower = _replace_module(tower, "backbone", _resize_timm_backbone(tower, (pixels.shape[-2], pixels.shape[-1])))
+        tower = _copy_with_replaced_module(
+            tower, "backbone", _resize_timm_backbone(tower, (pixels.shape[-2], pixels.shape[-1]))
+        )
     if variant != "plain":
         block = tower.get_blocks()[-1]
         name = next(name for name, module in tower.named_modules() if module is block)
-        tower = _replace_module(tower, name, _DenseBlock(block, variant, grid))
+        tower = _copy_with_replaced_module(tower, name, _DenseVariantBlock(block, variant, grid))
     features = tower.forward_features(pixels)
     if features.ndim == 3:  # shape (N, L, C); the class and register tokens come first
         return features[:, -grid[0] * grid[1] :].unflatten(1, grid)
@@ -209,7 +211,7 @@ def _is_channels_last(tower: VisionTower) -> bool:
     return str(getattr(tower.backbone, "output_fmt", "NCHW")) == "NHWC"
 
 
-def _apply_head(tower: VisionTower, cells: Tensor) -> Tensor:
+def _apply_tower_head(tower: VisionTower, cells: Tensor) -> Tensor:
     """Apply the tower's head to each of M cells of shape (M, C). Return shape (M, feature_dim)."""
     backbone = cast(Any, tower.backbone)
     if tower.config["library"] == "transformers":
@@ -256,11 +258,11 @@ def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Modul
     return cast(nn.Module, resized)
 
 
-def _replace_module(root: Any, name: str, module: nn.Module) -> Any:
+def _copy_with_replaced_module(root: Any, name: str, module: nn.Module) -> Any:
     """Return a copy of `root` with a different submodule `name`. Other threads can continue to use `root`."""
     first, _, rest = name.partition(".")
     root = _shallow_copy(root)
-    root._modules[first] = _replace_module(root._modules[first], rest, module) if rest else module
+    root._modules[first] = _copy_with_replaced_module(root._modules[first], rest, module) if rest else module
     return root
 
 
@@ -274,7 +276,7 @@ def _shallow_copy(module: Any) -> Any:
 # ---- variants -------------------------------------------------------------------------------------------------------
 
 
-class _DenseBlock(nn.Module):
+class _DenseVariantBlock(nn.Module):
     """Last block of a vision transformer, with the attention of a dense variant."""
 
     def __init__(self, block: nn.Module, variant: str, grid: tuple[int, int]) -> None:
@@ -401,7 +403,8 @@ def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
     """
     h, w, dim = features.shape
     rows, columns = (
-        _get_pixel_overlaps(cells, pixels).to(features) for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
+        _compute_pixel_overlaps(cells, pixels).to(features)
+        for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
     )
     pooled = [features.new_empty(0, dim)]
     for mask in masks:  # a single mask at a time, because float masks take four times as much memory as boolean masks
@@ -410,7 +413,7 @@ def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
-def _get_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
+def _compute_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
     """Return the overlaps of cells and pixels along an axis in pixels, of shape (num_cells, num_pixels), float64."""
     cell_edges = torch.arange(num_cells + 1, dtype=torch.float64) * num_pixels / num_cells
     pixel_edges = torch.arange(num_pixels + 1, dtype=torch.float64)

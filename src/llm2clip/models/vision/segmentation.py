@@ -95,7 +95,7 @@ class ResizeForWindows:
     scale: float
 
     @classmethod
-    def for_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
+    def from_dense_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
         """Create a transform for windows of the tower's training resolution, rounded to a multiple of the cell size."""
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
@@ -125,7 +125,7 @@ def extract_windows(image: Tensor, rows: WindowAxis, columns: WindowAxis) -> Ten
     return torch.stack(windows)
 
 
-def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
+def arrange_window_scores(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Tensor:
     """Arrange cell scores of shape (windows, h, w, K) in a grid of shape (K, window rows * h, window columns * w)."""
     _, h, w, num_scores = scores.shape
     grid = scores.reshape(len(rows.starts), len(columns.starts), h, w, num_scores)
@@ -137,7 +137,7 @@ def arrange_windows(scores: Tensor, rows: WindowAxis, columns: WindowAxis) -> Te
 class PixelScores:
     """Pixel scores of an image, which are computed tile by tile."""
 
-    grid: Tensor  # cell scores of all windows, of shape (K, A, B); see `arrange_windows`
+    grid: Tensor  # cell scores of all windows, of shape (K, A, B); see `arrange_window_scores`
     rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_matrix`
     columns: Tensor  # matrix of shape (W, B) that maps window cells to pixel columns
 
@@ -152,7 +152,7 @@ class PixelScores:
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
         """Return class scores of shape (classes, H, W). The score of a class is the maximum over the class's names."""
-        return torch.cat([_max_over_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
+        return torch.cat([_max_over_class_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
 def encode_windows(
@@ -180,7 +180,7 @@ def encode_windows(
             rows, columns = axes[i]
             height, width = images[i][1]
             results[i] = PixelScores(
-                grid=arrange_windows(part, rows, columns),
+                grid=arrange_window_scores(part, rows, columns),
                 rows=rows.build_matrix(part.shape[1], height).to(part.device),
                 columns=columns.build_matrix(part.shape[2], width).to(part.device),
             )
@@ -211,11 +211,11 @@ def segment(
     if min_area > 0:
         areas = torch.zeros(len(names_per_class), dtype=torch.int64, device=scores.grid.device)
         for _, tile in scores.iterate_tiles():
-            labels = _max_over_names(tile, names_per_class).argmax(0)
+            labels = _max_over_class_names(tile, names_per_class).argmax(0)
             areas += labels.flatten().bincount(minlength=len(names_per_class))
         is_allowed[1:] = areas[1:] > min_area * areas[1:].sum()
     for rows, tile in scores.iterate_tiles():
-        class_scores = _max_over_names(tile, names_per_class)
+        class_scores = _max_over_class_names(tile, names_per_class)
         if min_area > 0:
             class_scores = class_scores.masked_fill(~is_allowed[:, None, None], float("-inf"))
         best, labels = class_scores.max(0)
@@ -225,7 +225,7 @@ def segment(
         yield rows, labels
 
 
-def _max_over_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
+def _max_over_class_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
@@ -237,7 +237,7 @@ def _build_interpolation_matrix(size_in: int, size_out: int) -> Tensor:
     return F.interpolate(identity, size=size_out, mode="linear", align_corners=False)[0].T
 
 
-class DenseMethods:
+class DenseFeaturesMixin:
     """Mixin that adds methods for dense features, region embeddings and segmentation to `LLM2CLIP`."""
 
     def _get_model_and_dense_encoder(self) -> tuple[LLM2CLIP, DenseEncoder]:
@@ -337,7 +337,7 @@ class DenseMethods:
             raise ValueError(f"names must be a list with one or more non-empty names for each class (got {names!r})")
         model, dense = self._get_model_and_dense_encoder()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
-        transform = ResizeForWindows.for_encoder(dense)
+        transform = ResizeForWindows.from_dense_encoder(dense)
         resized = {0: transform(load_image(image))}
         variant = variant or dense.localization_variant
         scores = encode_windows(resized, dense, variant, queries.to(dense.device), transform)[0]

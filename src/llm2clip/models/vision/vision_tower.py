@@ -6,7 +6,7 @@ be rebuilt without network access from the tower's `config`, a JSON-serialisable
 library        timm or transformers
 architecture   name of the architecture (timm) or the model's config as a dict (transformers)
 args           arguments for `timm.create_model` (timm only)
-preprocess     image preprocessing, from `Preprocess.to_dict()`
+preprocess     image preprocessing, from `PreprocessConfig.to_dict()`
 """
 
 import inspect
@@ -26,19 +26,19 @@ from timm.models import get_pretrained_cfg, group_parameters, load_model_config_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from llm2clip.data.transforms import Preprocess
+from llm2clip.data.transforms import PreprocessConfig
 from llm2clip.io_utils import read_json_object
 from llm2clip.models.loading import (
     ENTRIES_WITHOUT_EFFECT,
-    build_config,
+    build_transformers_config,
     check_model_source,
-    download_snapshot,
+    download_hub_snapshot,
     explain_load_errors,
     hide_load_report,
     hide_loading_bars,
-    load_config,
+    load_transformers_config,
 )
-from llm2clip.models.pretrained import resolve_pretrained
+from llm2clip.models.pretrained import resolve_pretrained_name
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,13 @@ _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _DEFAULT_PREPROCESS = {
-    "clip_vision_model": Preprocess(224, "shortest", 1.0, "bicubic", *_CLIP_STATS, crop_rounding="down"),
-    "siglip_vision_model": Preprocess(224, "squash", 1.0, "bicubic", *_HALF_STATS, crop_rounding="down"),
-    "dinov2": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
-    "dinov2_with_registers": Preprocess(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
-    "dinov3_vit": Preprocess(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
+    "clip_vision_model": PreprocessConfig(224, "shortest", 1.0, "bicubic", *_CLIP_STATS, crop_rounding="down"),
+    "siglip_vision_model": PreprocessConfig(224, "squash", 1.0, "bicubic", *_HALF_STATS, crop_rounding="down"),
+    "dinov2": PreprocessConfig(224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"),
+    "dinov2_with_registers": PreprocessConfig(
+        224, "shortest", 0.875, "bicubic", *_IMAGENET_STATS, crop_rounding="down"
+    ),
+    "dinov3_vit": PreprocessConfig(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
 # Supported image-text model types in transformers. The vision tower is the vision model.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
@@ -85,7 +87,7 @@ class VisionTower(nn.Module):
             self.feature_dim = int(config["architecture"]["hidden_size"])
         else:  # in some convolutional networks, a hidden layer between the pooling and the classifier sets the size
             self.feature_dim = int(getattr(backbone, "head_hidden_size", None) or cast(Any, backbone).num_features)
-        self.preprocess = Preprocess.from_dict(config["preprocess"])
+        self.preprocess = PreprocessConfig.from_dict(config["preprocess"])
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
@@ -113,8 +115,8 @@ class VisionTower(nn.Module):
             ValueError: The model is not supported.
             OSError: The model does not exist.
         """
-        library, source = _parse_name(resolve_pretrained(str(name)))
-        load = _load_timm_backbone if library == "timm" else _load_transformers
+        library, source = _parse_tower_name(resolve_pretrained_name(str(name)))
+        load = _load_timm_backbone if library == "timm" else _load_transformers_backbone
         with explain_load_errors(name):
             backbone, config = load(source, image_size, pretrained)
             return cls(backbone, config).eval()
@@ -142,16 +144,16 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers(pixels, interpolate=True).last_hidden_state)
 
     def _build_timm_input(self, pixels: Tensor) -> Tensor:
-        x = self._normalize(pixels)
+        x = self._normalize_pixels(pixels)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
     def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
         options = {}
         if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
-        return self.backbone(pixel_values=self._normalize(pixels), **options)
+        return self.backbone(pixel_values=self._normalize_pixels(pixels), **options)
 
-    def _normalize(self, pixels: Tensor) -> Tensor:
+    def _normalize_pixels(self, pixels: Tensor) -> Tensor:
         x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         return ((x - self.mean) / self.std).to(next(self.backbone.parameters()).dtype)
 
@@ -277,7 +279,7 @@ def build_backbone(config: dict[str, Any]) -> nn.Module:
         return _create_timm_backbone(config["architecture"], config["args"])
     if config["architecture"].get("model_type") not in _DEFAULT_PREPROCESS:
         raise ValueError(f"the vision tower has unsupported model type {config['architecture'].get('model_type')!r}")
-    return _build_transformers(build_config(config["architecture"]))
+    return _build_transformers_backbone(build_transformers_config(config["architecture"]))
 
 
 def _create_timm_backbone(architecture: str, args: dict[str, Any]) -> nn.Module:
@@ -293,7 +295,7 @@ def _create_timm_backbone(architecture: str, args: dict[str, Any]) -> nn.Module:
     return timm.create_model(architecture, pretrained=False, **args)
 
 
-def _parse_name(name: str) -> tuple[str, str]:
+def _parse_tower_name(name: str) -> tuple[str, str]:
     prefix, colon, rest = name.partition(":")
     if colon and prefix in ("timm", "hf"):
         if prefix == "hf" or "/" in rest:
@@ -303,7 +305,7 @@ def _parse_name(name: str) -> tuple[str, str]:
     if not folder.is_dir():
         if "/" not in name or name.startswith("timm/"):
             return "timm", name
-        folder = download_snapshot(name, ["config.json"])
+        folder = download_hub_snapshot(name, ["config.json"])
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} was saved neither by timm nor by transformers: it has no config.json")
     config = read_json_object(folder / "config.json")
@@ -359,7 +361,7 @@ def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[st
     return source, architecture, pretrained_cfg.to_dict() if pretrained_cfg else {}, {}
 
 
-def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> Preprocess:
+def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> PreprocessConfig:
     """Return the preprocessing that a timm model was trained with. `size` overrides the image size."""
     data = resolve_model_data_config(backbone)
     height, width = data["input_size"][-2:]  # before timm 1.0.31, the original size even if `img_size` is set
@@ -367,7 +369,7 @@ def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> P
         raise ValueError(f"{name} was trained on images of {height} x {width}, but only square images are supported")
     if data["crop_mode"] not in ("center", "squash"):
         raise ValueError(f"the crop mode of {name} must be 'center' or 'squash' (got {data['crop_mode']!r})")
-    return Preprocess(
+    return PreprocessConfig(
         size=size or height,
         resize="squash" if data["crop_mode"] == "squash" else "shortest",
         crop_pct=data["crop_pct"],
@@ -377,10 +379,12 @@ def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> P
     )
 
 
-def _load_transformers(source: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _load_transformers_backbone(
+    source: str, image_size: int | None, pretrained: bool
+) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import CLIPVisionConfig
 
-    config = load_config(source)
+    config = load_transformers_config(source)
     if config.model_type in _DUAL_ENCODER_TYPES:
         config = config.vision_config
     if config.model_type == "metaclip_2_vision_model":
@@ -395,7 +399,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
     if config.model_type not in _DEFAULT_PREPROCESS:
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
         raise ValueError(f"{source} has the unsupported model type {config.model_type!r}. Supported types: {supported}")
-    backbone = _build_transformers(config, source if pretrained else None)
+    backbone = _build_transformers_backbone(config, source if pretrained else None)
     preprocess = _read_transformers_preprocess(source, config)
     preprocess = replace(preprocess, size=image_size or preprocess.size)
     architecture = {key: value for key, value in config.to_dict().items() if key not in ENTRIES_WITHOUT_EFFECT}
@@ -403,7 +407,7 @@ def _load_transformers(source: str, image_size: int | None, pretrained: bool) ->
 
 
 @hide_load_report()
-def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
+def _build_transformers_backbone(config: Any, source: str | None = None) -> nn.Module:
     from transformers import AutoModel, CLIPVisionModel, SiglipVisionModel
 
     # For a folder that contains a complete CLIP model, AutoModel would build both towers.
@@ -423,7 +427,7 @@ def _build_transformers(config: Any, source: str | None = None) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _read_transformers_preprocess(source: str, config: Any) -> Preprocess:
+def _read_transformers_preprocess(source: str, config: Any) -> PreprocessConfig:
     from transformers import AutoImageProcessor
 
     try:
@@ -433,4 +437,4 @@ def _read_transformers_preprocess(source: str, config: Any) -> Preprocess:
         message = "%s has no preprocessor_config.json; using the default preprocessing for the model type: %s"
         log.warning(message, source, preprocess)
         return preprocess
-    return Preprocess.from_dict(processor.to_dict())
+    return PreprocessConfig.from_dict(processor.to_dict())
