@@ -325,7 +325,7 @@ def embed(
     """Encode all captions into an embedding store. Captions that are already in the store are skipped.
 
     Args:
-        phrases: Also encode short phrases from the captions. `fit` encodes phrases only if `align` uses phrases.
+        phrases: Also encode short phrases from the captions. `fit` encodes phrases only if `align` uses them.
         engine: "local" encodes on the ranks started by the launcher. "ray" encodes on a Ray cluster.
         ray_workers: Number of Ray workers. Default (0): one per GPU or, without GPUs, one per two CPU cores.
     """

@@ -122,7 +122,7 @@ def _has_missing_plots(blocks: Sequence[Block]) -> bool:
 def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
     """Render a report as Markdown, without figures, images and collapsed text.
 
-    Sections with visual blocks but no tables or code are omitted. If blocks were omitted and `html_name` is not empty,
+    Omit sections that have visual blocks but no tables or code. If blocks were omitted and `html_name` is not empty,
     a paragraph refers to the HTML file.
     """
     parts = [f"# {_escape_html_tags(title)}"]

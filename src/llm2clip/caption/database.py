@@ -114,7 +114,7 @@ class CaptionDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit the changes of the `with` block. If the block raises an exception, roll the changes back."""
+        """Commit the changes made in the `with` block, or roll them back if the block raises an exception."""
         with self._convert_sqlite_errors():
             self.connection.execute("BEGIN IMMEDIATE")
             try:

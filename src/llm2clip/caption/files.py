@@ -276,7 +276,9 @@ def write_caption_report(file: Path, database: CaptionDatabase, report: CaptionR
     blocks = build_caption_report_blocks(database, report)
     cards = [_make_caption_card(database, row, report) for row in select_worst_images(database, report)]
     if cards:
-        text = f"{format_count(len(cards), 'image')}, most failed or rejected captions first, then highest rank first."
+        text = (
+            f"{format_count(len(cards), 'image')}, sorted by the number of failed or rejected captions, then by rank."
+        )
         blocks += [Heading("Images"), Paragraph(text), ReportImageGroup(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in report.sources)
     blocks += build_run_section(describe_run(report.seconds), code=sources)

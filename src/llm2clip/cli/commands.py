@@ -325,7 +325,7 @@ def add_dataclass_flags(parser: ArgumentParser, options: type, skip: Collection[
 
 
 def format_command(*words: object) -> str:
-    """Return a shell-quoted `llm2clip` command without the secrets in URLs, for printing."""
+    """Return a printable, shell-quoted `llm2clip` command, with secrets removed from URLs."""
     return shlex.join(["llm2clip", *(hide_url_secrets(str(word)) for word in words)])
 
 

@@ -42,7 +42,7 @@ def add_commands(commands: Commands) -> None:
         nargs="*",
         type=str,
         default=[],
-        help=f"{DATA_HELP} Of a source without splits, only the images that `fit` would hold out are used.",
+        help=f"{DATA_HELP} If a source has no splits, only the images that `fit` would hold out are used.",
     )
     parser.add_argument("--baselines", nargs="+", type=str, help="Other models to compare with.")
     add_dataclass_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})

@@ -143,7 +143,7 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
         "--no_words",
         action="store_true",
         help="Rank only by similarity. By default, images rank higher if their captions, recognised text, file name, "
-        "camera and date contain all words of the query.",
+        "camera and date contain all words in the query.",
     )
     sub.add_argument(
         "--no_group",

@@ -451,7 +451,7 @@ def mask_training_splits(records: RecordTable) -> np.ndarray:
 
 
 def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
-    """Return the names of all splits and each record's index into these names, of shape (N,)."""
+    """Return the split names, and an array of shape (N,) with the index of each record's split."""
     encoded = pc.fill_null(records.column("split"), NO_SPLIT.encode()).dictionary_encode().unify_dictionaries()
     names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
     indices = [chunk.indices.to_numpy() for chunk in encoded.chunks]

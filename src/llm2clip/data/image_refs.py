@@ -40,7 +40,7 @@ class ImageRef(ABC):
     """Reference to the encoded bytes of an image, valid in any process. `str()` returns a name for messages."""
 
     __slots__ = ()
-    kind_name: ClassVar[str] = "memory"  # name of the kind of storage in reports
+    kind_name: ClassVar[str] = "memory"  # storage type, as named in reports
     has_file_name: ClassVar[bool] = False  # True for image files and tar members
 
     @property

@@ -379,7 +379,7 @@ def draw_caption_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair
 
 
 def _count_unrelated_groups(items: TuningItems) -> int:
-    """Count the groups of items that are connected by common texts.
+    """Count the groups of items that are connected by shared texts.
 
     Items in different groups share no text, so a batch can always contain one pair per group.
     """

@@ -294,7 +294,7 @@ class RecordReader:
                 try:
                     texts[name] = parse_captions(value, parse_lists, self.log, file, number)
                 except UnusableRow as error:
-                    if name != "phrases":  # some datasets use the column name `phrases` for other values
+                    if name != "phrases":  # some datasets have a `phrases` column with another meaning
                         raise
                     self.log.record_dropped(file, number, "malformed phrases", error.value)
         record = Record(

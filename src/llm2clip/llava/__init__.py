@@ -20,7 +20,7 @@ class LlavaConfig:
     pretrain_batch_size: int = 256
     """Number of conversations per optimizer step in the first stage, over all devices."""
     epochs: float = 1
-    """Number of epochs of the second stage, which trains on the instruction data."""
+    """Number of epochs in the second stage, which trains on the instruction data."""
     lr: float = 2e-5
     """Peak learning rate of the LLM and the projector in the second stage. With LoRA, 2e-4 is common."""
     batch_size: int = 128

@@ -28,12 +28,12 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     Raise ValueError if the file is corrupt or some of the model's weights are missing.
     """
     import torch
-    import transformers.modeling_gguf_pytorch_utils
+    import transformers.modeling_gguf_pytorch_utils as gguf_module
     from transformers import AutoModel, AutoTokenizer
 
     check_gguf_header(gguf)
     source = str(gguf.absolute().parent)
-    gguf_utils: Any = transformers.modeling_gguf_pytorch_utils
+    gguf_utils: Any = gguf_module
     tqdm = gguf_utils.tqdm
     try:
         # Hide transformers' progress bars for the conversion, which have no labels.

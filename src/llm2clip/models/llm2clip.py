@@ -126,7 +126,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
 
     @torch.no_grad()
     def set_logits(self, scale: float, bias: float | None = None) -> None:
-        """Set the logit scale, clamped to 100, and the logit bias, if the model has a logit bias."""
+        """Set the logit scale (clamped to 100) and, if the model has one, the logit bias."""
         self.logit_scale.fill_(math.log(scale))
         self.clamp_logit_scale()
         if bias is not None and self.logit_bias is not None:

@@ -48,7 +48,7 @@ _HUB_ERRORS: dict[Any, str] = {
     "GatedRepo": "the model is gated: accept its terms on the hub, then run `hf auth login` or set HF_TOKEN",
     "RevisionNotFound": "the revision does not exist: pass a branch, a tag or a full commit hash",
     json.JSONDecodeError: "the hub's response is not valid JSON: check for a proxy or login page",
-    errno.ENOSPC: "no space is left on the disk: free some space, or set HF_HOME to a folder on another disk",
+    errno.ENOSPC: "no space left on the disk: free up some space, or set HF_HOME to a folder on another disk",
 }
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _FILE_SUFFIXES = (

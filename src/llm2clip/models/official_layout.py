@@ -156,7 +156,7 @@ def download_official_checkpoint(name: str) -> Path:
 
 @dataclass(frozen=True)
 class OfficialLayout:
-    """Naming scheme of an official checkpoint: prefixes of the tensor names of the tower, projection and adapter."""
+    """Naming scheme of an official checkpoint: the tensor-name prefixes of its tower, projection and adapter."""
 
     name: str
     required: tuple[str, ...]  # prefixes that identify the layout; each prefix must match at least one tensor

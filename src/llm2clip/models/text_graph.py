@@ -200,5 +200,5 @@ def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
     expected = source.encode_text(CHECKED_TEXTS).numpy()
     difference = float(np.abs(graph.encode_texts(CHECKED_TEXTS) - expected).max())
     if not difference <= MAX_DIFFERENCE:  # `not <=` also catches NaN
-        raise ValueError(f"the graph's embeddings differ from PyTorch's embeddings by {difference:g}")
+        raise ValueError(f"the graph's embeddings differ from PyTorch's by {difference:g}")
     return settings

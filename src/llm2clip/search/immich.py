@@ -74,7 +74,7 @@ class UpstreamService:
         )
 
     async def predict(self, entries: str, text: str | None, image: bytes | None, max_queue: int) -> Response:
-        """Forward a request and return the response. The middleware limits the time.
+        """Forward a request and return the response. The middleware enforces the time limit.
 
         Raises:
             QueueFull: `max_queue` requests are waiting.

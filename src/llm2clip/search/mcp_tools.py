@@ -84,7 +84,7 @@ class ShowPhoto(schemas.StrictModel):
                 data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
                 jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
         except (ImageError, NotFoundError, ImageTooLarge) as error:
-            content.append(TextContent(text=f"This is the thumbnail, because the photo cannot be shown: {error}"))
+            content.append(TextContent(text=f"The photo cannot be shown. This is its thumbnail: {error}"))
             jpeg = index.backend.read_thumbnail(hit.id)
         if jpeg is None:
             raise NotFoundError(f"the photo {self.photo} has just been removed from the index")

@@ -356,7 +356,7 @@ class PostgresBackend(IndexBackend):
         parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
         exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
         if run(exceeds, parameters):
-            # All indexes with more images have the same limit, so counting stops at this number of images.
+            # The limit does not grow beyond this number of images, so further images need not be counted.
             counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
             ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
             parameters["limit"] = compute_word_match_limit(total)

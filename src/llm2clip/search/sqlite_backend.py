@@ -384,7 +384,7 @@ class QuantizedVectors:
         return sum(len(ids) for ids, _ in self.blocks)
 
     def with_added_vectors(self, chunks: Iterable[tuple[np.ndarray, np.ndarray]]) -> QuantizedVectors:
-        """Return a copy with additional vectors, as chunks of int64 ids and float16 vectors.
+        """Return a copy that also contains the given vectors, passed as chunks of (int64 ids, float16 vectors).
 
         The ids must be larger than all existing ids. The copy shares most blocks with the original.
         """
@@ -539,8 +539,8 @@ class SqliteDatabase:
     def _read_file_id(self) -> tuple[int, ...]:
         """Return an identifier that changes if the database file is replaced, or () if the file does not exist.
 
-        On a read-only disk, the identifier also changes when another machine writes to the file, because immutable
-        connections do not notice changes.
+        Connections to a file on a disk mounted read-only do not notice that another machine changes the file. For such
+        a file, the identifier therefore changes with each modification, too.
         """
         try:
             stat = self.file.stat()

@@ -457,7 +457,7 @@ def distill(
 ) -> CaptionEncoder:
     """Train a student in place on the texts, resuming from the latest checkpoint if one exists.
 
-    Token embeddings are trained only in static students. `run_dir` receives checkpoints/ and metrics.jsonl.
+    Token embeddings are trained only for static students. Checkpoints and metrics.jsonl are written to `run_dir`.
 
     Raises:
         ValueError: Settings contradict each other, or the checkpoints were saved with different settings or data.

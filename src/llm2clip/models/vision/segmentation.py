@@ -202,7 +202,7 @@ def segment(
         logit_scale: Factor applied to the scores before the softmax over all names.
         min_probability: If the highest probability of a pixel is less than `min_probability`, assign the pixel to class
             0 (background).
-        min_area: Foreground classes that cover at most a fraction of `min_area` of the foreground are not predicted.
+        min_area: Fraction of the foreground, from 0 to 1. Classes that cover no more than this are not predicted.
 
     Yields:
         (slice of pixel rows, int64 class indices of shape (rows, W)) for each tile.
