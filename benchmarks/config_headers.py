@@ -19,7 +19,7 @@ import yaml
 
 from llm2clip.cli import build_parser
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.cli.tools import make_fit_plan
+from llm2clip.cli.tools import make_plan_from_args
 from llm2clip.tools.plan import FitPlan, format_hours
 from llm2clip.tools.plan_memory import compute_peak_memory
 
@@ -47,7 +47,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         flags = rest.partition(":")[0]
         command = ["plan", "--images", str(IMAGES), "--count", match["count"], "--device", match["device"]]
         command += ["--config", name, *shlex.split(flags)]
-        plan = make_fit_plan(parser.instantiate(parser.parse_args(command)).plan)
+        plan = make_plan_from_args(parser.instantiate(parser.parse_args(command)).plan)
         parts = []
         if "encoder" in stages:
             parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.stage_memory]

@@ -459,9 +459,7 @@ def test_align_resumes_exactly(
         return train(tmp_path / name, config, validate, tower=tower, dropout=0.1)
 
     uninterrupted = run("uninterrupted")
-    monkeypatch.setattr(
-        align_module, "prefetch_in_background", lambda items, _: Prefetcher(items)
-    )  # as on accelerators
+    monkeypatch.setattr(align_module, "prefetch_on_accelerator", lambda items, _: Prefetcher(items))
     with killed_after(6 if config.save_steps == 1 else 5):
         run("killed")
     if config.save_steps == 1:
@@ -523,9 +521,7 @@ def _fail_in_the_loss(records: list[Record], store: str, folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(RuntimeError, match="out of memory"):
         replace_info_nce(monkeypatch, failing_loss)
-        monkeypatch.setattr(
-            align_module, "prefetch_in_background", lambda items, _: Prefetcher(items)
-        )  # as on accelerators
+        monkeypatch.setattr(align_module, "prefetch_on_accelerator", lambda items, _: Prefetcher(items))
         run_align(records, EmbeddingStore(store), folder / "run", dataclasses.replace(ALIGN, workers=1, epochs=99))
     assert [worker.exitcode for worker in workers] == [0]
     assert "prefetch" not in {thread.name for thread in threading.enumerate()}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, MistralConfig
 from transformers.utils.logging import is_progress_bar_enabled
 
 from conftest import FAMILIES, make_llm, save_tokenizer
-from llm2clip.models.loading import fingerprint, get_output_affecting_config
+from llm2clip.models.loading import fingerprint, select_output_entries
 from llm2clip.models.precision import CALIBRATION_CAPTIONS, calibrate_precision
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -376,11 +376,11 @@ def test_identity_depends_on_the_defaults_of_the_config_class(encoder: CaptionEn
 
 def test_identity_of_a_config_that_is_valid_only_with_its_head_dim() -> None:
     config = MistralConfig(hidden_size=36, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    assert get_output_affecting_config(config)["head_dim"] == 8
+    assert select_output_entries(config)["head_dim"] == 8
 
 
 def test_config_of_another_model_type_is_described_differently() -> None:
-    assert get_output_affecting_config(LlamaConfig()) != get_output_affecting_config(MistralConfig())
+    assert select_output_entries(LlamaConfig()) != select_output_entries(MistralConfig())
 
 
 def test_tokenize_reports_truncated_captions(llm: Path) -> None:

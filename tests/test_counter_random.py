@@ -90,7 +90,7 @@ def test_all_permutations_of_a_row_are_equally_likely() -> None:
     assert ((observed - n / 24) ** 2 / (n / 24)).sum() < 59
 
 
-def test_shuffle_rows_leaves_the_values_after_the_count_in_place() -> None:
+def test_shuffle_row_prefixes_leaves_the_values_after_the_count_in_place() -> None:
     values = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
     bits = np.array([[9, 5, 7, 0], [3, 2, 1, 0], [0, 0, 0, 0]], np.uint64)
     shuffled = shuffle_row_prefixes(values, np.array([3, 4, 0]), bits)

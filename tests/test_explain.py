@@ -49,17 +49,17 @@ def compute_score(model: DualEncoder, vector: np.ndarray, *texts: str) -> float:
         ("?! ...", []),
     ],
 )
-def test_find_words_splits_texts_in_many_scripts(text: str, words: list[str]) -> None:
+def test_find_query_words_splits_texts_in_many_scripts(text: str, words: list[str]) -> None:
     found = find_query_words(["x", text])[1:]
     assert [word.text for word in found] == words
     assert all(text[word.start : word.end] == word.text and word.text_index == 1 for word in found)
 
 
-def test_find_words_returns_a_limited_number_of_words() -> None:
+def test_find_query_words_returns_a_limited_number_of_words() -> None:
     assert [word.text_index for word in find_query_words(["a b"] * MAX_WORDS)] == [n // 2 for n in range(MAX_WORDS)]
 
 
-def test_remove_word_also_removes_a_space() -> None:
+def test_remove_query_word_also_removes_a_space() -> None:
     text = "a red dog, asleep"
     without = [remove_query_word(text, word) for word in find_query_words([text])]
     assert without == ["red dog, asleep", "a dog, asleep", "a red , asleep", "a red dog,"]

@@ -37,7 +37,7 @@ from llm2clip.data.formats import (
     FilePart,
     RawRow,
     ReadOptions,
-    identify_file_format,
+    build_file_part,
     image_files,
     load_source_formats,
     read_rows,
@@ -234,7 +234,7 @@ LINES = (
 
 
 def split(path: Path, target_bytes: int = 64 << 20) -> list[FilePart]:
-    return split_file_into_parts(identify_file_format(str(path)), target_bytes)
+    return split_file_into_parts(build_file_part(str(path)), target_bytes)
 
 
 def read_parts(path: Path, target_bytes: int = 1 << 40) -> tuple[list[RawRow], list[str]]:
@@ -349,10 +349,10 @@ def test_files_of_other_formats_are_not_divided(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-        part = FilePart(identify_file_format(name.removesuffix(".gz")).format, str(tmp_path / name))
+        part = FilePart(build_file_part(name.removesuffix(".gz")).format, str(tmp_path / name))
         assert split_file_into_parts(part, 10) == [part]
     missing, folder = (
-        identify_file_format(f"{tmp_path}/missing.jsonl"),
+        build_file_part(f"{tmp_path}/missing.jsonl"),
         FilePart(load_source_formats()["images"], str(tmp_path)),
     )
     assert split_file_into_parts(missing, 10) == [missing] and split_file_into_parts(folder, 1) == [folder]
@@ -458,7 +458,7 @@ EDITS: list[tuple[str, Edit, int]] = [
 
 
 def read_tar(path: Path, image_bytes: bool = True) -> list[RawRow]:
-    return list(read_rows(identify_file_format(str(path)), ReadOptions(image_bytes=image_bytes)))
+    return list(read_rows(build_file_part(str(path)), ReadOptions(image_bytes=image_bytes)))
 
 
 def read_with_tarfile(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[RawRow]:

@@ -116,7 +116,7 @@ LLAVA_ROWS = [
 
 
 @pytest.mark.parametrize("name", ["mix.json", "mix.jsonl"])
-def test_read_llava_skips_and_logs_invalid_rows(name: str, image_folder: Path, tmp_path: Path) -> None:
+def test_read_llava_file_skips_and_logs_invalid_rows(name: str, image_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / name
     lines = "".join(f"{json.dumps(row)}\n" for row in LLAVA_ROWS)
     file.write_text(lines if name.endswith("l") else json.dumps(LLAVA_ROWS))
@@ -174,7 +174,7 @@ def test_mentioned_objects_match_synonyms_plurals_and_longest_names() -> None:
     assert names["buses"] == "bus"
 
 
-def test_read_objects_rejects_a_name_of_two_objects(tmp_path: Path) -> None:
+def test_read_object_synonyms_rejects_a_name_of_two_objects(tmp_path: Path) -> None:
     file = tmp_path / "objects.txt"
     file.write_text("dog: hound\ncat: hound\n")
     with pytest.raises(ValueError, match="'hound' is a name for both 'dog' and 'cat'"):

@@ -22,7 +22,7 @@ from llm2clip.llava.build import build_llava
 from llm2clip.llava.conversations import Conversation
 from llm2clip.llava.train import train_llava
 from llm2clip.runs.output_folder import save_or_check_config
-from llm2clip.tools.runs import list_run_directories
+from llm2clip.tools.runs import format_run_table
 
 SMALL = LlavaConfig(
     pretrain_epochs=1, pretrain_batch_size=4, epochs=1, batch_size=4, micro_batch_size=2, lr=1e-2, pretrain_lr=1e-2,
@@ -116,7 +116,7 @@ def test_train_llava_resumes_exactly(
             train(tiny_llava, conversations, conversations, config, out)
     save_or_check_config({"llava": config}, out)
     (out / "instruct/metrics.jsonl").write_text('{"step": 4, "loss": 1.5}\n')  # written every tenth step
-    assert re.search("llava .* instruct  4 of 6  1.500", list_run_directories(out)[0])
+    assert re.search("llava .* instruct  4 of 6  1.500", format_run_table(out)[0])
     (out / "instruct/checkpoint-99").mkdir(parents=True)  # an incomplete checkpoint
     resumed = load_weights(train(tiny_llava, conversations, conversations, config, out))
     for name, tensor in uninterrupted.items():

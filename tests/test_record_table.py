@@ -20,7 +20,7 @@ from format_fixtures import image_bytes, image_row, write_images_and_jsonl, writ
 from llm2clip.config import EvaluateConfig
 from llm2clip.data import build_table, image_facts
 from llm2clip.data.build_table import DataSplits, build_record_table, load_source_indices, read_data_splits
-from llm2clip.data.formats import identify_file_format, split_file_into_parts
+from llm2clip.data.formats import build_file_part, split_file_into_parts
 from llm2clip.data.image_facts import get_distinct_image_hashes, mask_matching_images
 from llm2clip.data.image_refs import FileImage, InMemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
@@ -92,7 +92,7 @@ def test_rows_in_random_order_over_many_batches_equal_a_list(tmp_path: Path) -> 
     assert table.select(order).column("captions").to_pylist() == [list(records[n].captions) for n in order]
 
 
-def test_use_as_captions_replaces_all_captions() -> None:
+def test_use_field_as_captions_replaces_all_captions() -> None:
     table = RecordTable.from_records(RECORDS).use_field_as_captions("long_captions")
     assert [record.captions for record in table[:2]] == [("a long one",), ()]
     assert [record.texts for record in table[:2]] == [("a long one",), ()]
@@ -188,7 +188,7 @@ def test_work_of_a_source_counts_each_file_once(tmp_path: Path) -> None:
     parts = [
         part
         for name in ("x.parquet", "x.tar")
-        for part in split_file_into_parts(identify_file_format(str(tmp_path / name)), 1)
+        for part in split_file_into_parts(build_file_part(str(tmp_path / name)), 1)
     ]
     assert len(parts) == 21
     assert build_table._estimate_read_bytes(parts) == (tmp_path / "x.parquet").stat().st_size + 10240 / 8
@@ -380,7 +380,7 @@ def test_tar_images_have_the_same_key_by_any_path(tmp_path: Path, monkeypatch: p
     assert link.startswith(str(tmp_path / "link.tar")), "links to files are not resolved"
 
 
-def test_open_table_reads_a_second_source_with_a_bad_first_row(tmp_path: Path) -> None:
+def test_build_record_table_reads_a_second_source_with_a_bad_first_row(tmp_path: Path) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}] * (EARLY_CHECK_ROWS + 1))
     bad = write_jsonl(tmp_path / "b.jsonl", ["not a JSON object", *[{"caption": "x"}] * 50])
     log = SkipLog()
@@ -515,7 +515,7 @@ def ids(splits: DataSplits) -> tuple[list[str], list[str]]:
     return [r.id for r in splits.train], [r.id for r in splits.held_out["captions"]]
 
 
-def test_read_splits_uses_the_split_names(tmp_path: Path) -> None:
+def test_read_data_splits_uses_the_split_names(tmp_path: Path) -> None:
     """The names are compared without case, except for those that are selected."""
     rows = [image_row(1, "train"), image_row(2), image_row(3, "none"), image_row(4, "Val"), image_row(5, "test")]
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
@@ -525,7 +525,7 @@ def test_read_splits_uses_the_split_names(tmp_path: Path) -> None:
     assert ids(splits_of(f"{file}@train+Val", held_out=(f"{file}@test",))) == (["1", "4"], ["5"])
 
 
-def test_read_splits_holds_out_a_tenth_without_split_names(tmp_path: Path) -> None:
+def test_read_data_splits_holds_out_a_tenth_without_split_names(tmp_path: Path) -> None:
     rows = [*(image_row(n) for n in range(40)), image_row(40, "extra")]
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
     splits = splits_of(file)
@@ -582,7 +582,7 @@ def test_file_names_that_are_not_utf8_can_be_held_out(tmp_path: Path) -> None:
     assert len(splits_of(tmp_path).held_out["captions"]) == 2
 
 
-def test_read_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) -> None:
+def test_read_data_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) -> None:
     rows = [image_row(1, "train", captions_de=["eins"]), image_row(2, "val", captions_de=["zwei"])]
     rows[1]["long_captions"] = ["two, at length"]
     file = write_images_and_jsonl(tmp_path / "a.jsonl", *rows)
@@ -603,7 +603,7 @@ def test_read_splits_reads_caption_columns_of_held_out_images(tmp_path: Path) ->
         ({"image": "missing.png", "captions_de": ["fehlt"]}, "no records; .*missing image"),
     ],
 )
-def test_read_splits_rejects_a_caption_column_that_no_usable_image_has(
+def test_read_data_splits_rejects_a_caption_column_that_no_usable_image_has(
     tmp_path: Path, row: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.create_connection", lambda *_, **__: pytest.fail("URLs must not be opened"))

@@ -146,14 +146,14 @@ def test_find_near_duplicates_subtracts_the_mean() -> None:
     assert np.flatnonzero(mask).tolist() == [0, 1]
 
 
-def test_fit_logistic_recovers_the_log_odds_of_two_normal_distributions() -> None:
+def test_fit_logistic_regression_recovers_the_log_odds_of_two_normal_distributions() -> None:
     """For N(2, 1) and N(0, 1), the log odds are 2 * x - 2."""
     rng = np.random.default_rng(3)
     slope, intercept = fit_logistic_regression(rng.normal(2, 1, 5000), rng.normal(0, 1, 20000))
     assert (slope, intercept) == (pytest.approx(2, rel=0.05), pytest.approx(-2, rel=0.05))
 
 
-def test_fit_logistic_stays_finite_and_never_prefers_lower_values() -> None:
+def test_fit_logistic_regression_stays_finite_and_never_prefers_lower_values() -> None:
     slope, intercept = fit_logistic_regression(np.full(30, 3.0), np.full(30, -3.0))
     assert 0 < slope < 10 and abs(intercept) < 0.1
     assert fit_logistic_regression(np.zeros(30) - 2, np.zeros(30) + 2) == (0, 0)
@@ -211,7 +211,7 @@ def test_fit_excludes_the_caption_that_is_the_query(model: DualEncoder, tmp_path
     assert scales[0] == scales[1] and scales[0].slope != relevance.CAPTION_SLOPE
 
 
-def test_compute_overlap_weighs_words_by_length() -> None:
+def test_compute_stem_overlap_weighs_words_by_length() -> None:
     stems = extract_stems(["Two CHILDREN on a sled"])
     assert stems == {"two", "child", "on", "a", "sled"}  # with the weights 1, 3, 0, 0 and 2
     assert compute_stem_overlap(stems, ["A child's red sled", "two"]) == 1

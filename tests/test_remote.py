@@ -40,7 +40,7 @@ from llm2clip.cli import main
 from llm2clip.cli.commands import format_command
 from llm2clip.data import build_table, remote, storage
 from llm2clip.data.build_table import build_record_table
-from llm2clip.data.formats import find_source_files, identify_file_format, read_rows
+from llm2clip.data.formats import build_file_part, find_source_files, read_rows
 from llm2clip.data.image_order import EpochImageOrders
 from llm2clip.data.image_refs import FileImage, ParquetImage, TarImage
 from llm2clip.data.images import iter_image_batches
@@ -205,11 +205,11 @@ def test_folders_globs_and_braces_are_resolved_in_order(bucket: str) -> None:
     names = ["b/1.tar", "b/0.tar", "b/.hidden.tar", "c.tar", "note.txt", "b/deep/2.tar"]
     storage.get_filesystem("s3").pipe({f"{bucket}/{name}": b"x" for name in names})
     root = f"s3://{bucket}"
-    folder_files = [identify_file_format(f"{root}/b/{n}.tar") for n in range(2)]
+    folder_files = [build_file_part(f"{root}/b/{n}.tar") for n in range(2)]
     assert find_source_files(f"{root}/b/*.tar") == folder_files
     assert find_source_files(f"{root}/b/{{1..0}}.tar") == folder_files[::-1]
     assert find_source_files(f"{root}/b")[-2:] == find_source_files(f"{root}/b/")[-2:] == folder_files
-    other_files = [identify_file_format(f"{root}/c.tar"), identify_file_format(f"{root}/b/deep/2.tar")]
+    other_files = [build_file_part(f"{root}/c.tar"), build_file_part(f"{root}/b/deep/2.tar")]
     assert find_source_files(root, all_files=True) == [other_files[0], *folder_files, other_files[1]]
     for missing in ("x.tar", "x/*.tar", "x/{0..1}.tar", "x"):
         with pytest.raises(FileNotFoundError, match=f"{root}/x.*: no such file or folder"):
@@ -383,7 +383,7 @@ def test_a_file_that_is_replaced_during_a_run_stops_the_run(
 
 
 def open_records_without_lookup(url: str) -> Any:
-    return read_rows(identify_file_format(url))
+    return read_rows(build_file_part(url))
 
 
 def test_a_file_that_is_replaced_between_two_blocks_is_rejected(

@@ -54,7 +54,7 @@ def list_rows(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     tables: list[Table] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "render_plain_text", lambda blocks, width: tables.extend(blocks) or "")
-        skipped = runs.list_run_directories(folder)[1:]
+        skipped = runs.format_run_table(folder)[1:]
     rows = [dict(zip(runs.COLUMNS, row, strict=True)) for row in tables[0].rows]
     return {os.path.relpath(row["run"], folder): row for row in rows}, skipped
 

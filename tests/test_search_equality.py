@@ -376,7 +376,7 @@ def test_index_watch_updates_until_interrupted(
     assert SqliteBackend(index).count() == (8, 7)
 
 
-def test_parse_time_accepts_dates_and_times() -> None:
+def test_parse_iso_timestamp_accepts_dates_and_times() -> None:
     midnight = datetime(2024, 5, 31).timestamp()
     for text in ("2024-05-31", "20240531"):
         assert parse_iso_timestamp(text, "--after") == midnight

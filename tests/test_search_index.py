@@ -723,12 +723,12 @@ STORED_REFS = (
 
 
 @pytest.mark.parametrize(("ref", "text"), STORED_REFS)
-def test_ref_to_json_matches_the_stored_form(ref: ImageRef, text: str) -> None:
+def test_image_ref_to_json_matches_the_stored_form(ref: ImageRef, text: str) -> None:
     assert image_ref_to_json(ref) == text
     assert image_ref_from_json(text) == ref
 
 
-def test_ref_from_json_rejects_unknown_types() -> None:
+def test_image_ref_from_json_rejects_unknown_types() -> None:
     with pytest.raises(ValueError, match="unknown image reference type"):
         image_ref_from_json('["Popen", {}]')
 

@@ -66,7 +66,7 @@ def test_caption_phrases_do_not_span_punctuation_or_end_with_stop_words() -> Non
     assert extract_caption_phrases(["7 of x"], 1) == set(), "digits and single letters are not phrases"
 
 
-def test_build_queries_finds_all_images_that_mention_a_phrase() -> None:
+def test_build_short_queries_finds_all_images_that_mention_a_phrase() -> None:
     captions = [
         ["A red dog runs.", "A dog!"],
         ["The red dog sits", "nothing else here"],

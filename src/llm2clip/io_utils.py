@@ -301,7 +301,7 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def check_text_not_empty(texts: Iterable[str]) -> None:
+def check_texts_not_empty(texts: Iterable[str]) -> None:
     """Raise ValueError if a text is empty or only whitespace."""
     for index, text in enumerate(texts):
         if isinstance(text, str) and not text.strip():

@@ -39,7 +39,7 @@ def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: in
     yield from run(delayed(function)(item) for item in items)
 
 
-def prefetch_in_background(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
+def prefetch_on_accelerator(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
     """Return an iterator that prepares items in a background thread. The caller must close the iterator.
 
     On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.

@@ -68,7 +68,7 @@ from llm2clip.models.export.model_card import write_model_card
 from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components
 from llm2clip.models.loading import check_model_source
 from llm2clip.models.model_folder import find_model_folder, save_query_templates
-from llm2clip.models.pretrained import convert_gguf_to_cached_folder, resolve_pretrained_name
+from llm2clip.models.pretrained import resolve_gguf_folder, resolve_pretrained_name
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
 from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, hold_run_lock, latest_checkpoint, save_or_check_config
@@ -502,7 +502,7 @@ def check_encoder_exists(config: EncoderConfig) -> None:
     """Raise OSError or ValueError if a caption encoder does not exist. The weights are not loaded."""
     path = resolve_pretrained_name(config.path)
     if path.endswith(".gguf"):
-        convert_gguf_to_cached_folder(path)
+        resolve_gguf_folder(path)
     elif not Path(path).is_dir():
         check_model_source(path)
         # Raises an error if the hub has no such model.

@@ -139,7 +139,7 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text)
 
 
-def join_normalized_words(words: Sequence[str]) -> str:
+def make_word_key(words: Sequence[str]) -> str:
     """Join words into a key that ignores case and Unicode compatibility variants."""
     return unicodedata.normalize("NFKC", " ".join(words)).casefold()
 
@@ -296,7 +296,7 @@ def _make_text_check_row(
     checks.num_captions += 1
     checks.num_shortened += shortened != text
     language = None if problem else identify_language(shortened)
-    words_key = hash_text_to_int64(join_normalized_words(split_words(shortened)))
+    words_key = hash_text_to_int64(make_word_key(split_words(shortened)))
     return image_hash, position, sample, words_key, language, problem
 
 

@@ -370,10 +370,10 @@ def _check_query_arguments(args: Namespace) -> None:
     has_query = args.texts or args.images or args.negative or args.negative_images
     if not has_query and all(args[name] is None for name in CONDITIONS):
         raise ValueError("pass text or images to search for, or a filter such as --after 2024-05-31")
-    from llm2clip.io_utils import check_text_not_empty
+    from llm2clip.io_utils import check_texts_not_empty
 
-    check_text_not_empty(args.texts)
-    check_text_not_empty(args.negative)
+    check_texts_not_empty(args.texts)
+    check_texts_not_empty(args.negative)
     for image in (*args.images, *args.negative_images):
         if not os.path.exists(image):
             raise FileNotFoundError(f"No such file: {image}")

@@ -136,7 +136,7 @@ def _list_configs(args: Namespace) -> list[str]:
     return [f"{name:<{width}}  {text.splitlines()[0].removeprefix('#').strip()}" for name, text in configs.items()]
 
 
-def make_fit_plan(args: Namespace) -> FitPlan:
+def make_plan_from_args(args: Namespace) -> FitPlan:
     from llm2clip.tools.plan import estimate_data_size, plan_fit
 
     check_sources_exist(args.data)
@@ -156,13 +156,13 @@ def make_fit_plan(args: Namespace) -> FitPlan:
 def _run_plan(args: Namespace) -> list[str]:
     from llm2clip.tools.plan import format_plan
 
-    lines = format_plan(make_fit_plan(args)).splitlines()
+    lines = format_plan(make_plan_from_args(args)).splitlines()
     if args.encoder.path == AUTO:
         lines.append("`fit` will choose the caption encoder. The estimates are for the largest candidate.")
     return lines
 
 
 def _list_runs(args: Namespace) -> list[str]:
-    from llm2clip.tools.runs import list_run_directories
+    from llm2clip.tools.runs import format_run_table
 
-    return list_run_directories(Path(args.folder).expanduser())
+    return format_run_table(Path(args.folder).expanduser())

@@ -238,7 +238,7 @@ class InMemoryImage(ImageRef):
 
 
 @dataclass(frozen=True, slots=True)
-class TableStoredImage(_TableCellImage):
+class RecordTableImage(_TableCellImage):
     """Encoded image in a record table, from a source that can be read only once."""
 
     kind_name: ClassVar[str] = "the record table"
@@ -260,8 +260,8 @@ class TableStoredImage(_TableCellImage):
         return self.name
 
 
-# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `TableStoredImage`.
-IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, TableStoredImage)
+# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `RecordTableImage`.
+IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, RecordTableImage)
 
 
 def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from llm2clip.data.image_facts import ImageFacts, get_distinct_image_hashes
-from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, InMemoryImage, TableStoredImage
+from llm2clip.data.image_refs import IMAGE_KINDS, ImageColumns, ImageRef, InMemoryImage, RecordTableImage
 from llm2clip.data.records import TEXT_FIELDS, Record
 from llm2clip.data.remote import get_pinned_versions, pin_versions
 from llm2clip.data.table_cells import MAX_BATCH_BYTES, map_batches, memory_map_arrow_file
@@ -386,7 +386,7 @@ class RecordBatches:
         if kind == NO_IMAGE:
             return None
         image_class = IMAGE_KINDS[kind]
-        if image_class is not TableStoredImage:
+        if image_class is not RecordTableImage:
             path = self.containers[batch][container]
             return image_class.from_columns(ImageColumns(path, decode_file_name(name), offset, size, digest))
         local = int(row - self.starts[batch])
@@ -394,7 +394,7 @@ class RecordBatches:
             data = self.batches[batch].column("image_data")[local].as_py()
             return InMemoryImage.from_columns(ImageColumns(name=decode_file_name(name), data=data))
         file, batch_in_file = self.paths[batch]
-        return TableStoredImage.from_columns(ImageColumns(file, decode_file_name(name), local, batch_in_file, digest))
+        return RecordTableImage.from_columns(ImageColumns(file, decode_file_name(name), local, batch_in_file, digest))
 
 
 def read_arrow_metadata(file: str, name: str) -> Any:
@@ -443,7 +443,7 @@ class RecordBatchBuilder:
         key_high, key_low = compute_merge_key(record, source)
         kind, image, container = NO_IMAGE, ImageColumns(), 0
         if record.image is not None:
-            kind = _KIND_NUMBERS.get(type(record.image), _KIND_NUMBERS[TableStoredImage])
+            kind = _KIND_NUMBERS.get(type(record.image), _KIND_NUMBERS[RecordTableImage])
             image = record.image.to_columns()
         if image.container is not None:
             container = self._containers.setdefault(image.container, len(self._containers))

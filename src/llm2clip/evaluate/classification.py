@@ -31,7 +31,7 @@ def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSourc
 
 
 def encode_class_names(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the mean prompt embedding of each class, of shape (classes, D); see `average_prompt_embeddings`."""
+    """Return the mean prompt embedding of each class, of shape (classes, D), float32."""
     prompts = fill_prompt_templates(names, templates)
     averages = average_prompt_embeddings(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
     return torch.from_numpy(averages)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm2clip.data.build_table import build_record_table
-from llm2clip.data.formats import BadRow, identify_file_format, read_rows
+from llm2clip.data.formats import BadRow, build_file_part, read_rows
 from llm2clip.data.image_refs import FileImage, ImageRef, is_safe_relative_path
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -122,7 +122,7 @@ def read_llava_file(file: str | Path, images: str | Path | None, log: SkipLog) -
     file = Path(file)
     root = Path(images) if images is not None else file.parent
     conversations = []
-    for _, number, row in read_rows(identify_file_format(str(file))):
+    for _, number, row in read_rows(build_file_part(str(file))):
         log.count_rows(1)
         if isinstance(row, BadRow):
             log.skip(str(file), number, "no conversation", row.value)

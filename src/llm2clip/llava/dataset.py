@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import resize
 from llm2clip.data.images import decode_or_return_error
 from llm2clip.data.transforms import EvalTransform, PreprocessConfig
 from llm2clip.llava.conversations import IGNORE_INDEX, IMAGE_TOKEN, Conversation, tokenize_and_label
-from llm2clip.models.loading import get_output_affecting_config, hash_weights
+from llm2clip.models.loading import hash_weights, select_output_entries
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 
@@ -103,7 +103,7 @@ class PatchFeatureEncoder:
     def identity(self) -> dict[str, Any]:
         """Return the settings and the weight hash that determine the features, for the store's fingerprint."""
         return {
-            "tower": get_output_affecting_config(self.tower.config),
+            "tower": select_output_entries(self.tower.config),
             "weights": hash_weights(self.tower),
             "preprocess": {**self.transform.preprocess.to_dict(), "pad": self.transform.pad},
             "layer": self.config.vision_feature_layer,

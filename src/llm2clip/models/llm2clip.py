@@ -22,7 +22,7 @@ from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.data.image_facts import load_training_image_hashes, save_training_image_hashes
 from llm2clip.data.images import load_image, to_image_list
 from llm2clip.data.transforms import EvalTransform
-from llm2clip.io_utils import atomic_dir, check_text_not_empty, describe_error
+from llm2clip.io_utils import atomic_dir, check_texts_not_empty, describe_error
 from llm2clip.models.loading import fingerprint, read_safetensors
 from llm2clip.models.model_folder import (
     FORMAT_VERSION,
@@ -250,7 +250,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
             ValueError: A text is empty, a template has no {} placeholder, or the model has no caption encoder.
         """
         captions = [texts] if isinstance(texts, str) else list(texts)
-        check_text_not_empty(captions)
+        check_texts_not_empty(captions)
         if templates:
             template_list = [templates] if isinstance(templates, str) else templates
             check_prompt_templates(template_list)

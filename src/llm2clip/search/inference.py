@@ -98,7 +98,7 @@ def check_queue_capacity(count: int, waiting: int, limit: int, unit: str) -> Non
 # ---- batches
 
 
-class _PendingRequest(NamedTuple, Generic[Item, Result]):
+class _PendingItem(NamedTuple, Generic[Item, Result]):
     item: Item
     result: Future[Result]
 
@@ -127,7 +127,7 @@ class InferenceBatcher(Generic[Item, Result]):
         """
         self._work, self._executor, self._on_batch = work, executor, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
-        self._queue: deque[_PendingRequest[Item, Result]] = deque()
+        self._queue: deque[_PendingItem[Item, Result]] = deque()
         self._changed = threading.Condition()  # guards the queue
         self._is_scheduled = False  # True if a call to `_process_next_batch` is pending or running
         self._is_closed = False
@@ -146,7 +146,7 @@ class InferenceBatcher(Generic[Item, Result]):
             CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
-        entries: list[_PendingRequest[Item, Result]] = [_PendingRequest(item, Future()) for item in items]
+        entries: list[_PendingItem[Item, Result]] = [_PendingItem(item, Future()) for item in items]
         with self._changed:
             if self._is_closed:
                 raise QueueFull("the server is stopping; try again later")
@@ -160,12 +160,12 @@ class InferenceBatcher(Generic[Item, Result]):
         try:
             results = [entry.result.result() for entry in entries if entry.result.done()]
             if unfinished:
-                raise deadline.make_deadline_error()
+                raise deadline.make_error()
             return results
         finally:
             self._cancel_unfinished_items(entries)
 
-    def _cancel_unfinished_items(self, entries: Sequence[_PendingRequest[Item, Result]]) -> None:
+    def _cancel_unfinished_items(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
         """Cancel entries without a result after the caller has timed out or one of its items has failed."""
         cancelled = [entry.result.cancel() for entry in entries]
         if not any(cancelled):
@@ -193,7 +193,7 @@ class InferenceBatcher(Generic[Item, Result]):
                 if self._queue:
                     self._schedule_next_batch()  # runs after the pending batches of other batchers
 
-    def _take_next_batch(self) -> list[_PendingRequest[Item, Result]]:
+    def _take_next_batch(self) -> list[_PendingItem[Item, Result]]:
         """Wait for more items if the last batch was larger than the queue. Return the next batch."""
         with self._changed:
             self._changed.wait_for(lambda: len(self) >= self._last_size, min(MAX_WAIT, self._last_seconds / 10))
@@ -201,7 +201,7 @@ class InferenceBatcher(Generic[Item, Result]):
             entries = [self._queue.popleft() for _ in range(count)]
         return [entry for entry in entries if entry.result.set_running_or_notify_cancel()]
 
-    def _process_batch(self, entries: Sequence[_PendingRequest[Item, Result]]) -> None:
+    def _process_batch(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):

@@ -170,7 +170,7 @@ class RequestMiddleware:
         except TimeoutError:
             if sender.started:
                 raise
-            return make_error_response(504, str(deadline.make_deadline_error()))
+            return make_error_response(504, str(deadline.make_error()))
         finally:
             sender.timer = None
         return None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from llm2clip.io_utils import check_text_not_empty, escape_control_characters
+from llm2clip.io_utils import check_texts_not_empty, escape_control_characters
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.prompts import QueryTemplates, average_prompt_embeddings, build_query_prompts
 from llm2clip.search.backends import IndexBackend
@@ -65,7 +65,7 @@ class SearchQuery:
     def build_prompts(self, default_templates: QueryTemplates) -> tuple[list[str], list[int]]:
         """Return the prompts of all texts followed by all negative texts, and the number of prompts per text."""
         texts = [*self.texts, *self.negative_texts]
-        check_text_not_empty(texts)
+        check_texts_not_empty(texts)
         return build_query_prompts(texts, default_templates if self.templates is None else self.templates)
 
     def combine(

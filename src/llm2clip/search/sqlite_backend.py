@@ -205,11 +205,8 @@ class SqliteBackend(IndexBackend):
         self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
         # The last ranking is cached, because the relevance of the next page depends on the top hits of the query.
-        key = (
-            self._db.read_database_state(),
-            vector.tobytes(),
-            image_filter,
-        )  # the state must not be newer than the ranking
+        # The state is read first, so that it is not newer than the ranking.
+        key = self._db.read_database_state(), vector.tobytes(), image_filter
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
             allowed_ids = self._get_matching_ids(image_filter) if image_filter else None

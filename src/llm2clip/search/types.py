@@ -145,7 +145,7 @@ class Deadline(NamedTuple):
     def remaining(self) -> float | None:
         return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
 
-    def make_deadline_error(self) -> DeadlineExceeded:
+    def make_error(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"the request took longer than {self.limit:g} seconds")
 
 
@@ -176,7 +176,7 @@ class FairSemaphore:
         with self._lock:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-                raise deadline.make_deadline_error()
+                raise deadline.make_error()
         # Another thread woke this thread just after the timeout, so the semaphore is acquired.
 
     def __exit__(self, *_: object) -> None:

@@ -24,7 +24,7 @@ from llm2clip.data.images import iter_image_batches
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.io_utils import atomic_write_jsonl, format_count, read_jsonl, require_extra
-from llm2clip.models.loading import get_output_affecting_config, hash_weights
+from llm2clip.models.loading import hash_weights, select_output_entries
 from llm2clip.models.precision import Precision, calibrate_precision, resolve_precision
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import MIN_CAPTIONS_TO_TUNE, TokenizedTexts, tune_batch_tokens
@@ -213,7 +213,7 @@ class TowerEncoder:
         """Return everything that affects the features: architecture, preprocessing, weights and precision."""
         config = self.tower.config
         if config["library"] == "transformers":
-            config = {**config, "architecture": get_output_affecting_config(self.tower.backbone.config)}
+            config = {**config, "architecture": select_output_entries(self.tower.backbone.config)}
         return {"tower": config, "weights": hash_weights(self.tower), "precision": self.precision}
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ STAGES = {
 LOCKS_FILE = Path("/proc/locks")  # all held file locks; exists only on Linux
 
 
-def list_run_directories(folder: Path) -> list[str]:
+def format_run_table(folder: Path) -> list[str]:
     """Return a table of the runs in a folder and its subfolders, followed by a line for each unreadable run file."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")

@@ -28,7 +28,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.precision import use_tf32_matmul
 from llm2clip.models.vision.vision_tower import VisionTower, merge_tower_lora
-from llm2clip.parallel import prefetch_in_background
+from llm2clip.parallel import prefetch_on_accelerator
 from llm2clip.runs.ranks import (
     copy_to_meta_device,
     gather_to_cpu,
@@ -97,7 +97,7 @@ def align(
     if should_compile(model.tower, loop.device, loop.steps - loop.checkpoints.step):
         compile_blocks(model.tower)
     model.train()
-    prepared = prefetch_in_background(_pin_batches(data, loop.checkpoints.step, loop.device), loop.device)
+    prepared = prefetch_on_accelerator(_pin_batches(data, loop.checkpoints.step, loop.device), loop.device)
     with closing(prepared) as batches:
         loop.run(batches, partial(_compute_gradients, loop, pretrained_tower), log, model.clamp_logit_scale)
 

@@ -481,9 +481,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
 
         ranks = RaggedGather(len(student), student.device, gather)
         all_student, all_teacher = ranks.gather(student, gradients=True), ranks.gather(teacher)
-        student_distances = _compute_pairwise_distances(
-            student, all_student
-        )  # (items of this rank, items of all ranks)
+        # Both matrices have the shape (items of this rank, items of all ranks).
+        student_distances = _compute_pairwise_distances(student, all_student)
         teacher_distances = _compute_pairwise_distances(teacher, all_teacher)
         # The pair of an item with itself adds 0 to the sum.
         total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")

@@ -212,9 +212,7 @@ def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = 
         files: list[FilePart] = []
         for url in find_remote_files(path):
             files += (
-                _find_files_in_folder(url.rstrip("/"), all_files, log)
-                if url.endswith("/")
-                else [identify_file_format(url)]
+                _find_files_in_folder(url.rstrip("/"), all_files, log) if url.endswith("/") else [build_file_part(url)]
             )
         pin_current_versions([file.path for file in files if not file.format.is_folder])
         return files
@@ -226,7 +224,7 @@ def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = 
     if os.path.exists(path):
         if not os.path.isfile(path):
             raise ValueError(f"{path} is a device or a named pipe, not a regular file. Save the data to a file first")
-        return [identify_file_format(path)]
+        return [build_file_part(path)]
     files = []
     for pattern in braceexpand(path) if "{" in path else [path]:
         if glob.has_magic(pattern):
@@ -240,7 +238,7 @@ def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = 
     return files
 
 
-def identify_file_format(path: str) -> FilePart:
+def build_file_part(path: str) -> FilePart:
     """Return a `FilePart` for an entire file, with the format of its suffix. Raise ValueError for unknown suffixes."""
     name = get_file_name(path)
     for source_format in load_source_formats().values():

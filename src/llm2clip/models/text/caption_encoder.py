@@ -25,10 +25,10 @@ from llm2clip.models.loading import (
     check_model_source,
     explain_load_errors,
     fingerprint,
-    get_output_affecting_config,
     hash_text,
     hash_weights,
     hide_loading_bars,
+    select_output_entries,
 )
 from llm2clip.models.model_folder import read_model_config
 from llm2clip.models.precision import (
@@ -39,7 +39,7 @@ from llm2clip.models.precision import (
     cast_linear_weights,
     resolve_precision,
 )
-from llm2clip.models.pretrained import convert_gguf_to_cached_folder, resolve_pretrained_name
+from llm2clip.models.pretrained import resolve_gguf_folder, resolve_pretrained_name
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.text.packing import (
     PACKED,
@@ -390,7 +390,7 @@ class CaptionEncoder(nn.Module):
             **common,
             "bidirectional": not getattr(self.llm.config, "is_causal", not is_encoder_only(self.llm)),
             "layers": self.llm.config.num_hidden_layers,
-            "config": fingerprint(get_output_affecting_config(self.llm.config)),
+            "config": fingerprint(select_output_entries(self.llm.config)),
             "header": self.prefix,
             "pooling": self.st[1].get_config_dict(),
             "max_length": self.st.max_seq_length,
@@ -419,7 +419,7 @@ def _resolve_model_path(path: str | Path) -> str:
     if (Path(path) / "text/modules.json").is_file():  # an llm2clip model folder
         read_model_config(Path(path), path)  # raises an error for an unsupported format version
         return str(Path(path) / "text")
-    return str(convert_gguf_to_cached_folder(path)) if path.endswith(".gguf") else path
+    return str(resolve_gguf_folder(path)) if path.endswith(".gguf") else path
 
 
 def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
