@@ -402,7 +402,7 @@ def test_full_disk_is_an_error(hub: FakeHub, model: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
-    with pytest.raises(FileNotFoundError, match=r"^me/model cannot .*: no space is left on the disk: .*HF_HOME"):
+    with pytest.raises(FileNotFoundError, match=r"^me/model cannot .*: no space left on the disk: .*HF_HOME"):
         LLM2CLIP.from_pretrained(REPO, "cpu")
 
 
