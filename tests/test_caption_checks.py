@@ -314,7 +314,7 @@ def test_unreadable_images_are_not_scored(tmp_path: Path, image_folder: Path, du
     assert result.num_captions == 2
     report = replace(make_report(database, [SHORT]), scores=result)
     text = " ".join(format_report(database, report).split())
-    assert "The captions of 1 image were not compared, because decoding failed" in text
+    assert "The captions of 1 image were not compared, because the images could not be decoded" in text
     scores = [database.list_answers(make_hash(n), MODEL, [SHORT])[0].score for n in range(3)]
     assert [score is None for score in scores] == [False, True, False]
 
