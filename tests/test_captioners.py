@@ -258,7 +258,7 @@ def test_run_stops_soon_if_no_server_responds(tmp_path: Path, photos: Path, monk
     message = r"no server responds at 127\.0\.0\.1:\d+ \(.*\)\. Start the server, or check the URL"
     with pytest.raises(OSError, match=message):
         caption(server, photos, tmp_path / "out.jsonl")
-    monkeypatch.setattr("llm2clip.cli.caption._check_server", lambda *_: None)  # as if it stopped after this check
+    monkeypatch.setattr("llm2clip.cli.caption._check_connection", lambda *_: None)  # as if it stopped after this check
     start = time.monotonic()
     with pytest.raises(captioners.EndpointError, match=message):
         caption(server, photos, tmp_path / "out.jsonl")
