@@ -190,10 +190,8 @@ class CaptionDatabase:
 
     def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:
         """Count a model's answers for the current images. If `only_captions` is True, exclude failed requests."""
-        query = f"SELECT count(*) {_CURRENT_ANSWERS}"
-        ((count,),) = self._query_current_answers(
-            f"{query} AND error IS NULL" if only_captions else query, model, prompts
-        )
+        condition = "AND error IS NULL" if only_captions else ""
+        ((count,),) = self._query_current_answers(f"SELECT count(*) {_CURRENT_ANSWERS} {condition}", model, prompts)
         return int(count)
 
     def count_rejected_by_problem(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
