@@ -171,9 +171,9 @@ class AlignConfig:
     loss: str = "infonce"
     """Contrastive loss: infonce (used by CLIP and the paper) or sigmoid (used by SigLIP). See `train/losses.py`."""
     matryoshka_dims: list[int] = field(default_factory=list)
-    """Also train these truncated embedding sizes, e.g. [64, 128, 256]. The loss is the mean over these sizes and the
-    full size. Intended for adapter_depth 0. Other models can be truncated without this setting, because their first
-    dimensions are principal components."""
+    """Also train embeddings truncated to these sizes, e.g. [64, 128, 256]. The loss is the mean over these sizes and
+    the full size. Intended for --align.adapter_depth 0. Other models can be truncated without this setting, because
+    their first dimensions are principal components."""
     logit_scale: float | Literal["inherit"] | None = None
     """Initial factor by which cosine similarities are multiplied, at most 100. inherit uses the value from the tower's
     CLIP model, as in the authors' code. With the sigmoid loss, the logit bias is also inherited. Default: 14.3 for
@@ -259,7 +259,7 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if `align` samples phrases or uses phrases for --align.inherit. The store must then contain phrases."""
+        """True if `align` uses phrases, for sampling or for --align.inherit. The store must then contain phrases."""
         return self.samples_phrases or bool(self.inherit)
 
 

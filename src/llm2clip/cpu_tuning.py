@@ -99,8 +99,8 @@ def use_float32_matmul_precision(precision: str) -> Iterator[None]:
 def is_onednn_faster() -> bool:
     """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, and with float32 accuracy.
 
-    The speed is inferred from the CPU model, because measurements could differ between ranks. Ranks with different
-    libraries would compute slightly different results.
+    The speed is inferred from the CPU model, because measurements could differ between ranks. Ranks that used
+    different libraries would compute slightly different results.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):

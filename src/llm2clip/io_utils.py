@@ -43,7 +43,7 @@ EXTRAS = {  # importable modules of each extra in pyproject.toml
 }
 CHECKSUM_BYTES = 4
 _CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32
-_BYTE_ORDER_MARKS = (  # UTF-32 first, because the little-endian mark starts with the UTF-16 mark
+_BYTE_ORDER_MARKS = (  # UTF-32 precedes UTF-16, because the UTF-32-LE mark starts with the UTF-16-LE mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip

@@ -127,7 +127,7 @@ class Run:
     def check_models_and_trackers(self) -> None:
         """Check that the models, the loss and the trackers named in the settings exist.
 
-        For `fit`, also load the pretrained parts for `align`, so that errors occur before `tune`.
+        For `fit`, also load the pretrained parts for `align`, so that loading errors occur before `tune`.
         """
         if self.model_dir.exists():
             return
@@ -157,7 +157,7 @@ class Run:
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
         tune, is_tuned = config.tune, (self.get_stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
-            check_has_caption_pairs(CaptionItems(data.train))  # so that errors occur before the LLM is loaded
+            check_has_caption_pairs(CaptionItems(data.train))  # fails before the LLM is loaded
         return data
 
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
@@ -549,7 +549,7 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
 def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: EmbeddingStore, config: AlignConfig) -> None:
     """Rotate a model's embedding space to its principal components, so that embeddings can be truncated.
 
-    Spaces that `align` did not create, or that it trained with Matryoshka dimensions, are left unchanged. The principal
+    Spaces that `align` did not create, or trained with Matryoshka dimensions, are not rotated. The principal
     components are computed from a random sample of captions, at most one per training record.
     """
     is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit

@@ -19,7 +19,7 @@ _EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
 
-# A refusal starts with a match of `_REFUSALS`, optionally preceded by an apology.
+# A refusal starts with one of `_REFUSALS`, or with an apology that is followed by one of `_REFUSALS`.
 # An apology alone is not a refusal, because a caption can quote the text of a sign.
 _REFUSAL_CHARACTERS = 300
 _APOLOGY = re.compile(
@@ -61,7 +61,7 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 class CaptionRequest:
     image: Any  # image in the format returned by the captioner's `prepare_image`
     prompt: Prompt
-    image_hash: str  # SHA-256 of the image's bytes
+    image_hash: str  # SHA-256 hash of the image's bytes
     sample: int = 0  # zero-based sample number
     caption: str | None = None  # source caption of the image, which is inserted into the prompt
 
@@ -95,7 +95,7 @@ def convert_output_to_answer(text: str, truncated: bool, input_tokens: int = 0, 
     tokens = input_tokens, output_tokens
     if len(text) > 10 * MAX_CAPTION_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
-    text = _REASONING_END.split(text)[-1]  # the opening <think> tag may be in the chat template
+    text = _REASONING_END.split(text)[-1]  # the chat template may contain the opening <think> tag
     if _REASONING_START.search(text):
         return Answer(None, "the reasoning is longer than the prompt's max_tokens", *tokens)
     text = _strip_caption_markup(text)

@@ -18,7 +18,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.caption.answers import Answer, CaptioningStoppedError, CaptionRequest, convert_output_to_answer
-from llm2clip.caption.options import Prompt, format_missing_server_error
+from llm2clip.caption.options import Prompt, format_connection_error
 from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.storage import compute_backoff, is_temporary_http_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
@@ -34,9 +34,9 @@ MAX_FAILURES_IN_A_ROW = 20  # number of consecutive failures after which the run
 MAX_RETRY_AFTER = 300.0  # seconds
 FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # delay before the first retry and maximum delay, in seconds
 MAX_CONNECT_SECONDS = 3.0  # time limit for connecting to a server that has never responded
-SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong API key, missing credit, wrong URL or unknown model
+SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong API key, insufficient credit, wrong URL or unknown model
 JPEG_QUALITY = 90
-NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # required instead of max_tokens by some servers
+NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # some servers require this field instead of max_tokens
 
 
 class EndpointError(ValueError):
@@ -64,7 +64,7 @@ class EndpointCaptioner:
     Args:
         endpoint: Base URL of the API, such as http://localhost:8000/v1.
         concurrency: Maximum number of concurrent requests.
-        retries: Number of additional attempts after a failed request.
+        retries: Maximum number of retries for a failed request.
         timeout: Maximum response time in seconds.
 
     Attributes:
@@ -145,7 +145,7 @@ class EndpointCaptioner:
                     continue
                 self._was_connected |= error.was_connected
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
-                    raise EndpointError(format_missing_server_error(self.url.netloc.decode(), error)) from None
+                    raise EndpointError(format_connection_error(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
                     return self._convert_failure_to_answer(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
@@ -161,7 +161,7 @@ class EndpointCaptioner:
         """Convert a failed request to an answer. Raise EndpointError if all requests are expected to fail."""
         status = error.status
         with self._lock:
-            if status is None or error.retry:  # a server error, not a rejected image
+            if status is None or error.retry:  # the server failed, rather than rejecting the image
                 counts = True
             elif status < 400 or status in SETTINGS_STATUSES:
                 if not self._has_succeeded:

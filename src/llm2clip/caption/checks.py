@@ -123,7 +123,7 @@ def strip_boilerplate_opening(text: str) -> str:
 
     The opening is kept if the remaining text is not a caption, as in "The image shows how a dog jumps".
     """
-    for _ in range(3):  # several openings, as in "Sure! Here is a caption: The image shows a photo of a dog"
+    for _ in range(3):  # up to three openings, as in "Sure! Here is a caption: The image shows a photo of a dog"
         opening = _ENGLISH_OPENING.match(text.replace("’", "'"))
         if opening is None:
             break
@@ -237,7 +237,7 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 class TextCheckSummary:
     """Summary of the text checks of a captioning run."""
 
-    max_images: int  # captions shared by more images are rejected
+    max_images: int  # maximum number of images with the same caption
     num_captions: int = 0  # number of checked captions
     num_shortened: int = 0  # number of captions from which an opening was removed
 
@@ -301,7 +301,7 @@ def _build_check_row(
 
 
 def _find_majority_language(database: CaptionDatabase, position: int) -> str | None:
-    """Return the language of the majority of captions whose language was identified, or None."""
+    """Return the language of the majority of captions whose language was identified, or None without a majority."""
     query = "SELECT language, count(*) FROM temp.checks WHERE position = ? AND language IS NOT NULL GROUP BY language"
     counts = Counter(dict(database.connection.execute(query, (position,))))
     code, count = counts.most_common(1)[0] if counts else (None, 0)

@@ -79,8 +79,8 @@ class ImageRow:
 
     number: int  # zero-based position of the record in the sources
     key: str  # path or another identifier of the image
-    hash: str  # SHA-256 of the image's bytes
-    record: dict[str, Any]  # source record, whose `image` may be relative to the output folder
+    hash: str  # SHA-256 hash of the image's bytes
+    record: dict[str, Any]  # source record, whose image path may be relative to the output folder
     version: str | None = None  # size and modification time of a local image file, otherwise None
 
 
@@ -159,7 +159,7 @@ class CaptionDatabase:
     def iterate_image_rows(self, distinct: bool = False) -> Iterator[ImageRow]:
         """Yield all image rows in source order. If `distinct` is True, yield only the first row of each image.
 
-        The database may change during the iteration.
+        The database may be modified during the iteration.
         """
         is_first = "number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)"
         condition = f"number > ? AND {is_first}" if distinct else "number > ?"

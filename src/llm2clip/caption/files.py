@@ -48,7 +48,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-WRITTEN_BY_CAPTION = "not read, because it was written by `llm2clip caption`"
+WRITTEN_BY_CAPTION = "not read (written by `llm2clip caption`)"
 MAX_IMAGES = 200  # maximum number of images in the report
 MAX_ERRORS = 20  # maximum number of reasons for failed requests in the report
 MAX_SOURCE_CAPTIONS = 10  # maximum number of source captions per image in the report
@@ -106,7 +106,7 @@ def read_source_image_rows(
     with ProgressBar(desc="read", unit="image") as bar:
         for source in sources:
             for record, image in _iterate_image_records(source, columns, output, log):
-                key = image.key.encode(errors="backslashreplace").decode()  # file names may not be valid UTF-8
+                key = image.key.encode(errors="backslashreplace").decode()  # file names can be invalid UTF-8
                 try:
                     if isinstance(image, FileImage) and not is_remote(image.path):
                         path = os.path.abspath(image.path)
@@ -194,7 +194,7 @@ def _is_copied_image(path: str) -> bool:
 def write_captioned_records(
     database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]
 ) -> tuple[int, int]:
-    """Write the records with accepted captions to a JSONL file. Return the number of records and of new captions."""
+    """Write records with accepted captions to a file. Return the number of records and the number of new captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows():
@@ -264,7 +264,7 @@ def _open_jsonl(file: Path) -> Iterator[TextIO]:
 class CaptionReport:
     """Data for the report of a captioning run."""
 
-    sources: Sequence[str]  # sources in the form given on the command line
+    sources: Sequence[str]  # sources as passed on the command line
     model: str
     prompts: Sequence[Prompt]
     checks: TextCheckSummary

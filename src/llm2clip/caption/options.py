@@ -41,7 +41,7 @@ class CaptionOptions:
     concurrency: int = 8
     """Maximum number of concurrent requests to the server."""
     retries: int = 6
-    """Number of additional attempts after a failed request."""
+    """Maximum number of retries for a failed request."""
     timeout: float = 300.0
     """Maximum response time of the server, in seconds."""
     check: str | None = None
@@ -61,7 +61,7 @@ class CaptionOptions:
         require_fraction(self, "", "check_max_rank", "max_skipped")
 
 
-def format_missing_server_error(address: str, error: Exception) -> str:
+def format_connection_error(address: str, error: Exception) -> str:
     return f"no server responds at {address} ({error}). Start the server, or check the URL"
 
 
@@ -100,7 +100,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """Prompt name plus a hash of the text. After a change of the text, new captions are requested."""
+        """Prompt name plus a hash of the text, so that captions are requested again if the text changes."""
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
     def insert_caption(self, caption: str | None) -> str:

@@ -60,7 +60,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     Args:
         model: Name of the model on the server, or a model folder or hub id if `options.endpoint` is not set.
 
-    The exceptions are listed in `caption_images`.
+    Raises the exceptions that `caption_images` documents.
     """
     require_extra("caption", "captioning")  # fails before captioning if py3langid is not installed
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
@@ -152,10 +152,7 @@ def caption_images(
 def _check_and_write_captions(
     run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
 ) -> list[str]:
-    """Check all captions and write the output files.
-
-    The files are written both before and after captions are compared with images, because the comparison can fail.
-    """
+    """Check all captions, and write the output files before and after the comparison with images, which can fail."""
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
     report = CaptionReport(sources, model, prompts, checks, seconds=run.elapsed_seconds)

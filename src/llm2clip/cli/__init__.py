@@ -55,7 +55,7 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
         version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # otherwise, argparse treats a misspelt setting as an abbreviation
+        allow_abbrev=False,  # argparse would otherwise accept misspelt settings as abbreviations
     )
     commands = CommandGroup(parser, is_listed=False)  # the description lists the commands
     for module in (tools, caption, train, evaluate, search, serve, export, llava):
@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
     """Run a command and return its exit status. Errors that users can fix are printed without a traceback."""
     try:
         return _run_command(args)
-    except KeyboardInterrupt:  # can also be raised while the parser is built
+    except KeyboardInterrupt:  # Ctrl-C may also be pressed while the parser is built
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
 
@@ -111,7 +111,7 @@ def _run_command(args: list[str] | None) -> int:
         from llm2clip.runs.ranks import PEER_FAILED, is_distributed
 
         if is_distributed() and PEER_FAILED not in str(error):
-            error.add_note(f"If a collective operation raised this error: {PEER_FAILED}")
+            error.add_note(f"Possible cause, if a collective operation raised this error: {PEER_FAILED}")
         raise
     return 0
 

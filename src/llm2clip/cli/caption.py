@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from jsonargparse import Namespace
 
-from llm2clip.caption.options import CaptionOptions, format_missing_server_error
+from llm2clip.caption.options import CaptionOptions, format_connection_error
 from llm2clip.cli.checks import check_data_sources, check_path_can_be_created, resolve_model_name
 from llm2clip.cli.commands import (
     ArgumentParser,
@@ -69,7 +69,7 @@ def _check_connection(endpoint: str | None, out: Path) -> None:
     try:
         socket.create_connection((url.hostname, url.port or 80), timeout=3).close()
     except (OSError, ValueError) as error:  # ValueError: the port is not a number
-        raise OSError(format_missing_server_error(url.netloc.rpartition("@")[2], error)) from error
+        raise OSError(format_connection_error(url.netloc.rpartition("@")[2], error)) from error
 
 
 def _run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
@@ -95,7 +95,7 @@ def add_caption_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--caption_model", type=str, help="Name of the model on the server at --caption.")
 
 
-def prepare_captions(args: Namespace) -> Callable[[], None] | None:
+def prepare_captioning(args: Namespace) -> Callable[[], None] | None:
     """Check the caption arguments of `fit`, and make `args.data` refer to the generated captions.
 
     After a stage has written outputs, no more captions are generated, because a resumed run requires the same data.

@@ -47,7 +47,7 @@ def check_data_sources(
     from llm2clip.data.skip_log import SkipLog
 
     check_sources_exist(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # the command checks lower limits itself
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # fails only if almost all rows are unusable
     for text in args.data:
         source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
@@ -182,7 +182,7 @@ KINDS = {
     "evaluation": "an output folder of `llm2clip evaluate`",
     "model": "a model folder",
 }
-# Glob patterns for each kind of folder. At least one pattern matches a file in the folder.
+# Glob patterns that identify each kind of folder. A single match is sufficient.
 _CONTENTS = {
     "index": ("index.sqlite",),
     "store": ("manifest.json", "keys-*.parquet"),
@@ -248,7 +248,7 @@ def _find_data_file(folder: Path) -> Path | None:
     """Return the relative path of a data file in a folder or its direct subfolders, or None if there is none."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
-        with suppress(OSError):  # raised for files and for unreadable folders
+        with suppress(OSError):  # raised by iterdir for files and for unreadable folders
             entries += islice(entry.iterdir(), _MAX_ENTRIES)
     for entry in entries:
         is_own = entry.name.startswith(".") or entry.name in _OWN_FILES

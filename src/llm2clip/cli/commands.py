@@ -147,7 +147,7 @@ class CommandGroup:
         return parser
 
     def add_group(self, name: str, description: str) -> CommandGroup:
-        """Add a command group. Return the group, to which subcommands can be added."""
+        """Add and return a group of subcommands."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
         group = CommandGroup(parser)

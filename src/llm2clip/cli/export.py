@@ -72,7 +72,7 @@ def add_commands(commands: CommandGroup) -> None:
 
     parser = commands.add("push", _run_push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
-    parser.add_argument("repo_id", type=str, help="Hub repository USER/NAME. If it does not exist, it is created.")
+    parser.add_argument("repo_id", type=str, help="Hub repository USER/NAME, which is created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
     parser.add_argument("--license", type=str, help="License identifier on the hub, such as apache-2.0.")
     _add_store_commands(commands)

@@ -69,8 +69,8 @@ def add_commands(commands: CommandGroup) -> None:
     sub.add_argument(
         "--token",
         type=str,
-        help="Token for the server. Default: the token in the address or, without one, $LLM2CLIP_TOKEN. Other users "
-        "of this machine can see command-line arguments, but not environment variables.",
+        help="Token for the server. Default: the token in the address, or $LLM2CLIP_TOKEN. Other users of this "
+        "machine can see command-line arguments, but not environment variables.",
     )
     _add_output_arguments(sub)
 
@@ -121,7 +121,7 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
 
 def _add_query_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
-        "words", nargs="*", type=str, default=[], help="What the images should show. The words are joined to one text."
+        "words", nargs="*", type=str, default=[], help="What the images should show. All words together form one text."
     )
     sub.add_argument("--text", action="append", type=str, default=[], help="Additional query text. May be repeated.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that the results should resemble.")
@@ -179,7 +179,7 @@ def _run_index(args: Namespace) -> list[str]:
         require_extra("ocr", "--ocr")
     if not args.prune:
         check_sources_exist(args.data)
-    if not (args.prune or os.path.exists(args.out)):  # for missing images, an update suggests --prune
+    if not (args.prune or os.path.exists(args.out)):  # an update reports missing images and suggests --prune
         check_data_sources(args, require_captions=False)
     args.model = _choose_index_model(args.out) if args.model is None else resolve_model_name(args.model)
     from llm2clip.data.skip_log import SkipLog
@@ -301,7 +301,7 @@ def _search_on_server(args: Namespace, image_filter: Filter) -> list[str]:
 
     for name in ("model", "templates"):
         if args[name] is not None:
-            raise ValueError(f"--{name} cannot be used with --server, whose model and templates are fixed")
+            raise ValueError(f"--{name} cannot be used with --server: the server uses its own model and templates")
     index = ServerIndexClient(args.server, args.token)
     query = {
         "texts": args.texts,
@@ -396,7 +396,6 @@ def parse_iso_timestamp(text: str | None, option: str, end_of_day: bool = False)
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
     Args:
-        option: Name of the option, for the error message.
         end_of_day: If True, a date without a time means the end of the day instead of its start.
 
     Raises:

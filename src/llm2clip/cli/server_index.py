@@ -25,10 +25,10 @@ class ServerIndexClient:
     """Client for the index of a running server. Search results have the same attributes as results of `Index`."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
-        """Default token: the token in the address or, if there is none, $LLM2CLIP_TOKEN.
+        """Use the token in the address or, if there is none, $LLM2CLIP_TOKEN, unless `token` is set.
 
         Raises:
-            ValueError: The address is invalid, or the token contains characters other than printable ASCII characters.
+            ValueError: The address is invalid, or the token contains unprintable or non-ASCII characters.
         """
         form = f"--server must be of the form http://HOST:PORT or https://HOST (got {hide_url_secrets(address)})"
         try:

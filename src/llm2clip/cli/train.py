@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.caption import add_caption_arguments, prepare_captions
+from llm2clip.cli.caption import add_caption_arguments, prepare_captioning
 from llm2clip.cli.checks import (
     check_data_sources,
     check_output_folder,
@@ -181,8 +181,8 @@ def _run_fit(args: Namespace) -> list[str]:
     if args.encoder.path != AUTO:
         args.encoder.path = resolve_encoder_path(args.encoder.path)
     check_pretrained_names(args.align.tower)
-    index_data = _format_index_sources(args)  # with --caption, also includes images without an accepted caption
-    write_captions = prepare_captions(args)
+    index_data = _format_index_sources(args)  # before `prepare_captioning` changes `args.data`
+    write_captions = prepare_captioning(args)
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once
 
