@@ -214,7 +214,7 @@ def test_captions_that_begin_like_refusals_are_accepted(text: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the server's key"),
+        (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the API key"),
         ("404:no model", "HTTP 404: no model. Check --model"),
         ("redirect", "redirects to http://other.example/v1/chat/completions. Redirects are not followed"),
     ],
