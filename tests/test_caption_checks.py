@@ -413,7 +413,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert opened == [8]  # after all captions have been requested
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["captions"] for record in records] == [["A red shape on grey"]] * 4
-    assert "(4 captions of 4 records)" in text and "too short" in text and "compared 4 captions with 4 images" in text
+    assert "(4 captions of 4 records)" in text and "too short" in text and "compare 4 captions with 4 images" in text
     html = (tmp_path / "captions_report.html").read_text()
     assert html.count("<article>") == 4 and "rejected: too short" in html and "(rank " in html
     caption_images([str(photos)], out, captioner, prompts, CaptionOptions(check_max_rank=0.0), lambda: dual_encoder)

@@ -81,7 +81,7 @@ ERRORS = {
         "fit {data} --out {tmp}/run --config cpuu", "cpuu: no such file", "(did you mean cpu?)", "llama-3.2-1b",
     ),
     "invalid YAML": ("fit {data} --out {tmp}/run --config {tmp}/bad.yaml", "bad.yaml: line 2: not valid YAML"),
-    "config file without settings": ("fit {data} --out {tmp}/run --config {tmp}/list.yaml", "list.yaml: must contain"),
+    "config file without settings": ("fit {data} --out {tmp}/run --config {tmp}/list.yaml", "list.yaml: the file"),
     "section without settings": ("fit {data} --out {tmp}/run --config {tmp}/section.yaml", "section.yaml: align must"),
     "unknown setting in a config file": (
         "fit {data} --out {tmp}/run --config {tmp}/typo.yaml",
