@@ -93,7 +93,7 @@ def test_hub_datasets_are_streamed_with_their_splits(folder: Path) -> None:
 def test_saved_datasets_must_be_converted(folder: Path) -> None:
     (folder / "saved").mkdir()
     (folder / "saved/dataset_dict.json").touch()
-    with pytest.raises(ValueError, match="Convert it with datasets"):
+    with pytest.raises(ValueError, match="save each split with to_parquet"):
         open_records(folder / "saved")
 
 

@@ -28,8 +28,8 @@ _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
 class ImageColumns(NamedTuple):
     """Column values that represent an image reference in a record table."""
 
-    container: str | None = None  # path of the file or folder, or None if the bytes are stored in the table
-    name: str = ""  # file name, tar member or table column
+    container: str | None = None  # path of the file or folder that contains the image; None if the table contains it
+    name: str = ""  # name of the image file, tar member or table column
     offset: int = 0  # byte offset in a tar file, or row number in a table
     size: int = 0  # size of a tar member in bytes
     digest: bytes | None = None  # SHA-256 of the image's bytes, for images that are identified by their bytes
@@ -81,18 +81,18 @@ class ImageRef(ABC):
             return stream.read()
 
     def to_columns(self) -> ImageColumns:
-        """Convert the reference to columns of a record table. By default, the table stores the image's bytes."""
+        """Convert the reference to column values of a record table. By default, the table stores the image's bytes."""
         data = self.read()
         return ImageColumns(name=str(self), digest=hashlib.sha256(data).digest(), data=data)
 
     @classmethod
     @abstractmethod
     def from_columns(cls, columns: ImageColumns) -> Self:
-        """Create a reference from columns of a record table."""
+        """Create a reference from column values of a record table."""
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. Any type of exception may be raised if the file is corrupt."""
+        """Open the encoded bytes as a stream. Corrupt files can cause any type of exception."""
 
     @contextmanager
     def _convert_reader_errors(self) -> Iterator[None]:
@@ -106,7 +106,7 @@ class ImageRef(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Image reference, together with the image's bytes if they have already been read."""
+    """Image reference, with the image's bytes if the image has already been read."""
 
     ref: ImageRef
     data: bytes | None
@@ -260,7 +260,7 @@ class RecordTableImage(_TableCellImage):
         return self.name
 
 
-# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `RecordTableImage`.
+# Record tables store an image's kind as an index into this tuple. Images of other kinds become `RecordTableImage`.
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, RecordTableImage)
 
 
@@ -271,7 +271,7 @@ def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | 
     (as in Hugging Face datasets), or an image reference.
 
     Raises:
-        UnusableRow: The value has another type, or it is a URL and `reject_urls` is True.
+        UnusableRow: The value has an unsupported type, or it is a URL and `reject_urls` is True.
     """
     if type(value) is LoadedImage:
         return value
@@ -316,7 +316,7 @@ def is_safe_relative_path(name: str) -> bool:
 
 
 def resolve_folder_links(path: str) -> str:
-    """Return the absolute path of a file, with symbolic links resolved in its folder only. URLs are unchanged."""
+    """Return the absolute path of a file, with symbolic links to folders resolved. URLs are unchanged."""
     if is_remote(path):
         return path
     folder, name = os.path.split(path)

@@ -68,14 +68,14 @@ def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
 
 def _decode_cell_window(path: str, group: int, column: str, row: int, batch_size: int) -> _DecodedCellWindow:
     """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`."""
-    # The file is reopened and read without threads, because handles and threads can deadlock after a fork.
+    # The file is reopened and read without threads, because shared file handles and threads can deadlock after a fork.
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
     with open_file(path) as source, pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             index = batch.schema.get_field_index(column)  # the batch may contain other columns, such as "image.x"
             if index < 0:
-                raise OSError(f"{path} must have exactly one column {column!r}")
+                raise OSError(f"{path} must have exactly one column named {column!r}")
             cells = batch.column(index)
             batches.append(cells)
             num_bytes += cells.nbytes

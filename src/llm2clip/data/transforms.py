@@ -111,7 +111,7 @@ class EvalTransform:
             side = [resize_size]
         image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
         if self.preprocess.crop_rounding == "down":
-            # If an odd number of rows or columns must be cropped, drop the last one first to avoid rounding.
+            # If an odd number of rows or columns must be cropped, drop the last row or column first to avoid rounding.
             height, width = image.shape[-2:]
             image = image[..., : height - max(0, height - size) % 2, : width - max(0, width - size) % 2]
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())
