@@ -393,7 +393,7 @@ def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("img_file,sentence\n" + rows)
     message = (
         r"no record has an image \(3 records\).*no image column; the file has the columns img_file, sentence\. "
-        "Select one with --columns image=img_file"
+        "Select a column with --columns image=img_file"
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
         build_record_table([str(tmp_path / "x.csv")], {}, SkipLog())

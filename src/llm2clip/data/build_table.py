@@ -253,7 +253,7 @@ def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
 
 
 def _read_and_save_part(task: _PartTask) -> Exception | None:
-    """Read a part and save its rows. Return errors instead of raising them, so that the caller can raise in order."""
+    """Save the rows of a part. Return an exception instead of raising it, so that exceptions are raised in order."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = RecordingSkipLog()

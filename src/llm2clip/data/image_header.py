@@ -210,7 +210,7 @@ def check_decoding_cost(data: bytes, header: Image.Image) -> None:
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
-        if codec in ("bmp_rle", "ppm_plain"):  # decoded by Pillow in slow Python code
+        if codec in ("bmp_rle", "ppm_plain"):  # decoded by Pillow in pure Python, which is slow
             raise DecodingLimitError("run-length encoded BMP images and plain-text PPM images are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
             raise DecodingLimitError(

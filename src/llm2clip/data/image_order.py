@@ -1,8 +1,8 @@
 """Order of the images in each training epoch, which depends only on the data, the seed and the epoch.
 
-The images are ordered either by a random permutation, or by shard (tar or Parquet file). For the order by shard, the
-shards are shuffled and divided into windows of several shards, and the images of each window are shuffled. Each remote
-shard is then downloaded only once per epoch.
+The images are either permuted randomly or grouped by shard (tar or Parquet file). To group the images, the shards are
+shuffled and divided into windows of several shards, and the images in each window are shuffled. Each remote shard is
+then downloaded only once per epoch.
 """
 
 import os
@@ -67,7 +67,7 @@ class EpochImageOrders:
         return images if self._usable is None else self._usable[images]
 
     def _prefetch_upcoming_shards(self, start: int) -> None:
-        """Start downloading the next remote shards. Update the position at which more shards must be downloaded."""
+        """Start downloading the next remote shards. Update the position at which the next download must start."""
         if self.image_order == "shards":
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
             prefetch_remote_files([self._shards[shard] for shard in upcoming])
@@ -142,7 +142,7 @@ def _list_container_paths(records: RecordTable) -> list[str]:
 
 
 def choose_image_order(records: RecordTable) -> ImageOrder:
-    """Return "shards" if all images are in tar or Parquet files that include a remote file, otherwise "random".
+    """Return "shards" if all images are in tar or Parquet files, at least one of which is remote, otherwise "random".
 
     If there are at most `WINDOW` files, return "random". The environment variable LLM2CLIP_IMAGE_ORDER overrides the
     choice, for example if local files are on a slow hard disk.

@@ -57,7 +57,7 @@ class ImageRef(ABC):
         return resolve_folder_links(container) + str(self)[len(hide_url_secrets(container)) :]
 
     @property
-    def identifies_image(self) -> bool:
+    def is_identified(self) -> bool:
         """True if `key` identifies the image. False for a table cell whose bytes have not been read."""
         return True
 
@@ -185,7 +185,7 @@ class _TableCellImage(ImageRef):
         return self.digest or self.canonical_path
 
     @property
-    def identifies_image(self) -> bool:
+    def is_identified(self) -> bool:
         return bool(self.digest)
 
 

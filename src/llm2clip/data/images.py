@@ -335,7 +335,7 @@ def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
 def _initialize_worker(environment: dict[str, str], worker: int) -> None:
     """Make a data loader worker exit when its main process exits, without finalising the Python interpreter.
 
-    Finalising the interpreter can abort a worker, because it stops threads that are still sending a batch in C++ code.
+    Finalising the interpreter can abort a worker whose C++ threads are still sending a batch.
     """
     os.environ.update(environment)  # a fork server keeps the environment of the first data loader
     atexit.register(os._exit, 0)

@@ -56,7 +56,7 @@ _PYTHON_LIST = re.compile(
 )
 
 ImageCheck = Literal["header", "unchecked", "ignore"]
-NO_SPLIT = "none"  # name that selects the records without a split; also treated as "no split" in the data
+NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
 EARLY_CHECK_ROWS = 1000  # number of rows after which the fraction of skipped rows is checked during reading
 
 
@@ -173,7 +173,7 @@ class ReadSummary:
     row_counts: Counter[str] = field(default_factory=Counter)  # number of rows per selected split
     split_counts: Counter[str] = field(default_factory=Counter)  # rows per split
     columns: list[str] = field(default_factory=list)
-    events: list[list[Any]] = field(default_factory=list)  # events of a part's skip log; empty for a source
+    events: list[list[Any]] = field(default_factory=list)  # events of a part's skip log; empty for a complete source
     read_at: int = field(default_factory=time.time_ns)  # when reading started, in nanoseconds since the epoch
 
     def __post_init__(self) -> None:
@@ -249,7 +249,7 @@ class RecordReader:
         self.log.check()
         if not self.summary.num_records:
             counts = [f"{name} {count:,}" for name, count in self.summary.split_counts.items()]
-            splits = f"; rows in its splits: {', '.join(counts)}" if counts else ""
+            splits = f"; rows per split: {', '.join(counts)}" if counts else ""
             raise ValueError(f"{self.source}: no records{splits}; {self.log.summary()}")
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], source_format: SourceFormat) -> Iterator[_ParsedRow]:
@@ -451,7 +451,7 @@ class ColumnMapper:
         message = f"no {field.removesuffix('s')} column; {self._describe_columns()}. "
         if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", column.lower()) for column in self.columns):
             return message + "The first line of the file must contain the column names, such as image,caption"
-        return message + f"Select one with --columns {field}={next(similar, 'NAME')}"
+        return message + f"Select a column with --columns {field}={next(similar, 'NAME')}"
 
     def _describe_columns(self) -> str:
         return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"

@@ -180,7 +180,7 @@ def _glob_remote_files(pattern: str) -> list[str]:
 
 
 def _pin_current_version(url: str) -> str:
-    """Pin the current version of a file. Return its URL, or the URL of a folder with a slash at the end.
+    """Pin the current version of a file. Return the URL, with a slash appended if it is the URL of a folder.
 
     Web servers do not distinguish files from folders, so a web address without a file suffix is treated as a folder.
     """
@@ -199,7 +199,7 @@ def _pin_current_version(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file (size and etag or time). On the first call, pin the version."""
+    """Return the pinned version of a remote file (size and etag or time). If none is pinned, pin the current version."""
     version = _versions.get(url)
     if version is None:
         info = storage.fetch_file_info(url)
@@ -368,7 +368,7 @@ def _download_to_cache(url: str, version: str, path: Path) -> None:
                 )
             _check_remote_version(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
-        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # with any other time, the file would be invalid
+        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # cached files with any other time are invalid
             raise FatalDataError(
                 f"{path.parent}: this disk does not store modification times. Move the cache to another disk with the "
                 "environment variable LLM2CLIP_CACHE"

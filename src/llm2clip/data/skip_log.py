@@ -136,7 +136,7 @@ class SkipLog:
         )
 
     def list_notes(self) -> list[str]:
-        """Return up to `MAX_NOTES` notes. Each note begins with an affected file and the number of other such files."""
+        """Return up to `MAX_NOTES` notes. Each note starts with one affected file and the number of other files."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
@@ -153,7 +153,7 @@ class SkipLog:
     def _format_skip_totals(self) -> str:
         numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
-            numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
+            numbers += f"; dropped values{_format_counts(self.dropped)}"
         if len(self._copies):
             numbers += f"; {format_count(len(self._copies), 'duplicate image')} merged with the originals"
         return numbers

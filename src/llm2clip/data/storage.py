@@ -42,7 +42,7 @@ PERMANENT_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL
 _REMOTE = re.compile(r"(s3|gs|hf|https?)://")
 _random = random.Random()  # separate generator, so that retries do not change the global random state
 
-_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system that is not used after a fork
+_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; not shared after a fork
 
 
 class RemoteError(OSError):
@@ -61,7 +61,7 @@ class ReplacedFileError(FatalDataError):
 
 
 def is_remote(path: str) -> bool:
-    """Return True if a path is the URL of a remote file or folder. A Hub dataset `hf:NAME` does not count as remote."""
+    """Return True if a path is the URL of a remote file or folder. Hub datasets (`hf:NAME`) are not remote paths."""
     path = str(path)
     return "://" in path and _REMOTE.match(path) is not None
 

@@ -501,7 +501,7 @@ def compute_merge_key(record: Record, source: str) -> tuple[int, int]:
 
     Records with neither an identified image nor an id from the source have the hash (0, 0) and are never merged.
     """
-    if record.image is not None and record.image.identifies_image:
+    if record.image is not None and record.image.is_identified:
         text = record.image.key
     elif record.id_from_source:
         text = "\0".join(["id", source, record.split or "", record.id])

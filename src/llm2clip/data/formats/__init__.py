@@ -202,8 +202,8 @@ def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = 
     A path that exists is never treated as a pattern, even if it contains glob or brace characters.
 
     In a folder, the first available kind of data is used: a caption file (see `CAPTION_FILES`), tar files, Parquet
-    files, or images. Only images are also searched for in subfolders. If `all_files` is True, all kinds of data are
-    used, including tar and Parquet files in subfolders. Folders written by llm2clip are skipped and recorded in `log`.
+    files, or images. Subfolders are searched only for images. If `all_files` is True, all kinds of data are used,
+    including tar and Parquet files in subfolders. Subfolders written by llm2clip are skipped and recorded in `log`.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.

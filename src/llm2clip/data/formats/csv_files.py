@@ -68,7 +68,7 @@ class DelimitedTextFormat(SourceFormat):
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
     def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield (byte offset, line number) of rows that are at least `target_bytes` apart. Stop at a malformed row."""
+        """Yield (byte offset, line number) for rows that are at least `target_bytes` apart. Stop at a malformed row."""
         yield 0, 1
         detected, header_line = _detect_file_delimiter(path, self.delimiter)
         with open_text_file(path) as text:
@@ -117,7 +117,8 @@ class FlickrCaptionsFormat(SourceFormat):
             if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.lower())):
                 continue
             if not comma:
-                yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
+                problem = f"a line must be 'name,caption' or 'name#0<TAB>caption' (got {line.strip()!r})"
+                yield path, number, BadRow("malformed row", problem)
                 continue
             if len(caption) > 1 and caption[0] == caption[-1] == '"':
                 caption = caption[1:-1].replace('""', '"')

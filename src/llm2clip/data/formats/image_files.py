@@ -272,7 +272,7 @@ class _ReadAheadBuffer:
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`, or fewer at the end of the file. `size` must be at most `WINDOW_BYTES`."""
         if offset < self._start or offset + size > self._stop:
-            is_jump = not self._start <= offset <= self._stop  # a large image was not read
+            is_jump = not self._start <= offset <= self._stop  # True if a large image was skipped
             length = max(size, JUMP_BYTES) if is_jump else WINDOW_BYTES
             self._file.seek(offset)
             self._start = offset
@@ -355,8 +355,7 @@ def _parse_tar_header_block(header: bytes) -> tuple[int, bytes] | None:
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
         return None
-    # The low half of Adler-32 is 1 plus the sum of all bytes, modulo 65,521. A tar checksum is the sum of all header
-    # bytes, computed with spaces in the checksum field.
+    # The low half of Adler-32 is 1 plus the sum of all bytes. Tar checksums treat the checksum field as eight spaces.
     checksum = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 

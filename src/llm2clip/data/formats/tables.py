@@ -94,7 +94,7 @@ class HubDatasetFormat(SourceFormat):
         selected = [split for split in options.splits or () if split != "none"]
         if missing := [split for split in selected if split not in splits]:
             raise DataFormatError(
-                f"{part.path} has no split {', '.join(missing)}; its splits: {', '.join(map(str, splits))}"
+                f"{part.path} has no split {', '.join(missing)}. Available splits: {', '.join(map(str, splits))}"
             )
         for split in (name for name in splits if not selected or name in selected):
             dataset, file = splits[split], f"hf:{part.path}/{split}"
@@ -118,7 +118,7 @@ class HubDatasetFormat(SourceFormat):
             return super().compute_version(repository)
         try:
             return str(HfApi().dataset_info(repository).sha)
-        except Exception:  # reported when the dataset is read, unless the dataset is cached
+        except Exception:  # reading the dataset reports the error, unless the dataset is cached
             return "offline"
 
 

@@ -189,7 +189,7 @@ def _open_decompressed_file(path: str, start: int = 0, stop: int | None = None) 
 
 
 def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
-    """Return a sample of the lines that are not valid UTF-8, joined to one byte string, and the first such line."""
+    """Return a sample of the lines that are not valid UTF-8, as one byte string, and the first such line."""
     sample = first = b""
     num_searched = 0
     with _open_decompressed_file(path) as stream:
