@@ -33,7 +33,7 @@ from llm2clip.data.image_header import (
 )
 from llm2clip.data.image_refs import IMAGE_KINDS, FileImage, ImageRef, LoadedImage, TarImage, get_file_version
 from llm2clip.data.remote import file_exists, open_file
-from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.skip_log import BadRowError
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import FatalDataError, describe_error
 
@@ -44,7 +44,7 @@ TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
 NUM_THREADS = 16  # enough threads to hide the latency of network file systems
 ITEMS_PER_TASK = 32
-BATCH_IMAGES = 1 << 14  # maximum number of image references in memory
+BATCH_IMAGES = 1 << 14  # maximum number of image references in memory at a time
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
 
@@ -61,7 +61,7 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     """Read the size of an image if `check` is True, and its hash if `compute_hash` is True.
 
     Raises:
-        UnusableRow: `check` is True, and the image is missing, unreadable or too large.
+        BadRowError: `check` is True, and the image is missing, unreadable or too large.
     """
     samples = _sample_image_bytes(image) if check or compute_hash else None
     width = height = image_hash = 0
@@ -69,11 +69,11 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     if check:
         if samples is None and type(image.ref) is FileImage and not file_exists(image.ref.path):
             is_url = is_remote(image.ref.path)
-            raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
+            raise BadRowError(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
         size = parse_image_size(samples.start, samples.size) if samples is not None else None
         width, height = size or _read_size_with_pillow(image)
         if width * height > MAX_PIXELS:
-            raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
+            raise BadRowError(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
     if compute_hash:
         image_hash = _hash_image(image.ref, samples)
         if samples is not None and isinstance(image.ref, FileImage | TarImage) and is_remote(image.ref.path):
@@ -83,7 +83,7 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
 
 class _SampledImageBytes(NamedTuple):
     size: int  # size of the encoded image in bytes
-    start: bytes  # first bytes of the image, or all bytes
+    start: bytes  # first bytes of the image, or the entire image
     middle: bytes
 
 
@@ -123,13 +123,13 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
             return open_image_header(stream).size
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own pixel limit
-        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
+        raise BadRowError(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
     except FatalDataError:
         raise
     except Exception as error:  # malicious files can make Pillow raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
-        raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
+        raise BadRowError(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def find_first_occurrences(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     order = np.argsort(high, kind="stable")
     is_same = high[order[1:]] == high[order[:-1]]
     is_equal = is_same & (low[order[1:]] == low[order[:-1]])
-    if not np.array_equal(is_same, is_equal):  # some distinct keys have the same upper 64 bits
+    if not np.array_equal(is_same, is_equal):  # if distinct keys share their upper 64 bits, sort by all 128 bits
         order = np.lexsort((low, high))
         is_equal = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
     is_equal &= (high[order[1:]] > 0) | (low[order[1:]] > 0)

@@ -128,7 +128,7 @@ def _is_accepted_jpeg_segment(marker: int, start: bytes, length: int) -> bool:
     if marker == 0xE0:
         return length >= 7 or not start.startswith(b"JFIF")
     if marker == 0xE1:
-        return not start.startswith(b"Exif\0\0")  # Pillow parses EXIF data
+        return not start.startswith(b"Exif\0\0")  # EXIF data must be parsed by Pillow
     if marker == 0xE2:
         return not start.startswith(b"MPF\0") and (length >= 14 or not start.startswith(b"ICC_PROFILE\0"))
     return marker == 0xEE and (length >= 7 or not start.startswith(b"Adobe"))

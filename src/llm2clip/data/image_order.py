@@ -73,7 +73,7 @@ class EpochImageOrders:
             prefetch_remote_files([self._shards[shard] for shard in upcoming])
             self._next_prefetch = start + max(1, self.num_images // len(self._shards))
             return
-        if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
+        if len(self._shards) <= WINDOW:  # a larger number of shards may not fit in the cache
             prefetch_remote_files(self._shards)
         self._next_prefetch = self.num_images
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
-from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.skip_log import BadRowError
 from llm2clip.data.storage import get_parent_folder, is_remote, join_path, parse_file_size
 from llm2clip.data.table_cells import map_cached_batches, open_image_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
@@ -110,7 +110,7 @@ class LoadedImage:
 
     ref: ImageRef
     data: bytes | None
-    name: str | None = None  # original file name, if known
+    name: str | None = None  # original file name of the image, if known
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class TarImage(ImageRef):
     def read(self) -> bytes:
         if self.size > MAX_FILE_BYTES:
             return ImageRef.read(self)  # raises OSError
-        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than `FileSlice`
+        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than a `FileSlice`
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -271,7 +271,7 @@ def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | 
     (as in Hugging Face datasets), or an image reference.
 
     Raises:
-        UnusableRow: The value has an unsupported type, or it is a URL and `reject_urls` is True.
+        BadRowError: The value has an unsupported type, or it is a URL and `reject_urls` is True.
     """
     if type(value) is LoadedImage:
         return value
@@ -286,13 +286,13 @@ def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | 
     if isinstance(value, bytes):
         return LoadedImage(InMemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
-        raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
+        raise BadRowError("malformed row", f"an image must be a path, bytes or null (got {value!r})")
     if reject_urls and ":" in value and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
-        raise UnusableRow("image is a URL", value)
+        raise BadRowError("image is a URL", value)
     path = join_path(get_parent_folder(file), value)
     if is_remote(file):
         return LoadedImage(FileImage(path), None, value)
-    if "\\" in value and not os.path.exists(path):  # a relative path with Windows separators
+    if "\\" in value and not os.path.exists(path):  # the path may have Windows separators
         portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
         path = portable if os.path.exists(portable) else path
     return LoadedImage(FileImage(path), None, path)

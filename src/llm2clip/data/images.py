@@ -79,7 +79,7 @@ def load_image(image: ImageLike) -> Tensor:
             with _convert_decoder_errors():
                 return _decode_with_pillow(image)
         if isinstance(image, str | Path):
-            image = FileImage(join_path("", str(image)))  # URLs are not downloaded
+            image = FileImage(join_path("", str(image)))  # a URL is treated as a file name
         return decode_image(image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -113,7 +113,7 @@ def decode_image(data: bytes) -> Tensor:
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
     """Convert exceptions to `ImageError`. Decoders can raise any type of exception for a corrupt file."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # with True, missing pixels of truncated images become grey
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # if True, missing pixels of truncated images would be grey
     try:
         yield
     except ImageError:
@@ -238,7 +238,7 @@ def _read_orientation(image: Image.Image) -> int:
 def _composite_over_white(pixels: Tensor) -> Tensor:
     """Composite a uint8 RGBA image of shape (4, H, W) over white. Return a uint8 RGB image of shape (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
-    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # rows per chunk, limited to save memory for int32 copies
+    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # small chunks save memory for the int32 copies
     for chunk, out in zip(pixels.split(num_rows, dim=-2), result.split(num_rows, dim=-2), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
         out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
@@ -261,7 +261,7 @@ def decode_or_return_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
-        return str(error).removeprefix(f"{ref}: ")  # the caller adds the image's name
+        return str(error).removeprefix(f"{ref}: ")  # callers add the name of the image
     except FatalDataError:
         raise
     except Exception as error:  # a single bad image must not stop a run

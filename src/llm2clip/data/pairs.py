@@ -418,7 +418,7 @@ def _draw_pair_batches(
     if group_size > 1:
         vectors = compute_caption_vectors(item.texts for item in usable)
     upcoming: Iterator[tuple[int, TuningItem]] = iter(())  # (index, item) of each remaining item in this pass
-    waiting: list[tuple[int, TuningItem]] = []  # items deferred by earlier batches, last item first
+    waiting: list[tuple[int, TuningItem]] = []  # items deferred by earlier batches, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()

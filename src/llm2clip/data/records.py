@@ -30,7 +30,7 @@ from llm2clip.data.formats import (
 )
 from llm2clip.data.image_facts import ImageFacts, read_image_facts
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, is_missing_value, parse_image_cell
-from llm2clip.data.skip_log import RecordingSkipLog, SkipLog, UnusableRow
+from llm2clip.data.skip_log import BadRowError, RecordingSkipLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets, to_valid_unicode
 
@@ -215,7 +215,7 @@ class RecordReader:
             try:
                 if not row.record.texts and (self.require_captions or not row.record.image):
                     reason = "no caption" if self.require_captions else "no image and no caption"
-                    raise UnusableRow(reason, row.record.image or (row.record.id if row.record.id_from_source else ""))
+                    raise BadRowError(reason, row.record.image or (row.record.id if row.record.id_from_source else ""))
                 facts = ImageFacts()
                 if row.image is not None:
                     facts = read_image_facts(row.image, check_image, hash_images and read_bytes)
@@ -260,7 +260,7 @@ class RecordReader:
             try:
                 if isinstance(fields, BadRow):
                     num_rows *= fields.rows
-                    raise UnusableRow(fields.reason, fields.value)
+                    raise BadRowError(fields.reason, fields.value)
                 if source_format.is_table:
                     columns = self.mapper.map_table_columns(file, list(fields))
                 else:
@@ -289,11 +289,11 @@ class RecordReader:
         image = parse_image_cell(values.get("image"), file, reject_urls=self.image_check == "header")
         texts = {"captions": parse_captions(values.get("captions"), parse_lists, self.log, file, number)}
         for name in ("short_captions", "long_captions", "phrases"):
-            # In these fields, an empty string means that there are no captions.
+            # In optional caption fields, an empty string means that there are no captions.
             if value := values.get(name):
                 try:
                     texts[name] = parse_captions(value, parse_lists, self.log, file, number)
-                except UnusableRow as error:
+                except BadRowError as error:
                     if name != "phrases":  # some datasets use a column named `phrases` for other data
                         raise
                     self.log.record_dropped(file, number, "malformed phrases", error.value)
@@ -314,7 +314,7 @@ class RecordReader:
         """Skip a row because of an error. If the error also affects other rows, raise the error instead."""
         if isinstance(error, DataFormatError | FatalDataError):
             raise error
-        problem = error if isinstance(error, UnusableRow) else UnusableRow("malformed row", describe_error(error))
+        problem = error if isinstance(error, BadRowError) else BadRowError("malformed row", describe_error(error))
         if rows:
             self.log.skip(file, row, problem.reason, problem.value, rows)
             self._check_skip_limit_early()
@@ -483,7 +483,7 @@ def _clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: i
     for name, value in values.items():
         cells = value if isinstance(value, list) else [value]
         present = cells
-        if name != "split":  # "none" is a split name
+        if name != "split":  # in the split column, "none" is a name
             present = [cell for cell in cells if not isinstance(cell, str) or cell.strip().lower() not in MISSING_TEXTS]
         if len(present) < len(cells):
             log.record_dropped(file, row, "missing value", value)
@@ -499,22 +499,22 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
     recorded in `log` with the file and row.
 
     Raises:
-        UnusableRow: A caption is not valid text, or the captions have more than `MAX_CAPTION_CHARACTERS` in total.
+        BadRowError: A caption is not valid text, or the captions have more than `MAX_CAPTION_CHARACTERS` in total.
     """
     if isinstance(value, str):
         value = _parse_text_list(value) if parse_lists else [value]
     elif is_missing_value(value):
         return ()
     if not isinstance(value, list):
-        raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
+        raise BadRowError("malformed row", f"captions must be text or a list of texts (got {value!r})")
     captions = []
     num_characters = 0
     for text in value:
         if not isinstance(text, str) and text is not None:
-            raise UnusableRow("malformed row", f"a caption must be text (got {text!r})")
+            raise BadRowError("malformed row", f"a caption must be text (got {text!r})")
         num_characters += len(text or "")
         if num_characters > MAX_CAPTION_CHARACTERS:
-            raise UnusableRow("malformed row", f"the captions have more than {MAX_CAPTION_CHARACTERS:,} characters")
+            raise BadRowError("malformed row", f"the captions have more than {MAX_CAPTION_CHARACTERS:,} characters")
         text = (text or "").strip()
         if not text:
             log.record_dropped(file, row, "empty caption", value)
@@ -524,8 +524,8 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
                 text.encode()
         except UnicodeEncodeError as error:
             if "\udc80" <= text[error.start] <= "\udcff":  # an undecodable byte
-                raise UnusableRow(NOT_UTF8, to_valid_unicode(text)) from error
-            raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
+                raise BadRowError(NOT_UTF8, to_valid_unicode(text)) from error
+            raise BadRowError("malformed row", f"not valid Unicode: {text!r}") from error
         captions.append(text)
     return tuple(captions)
 
@@ -552,5 +552,5 @@ def _parse_name_cell(value: Any, field: str) -> str | None:
     if is_missing_value(value):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UnusableRow("malformed row", f"{field} must be text or a number (got {value!r})")
+        raise BadRowError("malformed row", f"{field} must be text or a number (got {value!r})")
     return str(value).strip() or None

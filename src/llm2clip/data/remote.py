@@ -48,14 +48,15 @@ MAX_FOLDER_DEPTH = 16  # maximum depth of nested subfolders in a remote folder
 SIZE_VARIABLE = "LLM2CLIP_SHARD_CACHE_GB"
 MAX_DEFAULT_BYTES = 200 * 10**9
 FILL_FRACTION = 0.95  # files are removed from a full cache until its size is this fraction of the size limit
-UNLISTED_FRACTION = 0.02  # fraction of the size limit to download before the cache is listed again
+UNLISTED_FRACTION = 0.02  # the cache is listed again after downloads of this fraction of the size limit
 TOUCH_SECONDS = 60  # minimum number of seconds between updates of a file's access time
 # Modification time of every complete file in the cache, in seconds since the epoch. Other files are invalid.
 DOWNLOADED_TIME = 1_000_000_000
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
-_unlisted_allowances: dict[tuple[str, str], float] = {}  # (cache, limit) -> bytes to add before the next listing
+# (cache folder, size limit) -> number of bytes that can be downloaded before the cache must be listed again
+_unlisted_allowances: dict[tuple[str, str], float] = {}
 _pending: deque[str] = deque()  # URLs of files to download in advance
 _free_threads = threading.Semaphore(PREFETCH_THREADS)
 
@@ -199,7 +200,7 @@ def _pin_current_version(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file (size and etag or time). If none is pinned, pin the current version."""
+    """Return the pinned version of a remote file (size and etag or time). If there is none, pin the current version."""
     version = _versions.get(url)
     if version is None:
         info = storage.fetch_file_info(url)

@@ -13,7 +13,7 @@ import numpy as np
 from llm2clip.io_utils import format_count, hide_url_secrets, to_valid_unicode
 
 MAX_NOTES = 5  # maximum number of notes in the summary
-MAX_VALUE_CHARACTERS = 200  # longer values are truncated
+MAX_VALUE_CHARACTERS = 200  # maximum length of a value in the log
 MAX_PATH_CHARACTERS = 4096
 # reason for skipping a row -> advice on how to fix the source
 ADVICE_BY_REASON = {
@@ -26,7 +26,7 @@ ADVICE_BY_REASON = {
 }
 
 
-class UnusableRow(Exception):
+class BadRowError(Exception):
     """Raised when a row cannot be converted to a record. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, value: object) -> None:

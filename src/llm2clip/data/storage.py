@@ -253,7 +253,7 @@ def _open_s3_filesystem() -> Any:
     config = {
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
-        "retries": {"total_max_attempts": 1},  # no retries, because `call_with_retries` already retries
+        "retries": {"total_max_attempts": 1},  # no retries in botocore, because `call_with_retries` retries
         "max_pool_connections": 2 * LOOKUP_THREADS,
     }
     filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, **UNCACHED)
@@ -284,7 +284,7 @@ async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
     from yarl import URL
 
     headers = redirect.response.headers
-    target = URL(headers.get("Location") or headers.get("URI") or "")  # parsed as in aiohttp
+    target = URL(headers.get("Location") or headers.get("URI") or "")  # aiohttp parses the target in the same way
     if redirect.url.scheme == "https" and target.scheme not in ("", "https"):
         raise ValueError("redirects from https to http are not allowed")
 

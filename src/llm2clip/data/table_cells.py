@@ -34,7 +34,7 @@ class _DecodedCellWindow:
     num_bytes: int
 
 
-_windows: OrderedDict[tuple[object, ...], _DecodedCellWindow] = OrderedDict()  # least recently used first
+_windows: OrderedDict[tuple[object, ...], _DecodedCellWindow] = OrderedDict()  # from least to most recently used
 
 
 def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:

@@ -72,7 +72,7 @@ class PreprocessConfig:
         """Create the settings from the output of `to_dict` or from a transformers image processor's config."""
         try:
             resize_config = config.get("size", config.get("crop_size"))
-            if isinstance(resize_config, int):  # in configs from before 2022, an int is the shorter side
+            if isinstance(resize_config, int):  # in configs from before 2022, an integer is the shorter side
                 resize_config = {"shortest_edge": resize_config}
             resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
             resize_size = _parse_square_side(resize_config)

@@ -54,7 +54,7 @@ class BadRow:
     """Row that cannot be read. Skipped rows are counted by `reason`."""
 
     reason: str
-    value: str  # details for the skip log
+    value: str  # details of the problem, for the skip log
     rows: int = 1  # number of rows that cannot be read, including this row
 
 
@@ -70,7 +70,7 @@ def select_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
 @dataclass(frozen=True)
 class ReadOptions:
     choose_columns: ColumnChooser = select_all_columns  # selects the columns to read from a table
-    image_bytes: bool = True  # read images embedded in tables and tar files
+    image_bytes: bool = True  # if True, read images embedded in tables and tar files
     # Splits of a Hugging Face dataset to read; empty for all splits. If None, rows get no `split` field.
     splits: Sequence[str] | None = ()
     log: SkipLog | None = None  # receives notes about files, such as unusual encodings

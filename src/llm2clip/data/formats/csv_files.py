@@ -153,7 +153,7 @@ def _read_csv_rows(
             num_lines = max(1, rows.line_num + first_line - number)  # `line_num` ignores overlong lines
             is_too_long = "field limit" in str(error)
             if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
-                # Without the closing quote, the cell would contain all following rows.
+                # Without a closing quote, the cell would contain all following rows.
                 raise DataFormatError(f"{path}: a quote opened in the row at line {number} is not closed") from error
             problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
             if num_lines > 1:

@@ -37,9 +37,9 @@ from llm2clip.data.storage import is_remote
 MAX_CAPTION_BYTES = 1 << 20  # maximum size of the caption file of a single image
 MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers, which contain the member's name and attributes
 MAX_GLOBAL_HEADERS = 100  # maximum number of global PAX headers in a tar file
-WINDOW_BYTES = 1 << 20  # number of bytes per read of a tar file
+WINDOW_BYTES = 1 << 20  # number of bytes read from a tar file at a time
 JUMP_BYTES = 1 << 14  # number of bytes to read after skipping a large image
-MAX_LOADED_BYTES = 1 << 17  # larger images are not read when the captions are read
+MAX_LOADED_BYTES = 1 << 17  # images above this size are not read together with their captions
 _PLAIN_HEADER = re.compile(  # fields after the name in the tar header of a regular file or PAX header
     rb"(?:[0-7]{7}[\0 ]|[0-7]{6} \0){3}"  # mode, user and group
     rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]"  # size and time
@@ -47,7 +47,7 @@ _PLAIN_HEADER = re.compile(  # fields after the name in the tar header of a regu
     rb"(?:\0{16}|(?:0{7}\0|0{6} \0){2})",  # device
     re.DOTALL,
 )
-_TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records: length, name and value
+_TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records with a length, a name and a timestamp
 
 
 class ImageFolderFormat(SourceFormat):
@@ -345,7 +345,7 @@ def _parse_regular_file_headers(window: _ReadAheadBuffer, position: int) -> _Tar
     name = header[:100].partition(b"\0")[0]
     if header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
-    if name.endswith(b"/"):  # a folder in an old tar format
+    if name.endswith(b"/"):  # marks a folder in old tar formats
         return None
     return _TarMember(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
 

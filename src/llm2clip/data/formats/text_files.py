@@ -165,7 +165,7 @@ def describe_encoding_problem(path: str) -> str:
         return "not UTF-8. Convert the file to UTF-8"
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
     if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
-        likely.insert(0, "cp1252")  # the most common encoding, except for UTF-8, of text that is mostly ASCII
+        likely.insert(0, "cp1252")  # the most common encoding, after UTF-8, of text that is mostly ASCII
     readings: dict[str, str] = {}  # decoded line -> encoding
     for encoding in likely:
         with suppress(UnicodeDecodeError):
