@@ -434,7 +434,7 @@ def test_skip_limit_counts_all_rows_in_every_format(tmp_path: Path, name: str) -
             "missing image: {folder}/photos/0.jpg",
             "are resolved against the folder of the caption file",
         ),
-        ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
+        ("https://example.org/{n}.jpg", "image is a URL", "Download the images first"),
         ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: the file is empty", "Fix the source"),
         ("text.jpg", "unreadable image: {folder}/text.jpg: not an image in a supported format (", "Fix the source"),
     ],

@@ -22,7 +22,7 @@ SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
 
 
 class EpochImageOrders:
-    """Sequences of record indices in training order, one per epoch."""
+    """Training order of the images in each epoch, as a sequence of record indices."""
 
     def __init__(
         self,

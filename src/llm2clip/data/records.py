@@ -129,8 +129,8 @@ def open_records(
     """Return an iterator over the records in a source, in their original order.
 
     Rows are read lazily, with one exception: a .csv, .tsv or captions.txt file is read completely before its first
-    record is returned. Rows of such a file that have the same image and split are merged into one record, at the
-    position of the first row.
+    record is returned. Rows in one of these files that have the same image and split are merged into one record, at
+    the position of the first row.
 
     Args:
         log: Log of skipped rows. By default, no log file is written, and up to 5% of the rows may be skipped.

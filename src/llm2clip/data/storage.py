@@ -293,7 +293,7 @@ async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
 
 
 def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | None = None) -> T:
-    """Return the result of a function that sends requests. Retry after temporary errors.
+    """Call a function that sends requests, and return its result. Retry after temporary errors.
 
     Raises:
         MissingRemoteFileError: The file does not exist.
@@ -319,9 +319,9 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
 
 
 def compute_backoff(attempt: int, first: float, longest: float) -> float:
-    """Return a random delay in seconds after failed attempt number `attempt`, starting at 0.
+    """Return a random delay in seconds after a failed attempt.
 
-    The maximum delay doubles with each attempt, from `first` up to `longest`.
+    The maximum delay doubles with each attempt, from `first` (if `attempt` is 0) up to `longest`.
     """
     return min(longest, first * 2**attempt) * _random.uniform(0.5, 1.0)
 

@@ -131,7 +131,7 @@ map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
 
 
 def open_image_cell(cell: pa.Scalar, name: str) -> BinaryIO:
-    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if there are no bytes.
+    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if it has no bytes.
 
     Paths in cells are not opened, because they could refer to any file on the machine.
     """

@@ -63,7 +63,7 @@ class TextStatistics:
 
 @dataclass
 class TableStatistics:
-    """Statistics of a record table. Image sizes are in pixels, from the headers, before EXIF rotation."""
+    """Statistics of a record table. Image sizes are those in the headers, before EXIF rotation, in pixels."""
 
     num_records: int = 0
     num_images: int = 0  # number of records with an image
