@@ -30,7 +30,7 @@ ERRORS = {
         "no caption column; the file has the columns image, price", "--columns",
     ),
     "images without captions": ("fit {tmp}/photos --out {tmp}/run", "the images have no captions", "--caption MODEL"),
-    "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
+    "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "rows per split: ", "train"),
     "invalid JSON": (
         "embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}",
         "malformed row", "row 2", "Fix the source",
