@@ -21,7 +21,7 @@ from search_fixtures import make_index
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = sorted([*ROOT.glob("[A-Z]*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
 INCOMPLETE = {"align --config cpu-llm", "evaluate --benchmarks"}  # commands that the text mentions without arguments
 
 
@@ -33,7 +33,7 @@ def code_blocks(page: Path, language: str = r"\w*") -> list[str]:
 def documented_commands() -> list[tuple[str, str]]:
     """Return (page, arguments) for each call of llm2clip, for example with torchrun, in a container or in the text."""
     commands = []
-    for page in [*PAGES, CONTRIBUTING]:
+    for page in PAGES:
         for block in code_blocks(page):
             lines = re.sub(r"\\\n\s*", "", block).splitlines()
             matches = [re.search(r"(?<!\S)llm2clip(?:-cuda)? +([a-z]+(?: .*)?)$", line) for line in lines]
@@ -102,12 +102,13 @@ def test_documentation_has_commands() -> None:
     assert len(documented_commands()) > 120
 
 
-@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documentation_links_exist(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\(([^)#:]+?)(?:#([^)]*))?\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
         if anchor and "." not in anchor:  # an anchor with dots is the name of a documented Python object
-            headings = re.findall(r"^#+ (.*)", (page.parent / target).read_text(), flags=re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)", file.read_text(), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{target}#{anchor}"
 
