@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from llm2clip import LLM2CLIP
-from llm2clip.cli import build_parser
+from llm2clip.cli import build_parser, main
 from llm2clip.models.dual_encoder import DualEncoder
 from search_fixtures import make_index
 
@@ -58,16 +58,38 @@ def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.
     assert args.subcommand in run
 
 
-def test_python_examples_run_with_tiny_models(
-    model_folder: Path, dual_encoder: DualEncoder, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other tests run dense.md, one_index.md and the databases of export.md. The hub and servers are not available."""
+@pytest.fixture
+def workspace(
+    model_folder: Path, image_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Current folder with a tiny model, images and captions under the names that are used in the documentation."""
     monkeypatch.chdir(tmp_path)
-    for name in ("MODEL", "STUDENT/model", "runs/mine/model"):
+    for name in ("MODEL", "RUN/model", "STUDENT/model", "runs/mine/model", "runs/photos/model"):
         shutil.copytree(model_folder, name)
+    for name in ("DATA", "PHOTOS"):
+        shutil.copytree(image_folder, name)
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    shutil.copy("captions.jsonl", "photos.jsonl")
+    Path("photos.csv").write_text("image,caption\n0.png,a red square\n1.png,a green square\n")
     for file in ("cat.jpg", "sunset.jpg", photos / "beach.jpg"):
         Image.new("RGB", (1200, 1000)).save(file)
-    make_index(tmp_path / "INDEX", photos, dual_encoder)
+    return tmp_path
+
+
+def test_documented_commands_run_with_tiny_models(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not run: commands that train, download, serve, export graphs, or use a GPU, a database or a benchmark."""
+    unavailable = "--baselines|--benchmarks|--ocr|--dim|--server|postgresql|onnx|gallery|@test|mine.jsonl|DATA[.]{3}"
+    commands = [command for _, command in documented_commands() if not re.search(unavailable, command)]
+    commands = [c for c in commands if re.match(r"(data|index|search|evaluate MODEL|export|benchmarks|runs) ", c)]
+    commands.sort(key=lambda c: (not c.startswith("index"), "--model" not in c))  # a new index needs --model
+    assert len(commands) > 25
+    for command in dict.fromkeys(commands):
+        assert main(shlex.split(command, comments=True)) == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def test_python_examples_run_with_tiny_models(workspace: Path, photos: Path, dual_encoder: DualEncoder) -> None:
+    """Other tests run dense.md, one_index.md and the databases of export.md. The hub and servers are not available."""
+    make_index(workspace / "INDEX", photos, dual_encoder)
     variables = {
         "pil_image": Image.new("RGB", (40, 30)),
         "pixels": torch.rand(1, 3, 64, 64),
