@@ -4,27 +4,47 @@ import ast
 import json
 import re
 import shlex
+import shutil
+import textwrap
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
-from llm2clip.cli import build_parser
+from llm2clip import LLM2CLIP
+from llm2clip.cli import build_parser, main
+from llm2clip.models.dual_encoder import DualEncoder
+from search_fixtures import make_index
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = sorted([*ROOT.glob("[A-Z]*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
+INCOMPLETE = {"align --config cpu-llm", "evaluate --benchmarks"}  # commands that the text mentions without arguments
+
+
+def code_blocks(page: Path, language: str = r"\w*") -> list[str]:
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for block in blocks]
 
 
 def documented_commands() -> list[tuple[str, str]]:
-    """Return (page, command) for each line of a code block that starts with `llm2clip`."""
+    """Return (page, arguments) for each call of llm2clip, for example with torchrun, in a container or in the text."""
     commands = []
     for page in PAGES:
-        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
-            joined = re.sub(r"\\\n\s*", "", block)
-            commands += [(page.name, line) for line in joined.splitlines() if re.match(r"llm2clip [a-z]", line)]
-    return commands
+        for block in code_blocks(page):
+            lines = re.sub(r"\\\n\s*", "", block).splitlines()
+            matches = [re.search(r"(?<!\S)llm2clip(?:-cuda)? +([a-z]+(?: .*)?)$", line) for line in lines]
+            commands += [(page.name, m[1]) for m in matches if m and not m[1].startswith(("import ", "reads only "))]
+        for block in code_blocks(page, "yaml"):
+            for items in re.findall(r"command: (\[.*?\])", block, flags=re.DOTALL):
+                commands.append((page.name, re.sub("^.* llm2clip ", "", shlex.join(yaml.safe_load(items)))))
+        commands += [
+            (page.name, " ".join(call.split())) for call in re.findall(r"`llm2clip ([a-z]+\s[^`]+)`", page.read_text())
+        ]
+    return [(page, command) for page, command in commands if command not in INCOMPLETE]
 
 
 @pytest.mark.parametrize(("page", "command"), documented_commands())
@@ -32,10 +52,61 @@ def test_documented_command_parses(page: str, command: str, monkeypatch: pytest.
     monkeypatch.chdir(ROOT)
     parser, run = build_parser()
     try:
-        args = parser.parse_args(shlex.split(command, comments=True)[1:])
+        args = parser.parse_args(shlex.split(command, comments=True))
     except SystemExit as error:
         raise AssertionError(f"{page}: {command}") from error
     assert args.subcommand in run
+
+
+@pytest.fixture
+def workspace(
+    model_folder: Path, image_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Current folder with a tiny model, images and captions under the names that are used in the documentation."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MODEL", "RUN/model", "STUDENT/model", "runs/mine/model", "runs/photos/model"):
+        shutil.copytree(model_folder, name)
+    for name in ("DATA", "PHOTOS"):
+        shutil.copytree(image_folder, name)
+    shutil.copytree(image_folder, tmp_path, dirs_exist_ok=True)
+    shutil.copy("captions.jsonl", "photos.jsonl")
+    Path("photos.csv").write_text("image,caption\n0.png,a red square\n1.png,a green square\n")
+    for file in ("cat.jpg", "sunset.jpg", photos / "beach.jpg"):
+        Image.new("RGB", (1200, 1000)).save(file)
+    return tmp_path
+
+
+def test_documented_commands_run_with_tiny_models(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not run: commands that train, download, serve, export graphs, or use a GPU, a database or a benchmark."""
+    unavailable = "--baselines|--benchmarks|--ocr|--dim|--server|postgresql|onnx|gallery|@test|mine.jsonl|DATA[.]{3}"
+    commands = [command for _, command in documented_commands() if not re.search(unavailable, command)]
+    commands = [c for c in commands if re.match(r"(data|index|search|evaluate MODEL|export|benchmarks|runs) ", c)]
+    commands.sort(key=lambda c: (not c.startswith("index"), "--model" not in c))  # a new index needs --model
+    assert len(commands) > 25
+    for command in dict.fromkeys(commands):
+        assert main(shlex.split(command, comments=True)) == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def test_python_examples_run_with_tiny_models(workspace: Path, photos: Path, dual_encoder: DualEncoder) -> None:
+    """Other tests run dense.md, one_index.md and the databases of export.md. The hub and servers are not available."""
+    make_index(workspace / "INDEX", photos, dual_encoder)
+    variables = {
+        "pil_image": Image.new("RGB", (40, 30)),
+        "pixels": torch.rand(1, 3, 64, 64),
+        "images": torch.eye(2, 3),
+        "texts": torch.eye(3),
+        "model": LLM2CLIP.from_pretrained("MODEL"),
+        "row": {"captions": ["A deer on a lawn"]},
+        "names": ["deer", "red hat"],
+        "re": re,
+    }
+    pages = ["README.md", "docs/reference/evaluation.md"]
+    pages += [f"docs/howto/{name}.md" for name in ("search", "short_queries", "detection", "distill")]
+    examples = [block for page in pages for block in code_blocks(ROOT / page, "python")]
+    examples += [block for block in code_blocks(ROOT / "docs/howto/export.md", "python") if "MODEL/text" in block]
+    assert len(examples) == 9
+    for example in examples:
+        exec(example, dict(variables))
 
 
 def test_help_lists_each_command_once_and_each_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,15 +121,16 @@ def test_help_lists_each_command_once_and_each_command_has_help(capsys: pytest.C
 
 
 def test_documentation_has_commands() -> None:
-    assert len(documented_commands()) > 40
+    assert len(documented_commands()) > 120
 
 
-@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_documentation_links_exist(page: Path) -> None:
-    for target, anchor in re.findall(r"\]\(([^)#:]+?)(?:#([^)]*))?\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert file.exists(), target
         if anchor and "." not in anchor:  # an anchor with dots is the name of a documented Python object
-            headings = re.findall(r"^#+ (.*)", (page.parent / target).read_text(), flags=re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)", file.read_text(), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-") for heading in headings}
             assert anchor in anchors, f"{target}#{anchor}"
 
