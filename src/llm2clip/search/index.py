@@ -26,7 +26,7 @@ from llm2clip.search.query import (
     group_similar_hits,
     truncate_model_to_index,
 )
-from llm2clip.search.relevance import Calibration, load_calibration, search_and_rate
+from llm2clip.search.relevance import Calibration, load_calibration, search_and_rate_hits
 from llm2clip.search.types import FairSemaphore, Hit, NotFoundError
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class Index:
         groups = options.group_similar and bool(query)
         count = top * (READ_FACTOR if groups else 1)
         with self.resources.scanning:
-            hits, nothing_close = search_and_rate(
+            hits, nothing_close = search_and_rate_hits(
                 self.backend,
                 calibration,
                 vectors,
