@@ -591,7 +591,7 @@ def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path:
             read.append(len(rows))
             return rows
 
-        return backend._find_newest_unfiltered(count_rows, 3, 1)
+        return backend._find_newest_without_filter(count_rows, 3, 1)
 
     expected = [hit.id for hit in backend.search(None, 3, Filter(before=1e9), 1)]
     assert [hit.id for hit in backend.search(None, 3, Filter(), 1)] == expected
@@ -705,7 +705,7 @@ def test_ctrl_c_during_a_search_is_a_keyboard_interrupt(kind: type[Exception], m
     monkeypatch.setattr(sqlite_backend, "exact_search", fail_as_usearch)
     vectors = QuantizedVectors(127).with_added_vectors([(np.arange(1, 3), QUERY[None].repeat(2, 0))])
     with pytest.raises(KeyboardInterrupt):
-        vectors.find_nearest(QUERY, 1)
+        vectors.find_nearest_ids(QUERY, 1)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------

@@ -425,7 +425,7 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     index = tmp_path / "index"
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
     output = capsys.readouterr().out
-    assert "Images: 7 added" in output and "0 read for text" in output
+    assert "Images: 7 added" in output and "0 processed by OCR" in output
     assert f"Images whose text could not be recognised: 6, listed in {index}" in output
     lines = [json.loads(line) for line in (index / "skipped.jsonl").read_text().splitlines()]
     failures = [line for line in lines if line["reason"] == "text not recognised"]
@@ -433,7 +433,7 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     assert SqliteBackend(index).count() == (7, 6)
     monkeypatch.setattr(ocr, "open_text_recognizer", lambda: lambda image: "found")
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
-    assert "6 read for text" in capsys.readouterr().out  # failed images are tried again
+    assert "6 processed by OCR" in capsys.readouterr().out  # failed images are tried again
 
 
 def test_ocr_requires_its_packages(
