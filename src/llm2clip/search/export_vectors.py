@@ -19,7 +19,7 @@ TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
 def export_vectors(index: str, out: str | Path, with_private: bool = False) -> int:
     """Write one row per distinct image to a new Parquet file. Return the number of rows.
 
-    Captions and metadata are those of the first location of each image. If `with_private` is True, GPS positions are
+    Captions and metadata come from the first location of each image. If `with_private` is True, GPS positions are
     also exported. The metadata of the index, such as the model name, is stored in the Parquet schema. Raise
     FileExistsError if `out` exists.
     """

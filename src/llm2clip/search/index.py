@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
     from llm2clip.search.explain import Explanation
 
-CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration
-COUNT_SECONDS = 1.0  # maximum age of the cached image count
+CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration, in seconds
+COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SearchPage:
     """A page of search results.
 
     Attributes:
-        hits: Hits, best first, or newest first without a query. For each hit, `images` has the names of its files,
+        hits: Hits, best first, or newest first without a query. For each hit, `images` lists its files,
             `score` is the cosine similarity, and `relevance` is the estimated probability of being an answer.
         nothing_close: True if no image that matches the filter is close to the query. The page then has no hits, unless
             `SearchOptions.show_weak` is True or the search has a filter.
@@ -198,7 +198,7 @@ class Index:
             ValueError: A text is empty, the index was built with a different model, or the model returned NaN or
                 infinity.
             ImageError: An image of the query cannot be decoded.
-            NotFoundError: The index does not contain an earlier hit of the query.
+            NotFoundError: The index does not contain one of the earlier hits in the query.
             IndexUnavailableError: The index cannot be read at the moment.
         """
         query = _make_search_query(query)

@@ -42,7 +42,7 @@ from llm2clip.search.words import (
     add_image_texts,
     find_word_matches,
     make_caption_condition,
-    read_searchable_fields,
+    read_matching_text_fields,
     remove_image_texts,
     set_recognized_text,
     sort_distinct_ids,
@@ -258,7 +258,7 @@ class SqliteBackend(IndexBackend):
         self, run: SqlRunner, query: WordQuery, ids: Sequence[int]
     ) -> list[tuple[int, dict[str, str]]]:
         with self._db.open_snapshot() as db:
-            return read_searchable_fields(db, query, ids)
+            return read_matching_text_fields(db, query, ids)
 
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions

@@ -14,7 +14,7 @@ import numpy as np
 
 from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.io_utils import to_valid_unicode
-from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_metadata_details
+from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, ImageMetadata, MetadataLine, describe_metadata
 
 # These keys are stored in every index, so a key must not change when its class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {"FileImage": FileImage, "TarImage": TarImage, "ParquetImage": ParquetImage}
@@ -97,9 +97,9 @@ class Hit(ContentMetadata):
     similar: tuple[SimilarHit, ...] = ()  # hits that were grouped with this hit, best first
 
     @property
-    def details(self) -> list[Detail]:
+    def details(self) -> list[MetadataLine]:
         """Lines of metadata about the image and its first location, for display."""
-        return list_metadata_details(self, self.images[0])
+        return describe_metadata(self, self.images[0])
 
 
 def image_ref_to_json(ref: ImageRef) -> str:
