@@ -84,7 +84,7 @@ def add_images(backend: IndexBackend, vectors: np.ndarray, captions: Sequence[st
 
     `{}` in a caption is replaced with the number of the image.
     """
-    if not backend.metadata():
+    if not backend.read_metadata():
         backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     contents, images = [], []
     for number, vector in enumerate(vectors, start):

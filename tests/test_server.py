@@ -261,9 +261,9 @@ def test_health_and_metrics_count_images_at_most_once_per_interval(
     calls: list[int] = []
 
     class CountingBackend(SqliteBackend):
-        def count(self) -> tuple[int, int]:
+        def count_images(self) -> tuple[int, int]:
             calls.append(1)
-            return super().count()
+            return super().count_images()
 
     app = create_patient_app(dual_encoder, CountingBackend(backend.folder))
     with TestClient(app, base_url=BASE_URL) as client:

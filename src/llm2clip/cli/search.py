@@ -224,9 +224,9 @@ def _run_index(args: Namespace) -> list[str]:
 
 def _describe_updated_index(location: str, backend: IndexBackend, log: SkipLog, skipped_file: Path | None) -> list[str]:
     """Return the lines to print about an updated index. `location` must not contain a password."""
-    images, contents = backend.count()
+    images, contents = backend.count_images()
     lines = [f"Index: {location} ({format_count(images, 'image')}, {contents:,} distinct)"]
-    for names in backend.duplicates(limit=3):
+    for names in backend.find_duplicates(limit=3):
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
         lines.append(f"Skipped images: {log.skipped.total():,}, listed in {skipped_file}")
@@ -251,7 +251,7 @@ def _choose_index_model(location: str) -> str:
 
     if "://" in location or (Path(location) / INDEX_FILE).is_file():
         with suppress(FileNotFoundError):  # raised if the index has no images
-            return str(open_backend(location).metadata()["model"])
+            return str(open_backend(location).read_metadata()["model"])
     try:
         check_model_source(DEFAULT_MODEL)
     except FileNotFoundError as error:
@@ -347,7 +347,7 @@ def _explain_no_results(args: Namespace, index: Index | ServerIndexClient, image
 
     if isinstance(index, ServerIndexClient):
         return "No results: the index is empty, or no image matches the filters."
-    if not index.backend.count()[0]:
+    if not index.backend.count_images()[0]:
         return "No results: the index is empty."
     unmatched = []  # filters that match no image even without the other filters
     for name, value in image_filter.values.items():

@@ -113,7 +113,7 @@ def _run_serve(args: Namespace) -> list[str]:
     from llm2clip.search.server import LOOPBACK, AccessPolicy, create_app, serve
 
     backend = open_backend(args["index"]) if args["index"] else None
-    model_name = args.model or (backend.metadata()["model"] if backend else None)
+    model_name = args.model or (backend.read_metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index, or a model with --model")
     token = None if args.immich else resolve_access_token(args.token, args.no_token, args.host)

@@ -74,7 +74,7 @@ class IndexBackend(ABC):
         """Lock the index for writing. Raise FolderInUseError if another process holds the lock."""
 
     @abstractmethod
-    def metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         """Return the index metadata, or an empty dict if `initialize` has not been called.
 
         The keys are `model` (model name), `embed_dim` (dimension of the vectors, which may be truncated), and either
@@ -138,13 +138,13 @@ class IndexBackend(ABC):
 
     # ---- searching
 
-    def count(self) -> tuple[int, int]:
+    def count_images(self) -> tuple[int, int]:
         """Return the number of images and the number of distinct image contents."""
         statement = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
         ((images, contents),) = self._query(statement, {})
         return images, contents
 
-    def duplicates(self, limit: int = 10) -> list[list[str]]:
+    def find_duplicates(self, limit: int = 10) -> list[list[str]]:
         """Return the names of duplicate images, grouped by content: at most `limit` groups, largest first."""
         largest_groups = (
             "SELECT content FROM images GROUP BY content HAVING count(*) > 1 "

@@ -143,7 +143,7 @@ def _scan_indexed_sources(
 
 def _prepare_backend(backend: IndexBackend, model: DualEncoder, dim: int | None) -> DualEncoder:
     """Initialise a new index, or check an existing index. Return the model, truncated to the index's dimension."""
-    metadata = backend.metadata()
+    metadata = backend.read_metadata()
     if metadata:
         if dim not in (None, metadata["embed_dim"]):
             raise ValueError(

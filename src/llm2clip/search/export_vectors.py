@@ -27,7 +27,7 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
         raise FileExistsError(f"{out} already exists. Choose another file")
     backend, file = open_backend(index), Path(index, INDEX_FILE)  # an index in PostgreSQL does not have this file
     inode = file.exists() and file.stat().st_ino
-    metadata, texts = backend.metadata(), pa.list_(pa.string())
+    metadata, texts = backend.read_metadata(), pa.list_(pa.string())
     columns: dict[str, Any] = {"id": pa.int64(), "vector": pa.list_(pa.float32(), int(metadata["embed_dim"]))}
     columns |= {"name": pa.string(), "names": texts, "captions": texts, "text": pa.string()}
     content_fields, image_fields = (
@@ -35,7 +35,7 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
     )
     columns |= {field.name: TYPES[field.type] for field in (*content_fields, *image_fields)}
     schema = pa.schema(list(columns.items()), {"llm2clip": json.dumps(metadata)})
-    bar = ProgressBar(total=backend.count()[1], desc="export", unit="image")
+    bar = ProgressBar(total=backend.count_images()[1], desc="export", unit="image")
     count, last_id = 0, "0"
     with bar, atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         while ids := backend.list_hit_ids(last_id, ROWS_PER_GROUP):

@@ -81,7 +81,7 @@ def export_gallery(
     require_extra("onnx", "exporting to ONNX")
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")
-    metadata = backend.metadata()
+    metadata = backend.read_metadata()
     truncate_model_to_index(metadata, wrap_llm2clip(model, model_name))
     parameters = check_text_encoder_size(model, model_name)
     check_gallery_size(index, backend, parameters, max_mb)
@@ -155,12 +155,12 @@ def _count_saved_parameters(file: Path) -> int:
 
 def check_gallery_size(index: str, backend: IndexBackend, text_parameters: int, max_mb: float) -> None:
     """Print the estimated size of a gallery. Raise ValueError if the gallery would be empty or too large."""
-    _, count = backend.count()
+    _, count = backend.count_images()
     if not count:
         raise ValueError(f"{hide_password(index)} contains no images. Add images with `llm2clip index`")
     hits = backend.search(None, SAMPLED_THUMBNAILS, Filter())
     thumbnail_bytes = np.mean([len(backend.read_thumbnail(hit.id) or b"") for hit in hits])
-    dim = int(backend.metadata()["embed_dim"])
+    dim = int(backend.read_metadata()["embed_dim"])
     parts = {
         "thumbnails": count * float(thumbnail_bytes),
         "vectors": 4 * dim + count * (dim + 4),
@@ -187,7 +187,7 @@ def _write_gallery_images(backend: IndexBackend, folder: Path, with_private: boo
     (folder / "thumbnails").mkdir()
     images: list[list[Any]] = []
     vectors = []
-    with ProgressBar(total=backend.count()[1], desc="gallery", unit="image") as bar:
+    with ProgressBar(total=backend.count_images()[1], desc="gallery", unit="image") as bar:
         for hit in iterate_all_hits(backend):
             vector, thumbnail = backend.read_vector(hit.id), backend.read_thumbnail(hit.id)
             if vector is None or thumbnail is None:  # another process has removed the image since the search

@@ -148,7 +148,7 @@ class Index:
     def _model_name(self) -> str | None:
         """Name of the model, or None if the index was opened with a loaded model."""
         if self._model is None:
-            return str(self.backend.metadata()["model"])
+            return str(self.backend.read_metadata()["model"])
         return self._model if isinstance(self._model, str) else None
 
     @cached_property
@@ -164,13 +164,13 @@ class Index:
         model, name = self._model, self._model_name
         if name is not None:
             model = open_dual_encoder(name, device=self._device, precision=self._precision)
-        model = truncate_model_to_index(self.backend.metadata(), cast("DualEncoder", model))
+        model = truncate_model_to_index(self.backend.read_metadata(), cast("DualEncoder", model))
         return QueryEncoder(model, self.resources.load, self.resources.decoding)
 
     @cached_property
     def _text_encoder(self) -> QueryEncoder:
         """Encoder for queries without images. If the model has an ONNX text encoder, PyTorch is not needed."""
-        metadata, name = self.backend.metadata(), self._model_name
+        metadata, name = self.backend.read_metadata(), self._model_name
         if name is not None and self._device is None and self._precision == "auto" and "image_fingerprint" in metadata:
             graph = open_text_graph(name)
             if graph is not None:  # a text graph has all attributes that text queries need
@@ -271,7 +271,7 @@ class Index:
         """Return the number of images and the number of distinct images. The counts may be up to a second old."""
         with self._count_slot:
             if time.monotonic() - self._counts_time > COUNT_SECONDS:
-                self._counts, self._counts_time = self.backend.count(), time.monotonic()
+                self._counts, self._counts_time = self.backend.count_images(), time.monotonic()
             return self._counts
 
     @property

@@ -143,7 +143,7 @@ STORED_CHARACTER = re.compile("\U0010f7fe?[\U0010f7fe-\U0010ffff]")
 def open_index(location: str, write: bool) -> PostgresBackend:
     """Open the index at a URL of the form `postgresql://USER@HOST/DATABASE?schema=NAME`. See `open_backend`."""
     backend = PostgresBackend(location)
-    if not write and not backend.metadata():
+    if not write and not backend.read_metadata():
         raise FileNotFoundError(
             f"{hide_password(location)}: the schema {backend.schema!r} does not contain an llm2clip index. Create an "
             "index with `llm2clip index`"
@@ -175,7 +175,7 @@ class PostgresBackend(IndexBackend):
     def lock(self) -> AbstractContextManager[None]:
         return self._db.lock()
 
-    def metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         def read_rows(run: SqlRunner) -> list[tuple[Any, ...]]:
             has_table = _has_relation(run, f"{self.schema}.metadata")
             return run("SELECT key, value FROM metadata", {}) if has_table else []
@@ -258,8 +258,8 @@ class PostgresBackend(IndexBackend):
 
     def finish_indexing(self) -> None:
         """Build the HNSW graph if the index is large, and update the statistics of the query planner."""
-        _, contents = self.count()
-        dim = int(self.metadata()["embed_dim"])
+        _, contents = self.count_images()
+        dim = int(self.read_metadata()["embed_dim"])
         with self._db.open_transaction() as connection:
             if contents >= self.approximate_above and dim <= MAX_HNSW_DIM:
                 connection.execute(

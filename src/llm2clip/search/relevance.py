@@ -87,8 +87,7 @@ class RelevanceScale:
 
     def standardize_similarities(self, similarities: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
         """Return x = (t - m) / d + 8 * overlap for the adjusted similarities t of hits."""
-        standardized: np.ndarray = (similarities - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps
-        return standardized
+        return np.asarray((similarities - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps)
 
     def compute_relevance(self, similarities: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
         return apply_logistic_function(
@@ -125,11 +124,10 @@ class Calibration:
         ratings = []
         for part, scale in ((query.texts, self.texts), (query.images, self.images)):
             if part is not None:
-                similarities = compute_adjusted_similarities(part, vectors, self.background)
-                rating = scale.compute_relevance(similarities)
+                adjusted = compute_adjusted_similarities(part, vectors, self.background)
+                rating = scale.compute_relevance(adjusted)
                 if part is query.texts and overlaps is not None:
-                    caption_rating = self.captions.compute_relevance(similarities, overlaps)
-                    rating = np.where(np.isnan(overlaps), rating, caption_rating)
+                    rating = np.where(np.isnan(overlaps), rating, self.captions.compute_relevance(adjusted, overlaps))
                 ratings.append(rating)
         return np.max(ratings, axis=0)
 
@@ -171,8 +169,7 @@ def compute_adjusted_similarities(query: np.ndarray, vectors: np.ndarray, backgr
     """
     similarities = vectors @ background.T  # (K, B)
     similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
-    adjusted: np.ndarray = vectors @ query - HUBNESS_WEIGHT * similarities.max(axis=1, initial=-1.0)
-    return adjusted
+    return np.asarray(vectors @ query - HUBNESS_WEIGHT * similarities.max(axis=1, initial=-1.0))
 
 
 def extract_stems(texts: Sequence[str]) -> set[str]:
@@ -270,7 +267,7 @@ def load_calibration(backend: IndexBackend, model: DualEncoder) -> Calibration |
 
 
 def _is_calibration_outdated(calibration: Calibration, backend: IndexBackend) -> bool:
-    _, image_count = backend.count()
+    _, image_count = backend.count_images()
     limit = MAX_CHANGED_FRACTION * calibration.image_count
     ids = calibration.sample_ids[:MAX_QUERIES]
     missing = len(ids) - len(backend.read_vectors(ids))
@@ -286,7 +283,7 @@ def calibrate_index(backend: IndexBackend, model: DualEncoder) -> Calibration | 
     """Calibrate an index. If the index cannot be calibrated, print the reason and return None."""
     from llm2clip.runs.ranks import print_once
 
-    _, image_count = backend.count()
+    _, image_count = backend.count_images()
     if image_count < MIN_IMAGES:
         print_once(
             f"Relevance is not calibrated, because the index has fewer than {MIN_IMAGES} images. Searches show the "

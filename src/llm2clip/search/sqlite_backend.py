@@ -117,7 +117,7 @@ class SqliteBackend(IndexBackend):
         self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_or_compute`
         self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # (database state, vectors)
         self._vectors_lock = threading.Lock()
-        if not write and (self._db.is_empty or not self.metadata()):
+        if not write and (self._db.is_empty or not self.read_metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
             )
@@ -127,7 +127,7 @@ class SqliteBackend(IndexBackend):
     def lock(self) -> AbstractContextManager[None]:
         return hold_folder_lock(self.folder)
 
-    def metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._db.query("SELECT key, value FROM metadata")}
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
@@ -195,7 +195,7 @@ class SqliteBackend(IndexBackend):
     # ---- searching
 
     def count_matches(self, image_filter: Filter) -> int:
-        return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
+        return len(self._get_matching_ids(image_filter)) if image_filter else self.count_images()[1]
 
     def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         ids = self._get_matching_ids(image_filter, newest_first=True)
@@ -332,7 +332,7 @@ class SqliteBackend(IndexBackend):
         """Return the vectors with the given ids, of shape (N, D), float16. Removed ids have zero vectors."""
         statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
         vectors: dict[int, bytes] = dict(self._db.query(statement, {"ids": json.dumps(ids.tolist())}))
-        dim = int(self.metadata()["embed_dim"])
+        dim = int(self.read_metadata()["embed_dim"])
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
