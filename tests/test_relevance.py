@@ -123,7 +123,7 @@ def calibrate_or_fail(backend: IndexBackend, model: DualEncoder) -> Calibration:
 # ---- formulas -------------------------------------------------------------------------------------------------------
 
 
-def test_compute_evidence_matches_the_formula() -> None:
+def test_compute_adjusted_similarities_matches_the_formula() -> None:
     rng = np.random.default_rng(1)
     background, hits = (normalize(rng.normal(size=(n, DIM))) for n in (20, 5))
     query = normalize(rng.normal(size=DIM))
@@ -242,17 +242,15 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
     calibration = calibrate_or_fail(backend, model)
 
     def rate(texts: Sequence[str]) -> dict[str, float | None]:
-        hits = search_and_rate_hits(
-            backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True
-        ).hits
-        return {hit.images[0].name: hit.relevance for hit in hits}
+        results = search_and_rate_hits(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True)
+        return {hit.images[0].name: hit.relevance for hit in results.hits}
 
     ratings, without_words = rate(["red sled"]), rate([])
-    evidence = compute_adjusted_similarities(vector, vector[None], calibration.background)
-    expected = calibration.captions.compute_relevance(evidence, np.array([1.0]))
+    similarities = compute_adjusted_similarities(vector, vector[None], calibration.background)
+    expected = calibration.captions.compute_relevance(similarities, np.array([1.0]))
     assert ratings["/tenth/200.png"] == pytest.approx(float(expected[0]), abs=0.01)
     assert ratings["/rest/201.png"] == pytest.approx(
-        float(calibration.captions.compute_relevance(evidence)[0]), abs=0.01
+        float(calibration.captions.compute_relevance(similarities)[0]), abs=0.01
     )
     assert ratings["/rest/5.png"] == without_words["/rest/5.png"]  # has no captions
     assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])

@@ -41,8 +41,8 @@ from llm2clip.search.types import (
     IndexedContent,
     IndexedImage,
     IndexUnavailableError,
-    image_ref_from_json,
-    image_ref_to_json,
+    parse_image_ref,
+    serialize_image_ref,
 )
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
@@ -723,14 +723,14 @@ STORED_REFS = (
 
 
 @pytest.mark.parametrize(("ref", "text"), STORED_REFS)
-def test_image_ref_to_json_matches_the_stored_form(ref: ImageRef, text: str) -> None:
-    assert image_ref_to_json(ref) == text
-    assert image_ref_from_json(text) == ref
+def test_serialize_image_ref_matches_the_stored_form(ref: ImageRef, text: str) -> None:
+    assert serialize_image_ref(ref) == text
+    assert parse_image_ref(text) == ref
 
 
-def test_image_ref_from_json_rejects_unknown_types() -> None:
+def test_parse_image_ref_rejects_unknown_types() -> None:
     with pytest.raises(ValueError, match="unknown image reference type"):
-        image_ref_from_json('["Popen", {}]')
+        parse_image_ref('["Popen", {}]')
 
 
 @pytest.mark.parametrize(("version", "advice"), [(1, "Build a new index"), (99, "Update llm2clip")])

@@ -30,7 +30,7 @@ from llm2clip.cli.checks import (
 from llm2clip.cli.commands import ArgumentParser, Commands, add_data_reading_arguments, make_options_from_args
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, metadata_to_json
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, convert_metadata_to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -485,8 +485,8 @@ def hit_to_json(rank: int, hit: Hit) -> str:
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
-        **metadata_to_json(first, IMAGE_FIELDS),
-        **metadata_to_json(hit, CONTENT_FIELDS),
+        **convert_metadata_to_json(first, IMAGE_FIELDS),
+        **convert_metadata_to_json(hit, CONTENT_FIELDS),
     }
     text = json.dumps(values, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escapes terminal control characters

@@ -26,7 +26,7 @@ from llm2clip.search.metadata import (
     get_column_values,
     list_column_names,
 )
-from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, image_ref_from_json, image_ref_to_json
+from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, parse_image_ref, serialize_image_ref
 from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fuse_rankings
 
 # Backend of each URL scheme. A location without a scheme is a folder.
@@ -64,7 +64,7 @@ class IndexBackend(ABC):
     database cannot be read.
     """
 
-    # SQL condition for ids in the JSON list :ids, so that one statement can be reused for any number of ids.
+    # SQL condition that is true for ids in the JSON list :ids. One statement can be reused for any number of ids.
     IN_IDS: str
 
     # ---- building
@@ -129,7 +129,7 @@ class IndexBackend(ABC):
                 f"AND {condition}"
             )
             for digest, *row in self._query(statement, parameters):
-                missing.setdefault(bytes(digest), self._image_from_row(row))
+                missing.setdefault(bytes(digest), self._convert_row_to_image(row))
         return list(missing.items())
 
     @abstractmethod
@@ -355,9 +355,9 @@ class IndexBackend(ABC):
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        """Return at most MAX_LOCATIONS images per content: matching images by name, then other images by name.
+        """Return at most MAX_LOCATIONS images per content: first matching images, then others, each sorted by name.
 
-        The images that were indexed first are returned, so that the database can stop reading early.
+        If there are more images, return the images that were indexed first, so the database can stop reading early.
         """
 
     def _fetch_vectors(self, run: SqlRunner, ids: Sequence[int]) -> dict[int, np.ndarray]:
@@ -379,18 +379,18 @@ class IndexBackend(ABC):
     def _unescape_text(self, text: str) -> str:
         return text
 
-    def _image_to_row(self, image: IndexedImage) -> dict[str, Any]:
-        row = {"name": image.name, "location": image_ref_to_json(image.ref), "source": image.source}
+    def _convert_image_to_row(self, image: IndexedImage) -> dict[str, Any]:
+        row = {"name": image.name, "location": serialize_image_ref(image.ref), "source": image.source}
         row |= {"file_version": image.file_version, "captions": json.dumps(image.captions)}
         row |= get_column_values(image, IMAGE_FIELDS)
         return {name: self._escape_text(value) if isinstance(value, str) else value for name, value in row.items()}
 
-    def _image_from_row(self, row: Sequence[Any]) -> IndexedImage:
+    def _convert_row_to_image(self, row: Sequence[Any]) -> IndexedImage:
         values: dict[str, Any] = {}
         for name, value in zip(IMAGE_COLUMNS, row, strict=True):
             if not name.startswith("folded_"):
                 values[name] = self._unescape_text(value) if isinstance(value, str) else value
-        ref, captions = image_ref_from_json(values.pop("location")), tuple(json.loads(values.pop("captions")))
+        ref, captions = parse_image_ref(values.pop("location")), tuple(json.loads(values.pop("captions")))
         return IndexedImage(ref=ref, captions=captions, **values)
 
 

@@ -111,7 +111,7 @@ def export_gallery(
 
 
 def _replace_gallery_files(new: Path, gallery: Path, count: int) -> None:
-    """Move new files into an existing gallery, and delete thumbnails with a number of at least `count`."""
+    """Move new files into an existing gallery, and delete the old thumbnails that are no longer used."""
     for file in [path for path in new.rglob("*") if path.is_file()]:
         target = gallery / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)

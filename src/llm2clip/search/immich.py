@@ -179,7 +179,6 @@ def get_immich_dimension(name: str, embed_dim: int) -> int:
 
 
 def format_immich_instructions(address: str, embed_dim: int, upstream: UpstreamService | None) -> str:
-    """Return the setup instructions that `llm2clip serve` prints."""
     tasks = "not available. Turn off these tasks in Immich, or pass --immich_upstream"
     if upstream is not None:
         tasks = f"forwarded to {upstream.address}, with the images"

@@ -57,7 +57,7 @@ class ServerLimits:
     # If the limit is exceeded, requests of more than 64 KB are rejected with status 429.
     max_bytes_in_flight: int = 512 << 20
     max_pixels: int = 50_000_000  # maximum number of pixels per image; larger images are rejected with status 413
-    max_queue: int = 512  # maximum number of requests, texts or images per queue; more are rejected with status 429
+    max_queue: int = 512  # maximum number of requests, texts or images per queue; excess ones get status 429
     timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
     max_connections: int = 512  # if more clients are connected, the server aborts idle connections
@@ -156,7 +156,7 @@ class InferenceBatcher(Generic[Item, Result]):
             if entries and not self._is_scheduled:
                 self._schedule_next_batch()
         deadline = current_deadline.get()
-        _, unfinished = wait([entry.result for entry in entries], deadline.remaining, FIRST_EXCEPTION)
+        _, unfinished = wait([entry.result for entry in entries], deadline.remaining_seconds, FIRST_EXCEPTION)
         try:
             results = [entry.result.result() for entry in entries if entry.result.done()]
             if unfinished:
@@ -205,7 +205,7 @@ class InferenceBatcher(Generic[Item, Result]):
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):
-                raise RuntimeError(f"work returned {len(results)} results for {len(entries)} items")
+                raise RuntimeError(f"`work` returned {len(results)} results for {len(entries)} items")
         except BaseException as error:  # a panic in the tokenizer's Rust code raises a BaseException
             if len(entries) > 1:
                 for entry in entries:

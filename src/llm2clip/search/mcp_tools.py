@@ -67,7 +67,7 @@ class ShowPhotoTool(schemas.StrictModel):
 
     def run(self, index: Index) -> list[Any]:
         hits = index.backend.read_hits([self.photo])
-        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # "?" matches any character
+        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # "*" would match any text
         for path in (pattern, f"*!{pattern}"):  # the second pattern matches members of tar files
             if not hits:
                 # The filter also matches similar names and folder names, so the file names are compared again.

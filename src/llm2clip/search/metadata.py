@@ -60,7 +60,7 @@ class MetadataField:
     type: type  # float, int or str
     is_nullable: bool  # True if the value can be None
     description: str
-    display: str = ""  # template of a line of details; the line is hidden if a field `{NAME}` is empty
+    display: str = ""  # template of a metadata line; the line is hidden if a field `{NAME}` is empty
     link: str = ""  # template of the URL to which the displayed text links
     is_time: bool = False  # True for Unix timestamps, which are shown as local dates and times
     is_private: bool = False  # True if galleries omit the field by default
@@ -182,7 +182,7 @@ class MetadataLine:
 
 
 def describe_metadata(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[MetadataLine]:
-    values = metadata_to_json(content, CONTENT_FIELDS) | metadata_to_json(image, IMAGE_FIELDS)
+    values = convert_metadata_to_json(content, CONTENT_FIELDS) | convert_metadata_to_json(image, IMAGE_FIELDS)
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
         if item.is_time and values[item.name] is not None:
@@ -194,7 +194,7 @@ def describe_metadata(content: ContentMetadata, image: ImageMetadata, with_priva
     return details
 
 
-def metadata_to_json(
+def convert_metadata_to_json(
     values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]
 ) -> dict[str, Any]:
     """Return metadata values for JSON. Times are local times in ISO 8601 format, or None if out of range."""

@@ -22,12 +22,12 @@ from llm2clip.search.schemas import RETRY_SOON, make_error_response
 from llm2clip.search.types import NO_DEADLINE, Deadline, current_deadline
 
 SESSION_SECONDS = 24 * 3600
-# HTTP methods that metrics count separately. Clients can send arbitrary method names, which are counted as "other".
+# HTTP methods that metrics count separately. All other method names that clients send are counted as "other".
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 # A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests consist of long strings.
 MAX_JSON_VALUES = 200_000
 CHUNK_SIZE = 64 << 10  # size of the chunks in which response bodies are sent, in bytes
-ALWAYS_ACCEPTED = 64 << 10  # size of a request, in bytes, that is accepted even if the budget is exhausted
+ALWAYS_ACCEPTED = 64 << 10  # requests up to this size, in bytes, are accepted even if the budget is exhausted
 GRACE_PERIOD = 0.01  # seconds for which a new client can send a request before the connection limit is enforced
 # Page for browsers that have not sent the token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
@@ -352,8 +352,8 @@ class LimitedConnection(H11Protocol):
     def _enforce_connection_limit(self) -> None:
         """Abort idle connections until the limit is met. If no connection is idle, abort this new connection."""
         while self in self.connections and len(self.connections) > self.limits.max_connections:
-            # The client address with the most idle connections is probably an attacker's. Clients that send a request
-            # immediately are not idle, so their connections remain open even if they share the attacker's address.
+            # The client address with the most idle connections is probably an attacker's.
+            # A client that sends a request immediately is not idle, so it can share the attacker's address.
             connections = max(self.idle.values(), key=len, default={self: None})
             connection = next(iter(connections))
             self.connections.discard(connection)  # transport.abort() calls connection_lost only after this loop

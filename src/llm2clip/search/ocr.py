@@ -47,7 +47,7 @@ def open_text_recognizer() -> RecognizeText:
         "Det.max_candidates": MAX_LINES,
     }
     params.update({f"{part}.model_path": path for part, path in _find_ocr_weights().items()})
-    engine: Any = RapidOCR(params=params)  # the type of its results depends on the arguments of each call
+    engine: Any = RapidOCR(params=params)  # its return type depends on the arguments of each call
 
     def recognize(image: np.ndarray) -> str:
         deadline = time.monotonic() + MAX_SECONDS

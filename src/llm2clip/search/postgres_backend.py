@@ -3,7 +3,7 @@
 Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. For indexes with at
 least APPROXIMATE_ABOVE distinct images, `finish_indexing` builds an HNSW graph in the database.
 
-Word search finds the same matches as in the SQLite backend. Texts are split into words in Python, because PostgreSQL's
+Word search returns the same matches as the SQLite backend. Texts are split into words in Python, because PostgreSQL's
 parser splits file names and numbers differently and does not remove diacritics.
 """
 
@@ -226,7 +226,7 @@ class PostgresBackend(IndexBackend):
         for (image, digest), columns in zip(images, _make_word_columns(fields), strict=True):
             container = None if isinstance(image.ref, FileImage) else self._escape_text(image.container)
             row = {"key": self._hash_image_name(image.name), "hash": digest, "container": container}
-            rows.append({**row, **self._image_to_row(image), **columns})
+            rows.append({**row, **self._convert_image_to_row(image), **columns})
         return rows
 
     def remove_images(self, names: Sequence[str]) -> None:
@@ -252,7 +252,7 @@ class PostgresBackend(IndexBackend):
             cursor.executemany(convert_sql_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_sql_runner(connection)(statement, {"hashes": list(texts)})
-            columns = _make_word_columns([self._row_to_fields(row) for row in rows])
+            columns = _make_word_columns([self._convert_row_to_fields(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
             cursor.executemany(convert_sql_parameters(UPDATE_WORDS), parameters)
 
@@ -382,7 +382,7 @@ class PostgresBackend(IndexBackend):
             {**parameters, "ids": list(ids), "locations": MATCHED_LOCATIONS},
         )
         # The stored dates are in the time zone of the machine that added the images.
-        return [(row[1], {**self._row_to_fields(row), "date": row[3]}) for row in rows]
+        return [(row[1], {**self._convert_row_to_fields(row), "date": row[3]}) for row in rows]
 
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
@@ -402,7 +402,7 @@ class PostgresBackend(IndexBackend):
         rows.sort(key=lambda row: (not row[1], row[2]))
         images: dict[int, dict[IndexedImage, None]] = {}
         for content_id, _, *row in rows:
-            images.setdefault(content_id, {})[self._image_from_row(row)] = None
+            images.setdefault(content_id, {})[self._convert_row_to_image(row)] = None
         return {content_id: tuple(content_images)[:MAX_LOCATIONS] for content_id, content_images in images.items()}
 
     def _decode_vector(self, vector: HalfVector) -> np.ndarray:
@@ -419,9 +419,9 @@ class PostgresBackend(IndexBackend):
     def _hash_image_name(self, name: str) -> bytes:
         return hashlib.sha256(self._escape_text(name).encode()).digest()
 
-    def _row_to_fields(self, row: Sequence[Any]) -> dict[str, str]:
+    def _convert_row_to_fields(self, row: Sequence[Any]) -> dict[str, str]:
         _, _, text, _, *image_row = row
-        return make_text_fields(self._image_from_row(image_row), self._unescape_text(text))
+        return make_text_fields(self._convert_row_to_image(image_row), self._unescape_text(text))
 
 
 def _has_relation(run: SqlRunner, name: str) -> bool:
@@ -455,7 +455,6 @@ def _list_image_conditions(conditions: SqlConditions) -> list[str]:
 
 
 def _has_many_matches(run: SqlRunner, condition: str, parameters: Mapping[str, Any]) -> bool:
-    """Return True if more than MAX_EXACT_MATCHES images match a condition."""
     if condition == "true":
         return True
     matches = f"SELECT FROM contents WHERE {condition} LIMIT :limit"

@@ -200,7 +200,7 @@ class PostgresDatabase:
                     "after the last complete batch"
                 )
             self._writer = self._connect(create_extensions=True)
-            self._writer.prepare_threshold = 5  # planning each INSERT takes a quarter of the time to add an image
+            self._writer.prepare_threshold = 5  # otherwise, planning takes a quarter of the time to add an image
             self._close_idle_connections()  # idle connections have not registered the types of new extensions
         return self._writer
 

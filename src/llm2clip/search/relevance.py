@@ -13,15 +13,15 @@ captions of the image. The weight of a word is its truncated length minus 2, at 
 between words, each character is a word of weight 1. A filter does not change the relevance of a hit.
 
 `calibrate_index` measures m and d with searches in the entire index, because the largest similarity of a query grows
-with the number of images. Text queries and image queries have separate parameters:
+with the number of images. Each of the three scales has its own parameters:
 
-    texts: m and d are measured with the background queries. The values a = 1.2 and b = -0.6 were chosen on photographs.
-    captions: For text queries and hits with captions, m and d are copied from `texts`, and a and b are fitted with
-        captions as queries (Platt scaling). Captions that equal the query are excluded from the overlap. The queries
-        without an answer are the background queries, and captions whose image is excluded from the hits. If fewer than
-        30 images have several captions, a = 0.6 and b = -1.3.
-    images: m and d are measured with sampled images as queries. Each query image and its near duplicates are excluded
-        from the hits. With a = 1.2 and b = 1.1, images as similar as a typical nearest neighbour are close.
+    texts: Scale for text queries. m and d are measured with the background queries. The values a = 1.2 and b = -0.6
+        were chosen on photographs.
+    captions: Scale for text queries and hits with captions. m and d are copied from `texts`. a and b are fitted with
+        captions as queries (Platt scaling). The negative examples are the background queries, and captions whose own
+        image is excluded from the hits. If fewer than 30 images have several captions, a = 0.6 and b = -1.3.
+    images: Scale for image queries. m and d are measured with sampled images as queries, excluding each query image and
+        its near duplicates. With a = 1.2 and b = 1.1, images as similar as a typical nearest neighbour are close.
 
 The value of a query is the largest t of its top 10 hits. A query has an answer if at least one of these hits has a
 relevance of at least 0.2.
@@ -70,7 +70,7 @@ CAPTION_SLOPE, CAPTION_INTERCEPT = 0.6, -1.3
 IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
 MIN_IMAGES = 50  # smaller indexes are not calibrated, because one page of results shows all their images
 MIN_QUERIES = 30  # minimum number of calibration queries
-MAX_QUERIES = 256  # maximum number of caption queries, and of image queries, for a calibration
+MAX_QUERIES = 256  # maximum number of calibration queries of each kind (captions or images)
 CALIBRATION_HITS = 32  # number of hits per calibration query, before an image and its near duplicates are excluded
 NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates after the mean embedding has been subtracted
 MAX_CHANGED_FRACTION = 0.1  # if more than this fraction of an index has changed, the index is calibrated again
@@ -324,7 +324,7 @@ def embed_texts_as_queries(model: DualEncoder, texts: Sequence[str]) -> np.ndarr
 
 
 def _estimate_relevance_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
-    """Return a scale with the mean and standard deviation of the values, or None if the values are unsuitable."""
+    """Return a scale with the mean and standard deviation of the values, or None if they are too few or constant."""
     if len(values) < MIN_QUERIES or not np.std(values) > 1e-4 or not np.isfinite(values).all():
         return None
     return RelevanceScale(float(np.mean(values)), float(np.std(values)), slope, intercept)

@@ -299,7 +299,7 @@ class EmbedRequest(BaseModel):
         None, description="modality of all items of `input`; default: data URIs are images, all other items are texts"
     )
     model: AnyText | None = Field(None, description="ignored, because the server has only one model")
-    encoding_format: Literal["float", "base64"] = Field("float", description="`float` (numbers) or `base64` (float32)")
+    encoding_format: Literal["float", "base64"] = Field("float", description="`float` (list) or `base64` (float32)")
     dimensions: int | None = Field(
         default=None, description="embeddings are truncated to this dimension and normalised; default: no truncation"
     )

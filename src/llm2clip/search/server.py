@@ -240,7 +240,6 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/v1/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        """Return the model name in OpenAI's format."""
         model = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "llm2clip"}
         return {"object": "list", "data": [model]}
 

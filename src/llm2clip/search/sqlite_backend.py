@@ -149,7 +149,7 @@ class SqliteBackend(IndexBackend):
                 if added is not None:
                     connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (added[0], content.thumbnail))
             remove_image_texts(connection, [image.name for image, _ in images])
-            rows = [{**self._image_to_row(image), "hash": digest} for image, digest in images]
+            rows = [{**self._convert_image_to_row(image), "hash": digest} for image, digest in images]
             connection.executemany(INSERT_IMAGE, rows)
             add_image_texts(connection, {image.name: image for image, _ in images}.values())
 
@@ -233,7 +233,7 @@ class SqliteBackend(IndexBackend):
         stages = [MIN_CANDIDATES]
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
-        # If int8 codes are equal, the number of candidates determines which ones a scan returns, hence MIN_SCANNED.
+        # If int8 codes are equal, the number of candidates determines which of them a scan returns, hence MIN_SCANNED.
         ids = self._get_quantized_vectors().find_nearest_ids(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:
@@ -268,7 +268,7 @@ class SqliteBackend(IndexBackend):
         def select_images(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
             statement = f"SELECT {columns} FROM images WHERE {' AND '.join(where)} ORDER BY id LIMIT :limit"
             rows = run(statement, {**conditions.parameters, "content": content_id, "limit": MAX_LOCATIONS})
-            return sorted(map(self._image_from_row, rows), key=lambda image: image.name)
+            return sorted(map(self._convert_row_to_image, rows), key=lambda image: image.name)
 
         images = {}
         for content_id in ids:
@@ -449,7 +449,7 @@ class SqliteDatabase:
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                # The page size of an existing database does not change. A page should fit several vectors of 2 KB each.
+                # No effect on existing databases. A page should have space for several vectors of about 2 KB each.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")

@@ -102,11 +102,11 @@ class Hit(ContentMetadata):
         return describe_metadata(self, self.images[0])
 
 
-def image_ref_to_json(ref: ImageRef) -> str:
+def serialize_image_ref(ref: ImageRef) -> str:
     return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
 
 
-def image_ref_from_json(text: str) -> ImageRef:
+def parse_image_ref(text: str) -> ImageRef:
     name, values = json.loads(text)
     if name not in REF_TYPES:
         raise ValueError(f"unknown image reference type: {name}")
@@ -142,7 +142,7 @@ class Deadline(NamedTuple):
     limit: float = math.inf  # time limit of the request, in seconds
 
     @property
-    def remaining(self) -> float | None:
+    def remaining_seconds(self) -> float | None:
         return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
 
     def make_error(self) -> DeadlineExceeded:
@@ -171,7 +171,7 @@ class FairSemaphore:
             self._waiting.append(turn)
             self._wake_waiting_threads()
         deadline = current_deadline.get()
-        if turn.acquire(timeout=deadline.remaining):
+        if turn.acquire(timeout=deadline.remaining_seconds):
             return
         with self._lock:
             if turn in self._waiting:

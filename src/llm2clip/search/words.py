@@ -133,7 +133,7 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return at most MAX_FUSED ids of contents with all query words, best BM25 first, or no ids if too many match."""
+    """Return at most MAX_FUSED ids of contents with all query words, sorted by BM25, or no ids if too many match."""
     tables, conditions, parameters = _make_word_match_condition(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
@@ -229,7 +229,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     for ranking in (first, second):
         for rank, content in enumerate(ranking[:MAX_FUSED].tolist(), 1):
             scores[content] = scores.get(content, 0.0) + 1 / (RRF_K + rank)
-    fused = sorted(scores, key=lambda content: -scores[content])  # ties keep the order of the first ranking
+    fused = sorted(scores, key=lambda content: -scores[content])  # tied ids keep the order of the first ranking
     rest = [content for content in first[MAX_FUSED:].tolist() if content not in scores]
     return np.array([*fused, *rest], np.int64)
 
