@@ -242,8 +242,8 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
     calibration = calibrate_or_fail(backend, model)
 
     def rate(texts: Sequence[str]) -> dict[str, float | None]:
-        results = search_and_rate_hits(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True)
-        return {hit.images[0].name: hit.relevance for hit in results.hits}
+        page = search_and_rate_hits(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True)
+        return {hit.images[0].name: hit.relevance for hit in page.hits}
 
     ratings, without_words = rate(["red sled"]), rate([])
     similarities = compute_adjusted_similarities(vector, vector[None], calibration.background)
