@@ -139,7 +139,7 @@ def test_api_has_all_declared_fields_and_filters() -> None:
 
 def test_filter_rejects_unknown_names_and_long_texts() -> None:
     assert not Filter(path=None) and Filter(path="")
-    with pytest.raises(TypeError, match="unknown filter 'lens'; the filters are caption, path, after"):
+    with pytest.raises(TypeError, match="unknown filter 'lens'; valid filters are caption, path, after"):
         Filter(lens="x")
     for name in ("caption", "camera"):
         Filter(**{name: "a" * MAX_FILTER_LENGTH})

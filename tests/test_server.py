@@ -299,7 +299,7 @@ def decompression_bomb(side: int) -> bytes:
     ("path", "body", "code", "message"),
     [
         ("/search", {"texts": ["a"], "top": 10**9}, 422, "less than or equal"),
-        ("/search", {"text": "a"}, 422, "unknown field 'text'; the fields are texts, images"),
+        ("/search", {"text": "a"}, 422, "unknown field 'text'; valid fields are texts, images"),
         ("/search", {"texts": ["a" * (MAX_TEXT_LENGTH + 1)]}, 422, "at most 20000"),
         ("/search", {"images": ["http://169.254.169.254/latest"]}, 422, "URLs are not downloaded"),
         ("/search", {"images": ["data:image/png;base64,%%%"]}, 422, "invalid base64"),

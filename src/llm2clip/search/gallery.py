@@ -77,7 +77,7 @@ def export_gallery(
     """
     is_update = (Path(out) / "gallery.json").is_file()
     if Path(out).exists() and not is_update:
-        raise FileExistsError(f"{out} exists and does not contain a gallery: choose another folder")
+        raise FileExistsError(f"{out} exists and does not contain a gallery. Choose another folder")
     require_extra("onnx", "exporting to ONNX")
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")

@@ -147,5 +147,5 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
     if is_avif and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
-        raise ImageTooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
+        raise ImageTooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,} pixels")
     return width, height

@@ -181,7 +181,7 @@ def get_immich_dimension(name: str, embed_dim: int) -> int:
 def format_immich_instructions(address: str, embed_dim: int, upstream: UpstreamService | None) -> str:
     tasks = "not available. Turn off these tasks in Immich, or pass --immich_upstream"
     if upstream is not None:
-        tasks = f"forwarded to {upstream.address}, with the images"
+        tasks = f"forwarded to {upstream.address}, including the images"
     return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
 Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
 1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.

@@ -108,7 +108,7 @@ def add_mcp_route(app: FastAPI) -> None:
     async def call_tool(_: Any, call: CallToolRequestParams) -> CallToolResult:
         try:
             if call.name not in models:
-                raise NotFoundError(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
+                raise NotFoundError(f"unknown tool {call.name[:50]!r}; valid tools are {', '.join(models)}")
             service, tool = app.state.service, models[call.name].model_validate(call.arguments or {})
             return CallToolResult(content=await service.searchers.run(tool.run, service.require_index()))
         except Exception as error:  # the MCP SDK would send the exception's message to the client

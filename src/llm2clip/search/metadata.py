@@ -250,7 +250,7 @@ class Filter:
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
             if name not in CONDITIONS:
-                raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(CONDITIONS)}")
+                raise TypeError(f"unknown filter {name!r}; valid filters are {', '.join(CONDITIONS)}")
             limit = CONDITIONS[name].max_length
             if isinstance(value, str) and len(value) > limit:
                 raise ValueError(f"the {name} filter is too long: {len(value):,} characters; the limit is {limit:,}")

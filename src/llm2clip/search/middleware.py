@@ -148,7 +148,7 @@ class RequestMiddleware:
             return make_error_response(415, "the request body must be multipart/form-data without a charset")
         if length.isdigit() and int(length) > max_bytes:
             return make_error_response(
-                413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,}"
+                413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,} bytes"
             )
         return None
 

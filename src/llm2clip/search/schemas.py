@@ -107,8 +107,8 @@ class StrictModel(BaseModel):
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
-                    details = {"name": repr(name[:50]), "fields": ", ".join(cls.model_fields)}
-                    raise PydanticCustomError("unknown_field", "unknown field {name}; the fields are {fields}", details)
+                    names = {"name": repr(name[:50]), "fields": ", ".join(cls.model_fields)}
+                    raise PydanticCustomError("unknown_field", "unknown field {name}; valid fields are {fields}", names)
         return data
 
 
@@ -144,10 +144,10 @@ class FilterRequest(FilterFields):  # type: ignore[valid-type, misc]
 class QueryRequest(StrictModel):
     """A query. Results should resemble its positive parts and should not resemble its negative parts."""
 
-    texts: QueryItems[Text] = Field([], description="what results should show, in any language that the model supports")
+    texts: QueryItems[Text] = Field([], description="texts that results should match, in any language of the model")
     images: QueryItems[DataUri] = Field([], description="images as data URIs")
     like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should resemble")
-    negative_texts: QueryItems[Text] = Field([], description="what results should not show")
+    negative_texts: QueryItems[Text] = Field([], description="texts that results should not match")
     negative_images: QueryItems[DataUri] = Field(
         [], description="images that results should not resemble, as data URIs"
     )
@@ -212,12 +212,12 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
     matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
-        description="fields that contain words of the query; empty unless the image contains all words of the query"
+        description="fields that contain query words; empty unless the texts of the image contain all query words"
     )
     text: str = Field(description="text recognised in the image")
     details: list[MetadataLine] = Field(description="lines of metadata about the image and its first location")
     similar: list[SimilarHit] = Field(
-        description="bursts and edited copies of the image that are grouped with the hit, best first"
+        description="bursts and edited copies of the image, grouped with the hit, best first"
     )
 
 
@@ -246,7 +246,7 @@ class HeatmapResponse(BaseModel):
     """Heat map of the similarity between a query and an image."""
 
     rows: list[list[float]] = Field(
-        description="cosine similarity of the query to each cell of a grid that evenly divides the image, row by row"
+        description="cosine similarity between the query and each cell of a regular grid over the image, row by row"
     )
 
 
@@ -314,7 +314,7 @@ class EmbedRequest(BaseModel):
             is_image = item.startswith(DATA_URI_PREFIX)
             if self.modality is not None and is_image != (self.modality == "image"):
                 reason = "it is a data URI of an image" if is_image else IMAGE_FORM
-                raise ValueError(f"input.{number} is not of the modality {self.modality!r}: {reason}")
+                raise ValueError(f"input.{number} does not have the modality {self.modality!r}: {reason}")
             inputs.append([RequestImage(item, f"input.{number}") if is_image else item])
         for number, conversation in enumerate(self.messages or []):
             message, index = (conversation, "") if isinstance(conversation, Message) else (conversation[0], ".0")
