@@ -332,7 +332,7 @@ def test_postgres_search_reconnects_after_a_restart(server: PostgresServer, tmp_
     server.start()
     assert search_names(backend) == names  # although its connections were lost
     server.kill()
-    for call in (lambda: search_names(backend), backend.count, lambda: add_images(backend, [9])):
+    for call in (lambda: search_names(backend), backend.count_images, lambda: add_images(backend, [9])):
         with pytest.raises(IndexUnavailableError, match=r"127\.0\.0\.1.*no connection to PostgreSQL"):
             call()
     server.start()

@@ -595,7 +595,7 @@ def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path:
 
     expected = [hit.id for hit in backend.search(None, 3, Filter(before=1e9), 1)]
     assert [hit.id for hit in backend.search(None, 3, Filter(), 1)] == expected
-    assert [str(content_id) for content_id in backend._run_read_only(find)] == expected
+    assert [str(content_id) for content_id in backend._run_with_read_access(find)] == expected
     assert read == [8, 32]
     if kind == "sqlite":
         plan = backend._query("EXPLAIN QUERY PLAN SELECT content FROM images ORDER BY taken DESC, content LIMIT 8", {})

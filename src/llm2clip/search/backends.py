@@ -194,7 +194,7 @@ class IndexBackend(ABC):
                 matched = find_matched_fields(query, self._read_text_fields(run, query, matched_ids))
             return self._read_hits(run, ids, scores, matched, image_filter)
 
-        return self._run_read_only(find_hits)
+        return self._run_with_read_access(find_hits)
 
     def _read_hits(
         self,
@@ -239,7 +239,7 @@ class IndexBackend(ABC):
     def read_vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Return float32 embeddings of shape (D,), keyed by hit id, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        vectors = self._run_read_only(lambda run: self._fetch_vectors(run, ids))
+        vectors = self._run_with_read_access(lambda run: self._fetch_vectors(run, ids))
         return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}
 
     def sample_ids(self, count: int) -> list[str]:
@@ -250,7 +250,7 @@ class IndexBackend(ABC):
     def read_hits(self, hit_ids: Sequence[str]) -> list[Hit]:
         """Return hits without scores, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        return self._run_read_only(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
+        return self._run_with_read_access(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
 
     def list_hit_ids(self, after: str, count: int) -> list[str]:
         """Return at most `count` hit ids greater than `after`, in ascending order. Start with `after="0"`."""
@@ -277,13 +277,13 @@ class IndexBackend(ABC):
     def read_images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         """Return at most MAX_LOCATIONS images with the content of a hit, or an empty tuple if the id is unknown."""
         content_id = parse_content_id(hit_id)
-        images = self._run_read_only(lambda run: self._read_images(run, [content_id], SqlConditions()))
+        images = self._run_with_read_access(lambda run: self._read_images(run, [content_id], SqlConditions()))
         return images.get(content_id, ())
 
     # ---- database-specific statements
 
     @abstractmethod
-    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
+    def _run_with_read_access(self, function: Callable[[SqlRunner], Result]) -> Result:
         """Call `function` with a `SqlRunner` for read-only statements, and return its result."""
 
     @abstractmethod
@@ -291,7 +291,7 @@ class IndexBackend(ABC):
         """Open a transaction, which is rolled back if the `with` block raises an exception."""
 
     def _query(self, statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        return self._run_read_only(lambda run: run(statement, parameters))
+        return self._run_with_read_access(lambda run: run(statement, parameters))
 
     @abstractmethod
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:

@@ -131,7 +131,7 @@ class InferenceBatcher(Generic[Item, Result]):
         self._changed = threading.Condition()  # guards the queue
         self._is_scheduled = False  # True if a call to `_process_next_batch` is pending or running
         self._is_closed = False
-        self._last_size, self._last_seconds = 0, 0.0  # number of items and duration of the last batch
+        self._last_size, self._last_seconds = 0, 0.0  # size and duration of the last batch
 
     def __len__(self) -> int:
         return len(self._queue)

@@ -49,7 +49,7 @@ def open_text_recognizer() -> RecognizeText:
     params.update({f"{part}.model_path": path for part, path in _find_ocr_weights().items()})
     engine: Any = RapidOCR(params=params)  # its return type depends on the arguments of each call
 
-    def recognize(image: np.ndarray) -> str:
+    def recognize_text(image: np.ndarray) -> str:
         deadline = time.monotonic() + MAX_SECONDS
         bgr = np.ascontiguousarray(image[:, :, ::-1])
         boxes = engine(bgr, use_det=True, use_cls=False, use_rec=False).boxes
@@ -65,7 +65,7 @@ def open_text_recognizer() -> RecognizeText:
                 lines.extend(text for text, confidence in pairs if confidence >= MIN_CONFIDENCE)
         return "\n".join(lines)
 
-    return recognize
+    return recognize_text
 
 
 def _find_ocr_weights() -> dict[str, str]:

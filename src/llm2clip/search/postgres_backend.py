@@ -180,7 +180,7 @@ class PostgresBackend(IndexBackend):
             has_table = _has_relation(run, f"{self.schema}.metadata")
             return run("SELECT key, value FROM metadata", {}) if has_table else []
 
-        metadata = {key: json.loads(value) for key, value in self._run_read_only(read_rows)}
+        metadata = {key: json.loads(value) for key, value in self._run_with_read_access(read_rows)}
         if metadata:
             version = metadata.pop("format_version", None)
             check_format_version(self.location, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
@@ -273,8 +273,8 @@ class PostgresBackend(IndexBackend):
 
     # ---- statements
 
-    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
-        return self._db.run_read_only(lambda connection: function(make_sql_runner(connection)))
+    def _run_with_read_access(self, function: Callable[[SqlRunner], Result]) -> Result:
+        return self._db.run_with_read_access(lambda connection: function(make_sql_runner(connection)))
 
     @contextmanager
     def _open_transaction(self) -> Iterator[SqlRunner]:
@@ -478,7 +478,7 @@ def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, st
 def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
     """Format the words of several fields as a tsvector. Words must consist of letters and digits.
 
-    The positions have a gap between two fields, so a phrase cannot match words from both fields.
+    The positions have a gap between fields, so a phrase cannot match words from two fields.
     """
     positions: dict[str, list[str]] = {}
     position = size = 0

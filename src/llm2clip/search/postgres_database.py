@@ -110,7 +110,7 @@ class PostgresDatabase:
 
     # ---- reading
 
-    def run_read_only(self, function: Callable[[Connection], Result]) -> Result:
+    def run_with_read_access(self, function: Callable[[Connection], Result]) -> Result:
         """Call a function with a connection in a read-only transaction, which reads a snapshot of the database.
 
         If the connection is lost, for example because the server has restarted, call the function again.
@@ -118,11 +118,11 @@ class PostgresDatabase:
         with self._slots:
             try:
                 return self._read_in_transaction(function)
-            except _ConnectionLost:
+            except _LostConnectionError:
                 self._close_idle_connections()  # the other connections are probably lost, too
             try:
                 return self._read_in_transaction(function)
-            except _ConnectionLost as error:
+            except _LostConnectionError as error:
                 raise self._make_unavailable_error(error) from error
 
     def _read_in_transaction(self, function: Callable[[Connection], Result]) -> Result:
@@ -133,7 +133,7 @@ class PostgresDatabase:
         except psycopg.Error as error:
             if _is_connection_lost(connection, error):
                 connection.close()
-                raise _ConnectionLost(str(error)) from error
+                raise _LostConnectionError(str(error)) from error
             error_type = IndexUnavailableError if isinstance(error, UNREADABLE) else OSError
             raise error_type(f"{self.location}: {error}") from error
         finally:
@@ -301,7 +301,7 @@ def convert_sql_parameters(statement: str) -> str:
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", statement.replace("%", "%%"))
 
 
-class _ConnectionLost(Exception):
+class _LostConnectionError(Exception):
     """Raised when a connection is lost while it is in use."""
 
 

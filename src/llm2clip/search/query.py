@@ -133,13 +133,13 @@ class QueryEncoder:
         for image in images:
             with self.decoding:
                 prepared.append(self.model.transform(self.load(image)))
-        return _check_finite(self.model.encode_images(prepared).numpy(), "an image")
+        return _check_vectors_are_finite(self.model.encode_images(prepared).numpy(), "an image")
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return L2-normalised text embeddings of shape (N, D), float32. Prompt templates are not applied."""
         if not texts:
             return np.empty((0, self.model.embed_dim), np.float32)
-        return _check_finite(np.asarray(self.model.encode_texts(texts)), "a text")
+        return _check_vectors_are_finite(np.asarray(self.model.encode_texts(texts)), "a text")
 
     def embed(self, query: SearchQuery, hits: Sequence[np.ndarray] = ()) -> QueryVectors:
         """Return the embeddings of a query. For `hits`, see `SearchQuery.combine`.
@@ -160,7 +160,7 @@ def _load_query_image(image: Any) -> Tensor:
     return load_image(image)
 
 
-def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
+def _check_vectors_are_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise ValueError(f"the model returned NaN or infinity for {kind}")
     return vectors

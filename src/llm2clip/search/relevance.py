@@ -271,11 +271,11 @@ def _is_calibration_outdated(calibration: Calibration, backend: IndexBackend) ->
     limit = MAX_CHANGED_FRACTION * calibration.image_count
     ids = calibration.sample_ids[:MAX_QUERIES]
     missing = len(ids) - len(backend.read_vectors(ids))
-    captioned = abs(_count_captioned_images(backend, ids) - calibration.captioned_count)
+    captioned = abs(_count_images_with_several_captions(backend, ids) - calibration.captioned_count)
     return abs(image_count - calibration.image_count) > limit or missing + captioned > MAX_CHANGED_FRACTION * len(ids)
 
 
-def _count_captioned_images(backend: IndexBackend, ids: Sequence[str]) -> int:
+def _count_images_with_several_captions(backend: IndexBackend, ids: Sequence[str]) -> int:
     return sum(len({text for image in backend.read_images(hit_id) for text in image.captions}) > 1 for hit_id in ids)
 
 
@@ -312,7 +312,7 @@ def calibrate_index(backend: IndexBackend, model: DualEncoder) -> Calibration | 
         return None
     captions = dataclasses.replace(texts, slope=CAPTION_SLOPE, intercept=CAPTION_INTERCEPT)
     captions = _fit_caption_scale(captions, background, backend, model, query_ids, reference)
-    captioned_count = _count_captioned_images(backend, ids[:MAX_QUERIES])
+    captioned_count = _count_images_with_several_captions(backend, ids[:MAX_QUERIES])
     return Calibration(*reference, ids, image_count, captioned_count, model.fingerprint, texts, images, captions)
 
 

@@ -161,7 +161,7 @@ class QueryRequest(StrictModel):
 
 
 class SearchRequest(QueryRequest):
-    """An optional query and an optional filter. Without a query, return matching images, newest first."""
+    """Search with an optional query and an optional filter. Without a query, return matching images, newest first."""
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar images")
     offset: int = Field(
@@ -237,7 +237,7 @@ class SearchResponse(BaseModel):
 
 
 class HitRequest(QueryRequest):
-    """A non-empty query, and a hit to explain."""
+    """Request with a non-empty query and a hit to explain."""
 
     id: HitId = Field(description="id of a hit")
 
@@ -376,7 +376,7 @@ STATUS_CODES: dict[type[Exception], int] = {
     RequestValidationError: 422,
 }
 MAX_MESSAGE_LENGTH = 1000  # maximum length of messages about invalid requests, in characters
-LOG_SECONDS = 60  # seconds in which a repeated warning about the index is logged at most once
+LOG_SECONDS = 60  # an identical warning about the index is logged at most once in this time
 RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
 
 

@@ -114,7 +114,7 @@ class SqliteBackend(IndexBackend):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self.folder, self._db = folder, SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
-        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_or_compute`
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached_value`
         self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # (database state, vectors)
         self._vectors_lock = threading.Lock()
         if not write and (self._db.is_empty or not self.read_metadata()):
@@ -171,7 +171,7 @@ class SqliteBackend(IndexBackend):
 
     # ---- statements
 
-    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
+    def _run_with_read_access(self, function: Callable[[SqlRunner], Result]) -> Result:
         return function(self._db.query)
 
     @contextmanager
@@ -249,7 +249,7 @@ class SqliteBackend(IndexBackend):
             with self._db.open_snapshot() as db:
                 return find_word_matches(db, query, allowed_ids)
 
-        ids: np.ndarray = self._get_or_compute(
+        ids: np.ndarray = self._get_cached_value(
             "word matches", (self._db.read_database_state(), query, image_filter), find_word_match_ids
         )
         return ids
@@ -283,9 +283,9 @@ class SqliteBackend(IndexBackend):
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         key = self._db.read_database_state(), image_filter
         slot = "newest ids" if newest_first else "ids"
-        ids: np.ndarray = self._get_or_compute(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
+        ids: np.ndarray = self._get_cached_value(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
         if newest_first:
-            self._get_or_compute("ids", key, lambda: np.sort(ids))  # for `count_matches`
+            self._get_cached_value("ids", key, lambda: np.sort(ids))  # for `count_matches`
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
@@ -337,7 +337,7 @@ class SqliteBackend(IndexBackend):
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _get_or_compute(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+    def _get_cached_value(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
         """Return the cached value of a name. If `state` has changed since the last call, compute the value again."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:

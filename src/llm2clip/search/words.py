@@ -238,7 +238,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def add_image_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
-    """Add the texts of images that have just been added to the table `images`."""
+    """Index the texts of images that have just been added to the table `images`."""
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
         connection.execute(
