@@ -465,7 +465,7 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
     def search_index() -> np.ndarray:
         results = []
         for query in queries:
-            candidates = quantized.find_nearest(query, MIN_CANDIDATES)
+            candidates = quantized.find_nearest_ids(query, MIN_CANDIDATES)
             results.append(candidates[np.argsort(-(vectors[candidates].astype(np.float32) @ query))[:K]])
         return np.stack(results)
 

@@ -427,8 +427,8 @@ def check_index(location: str, collection: Collection, indexer: Indexer, monitor
     for name in names - indexer.names:
         monitor.add_problem(f"not removed: {name}")
     count = len(indexer.names) + KNOWN + RANDOM
-    if backend.count() != (count, count):
-        monitor.add_problem(f"the index has {backend.count()} images and distinct images instead of {count}")
+    if backend.count_images() != (count, count):
+        monitor.add_problem(f"the index has {backend.count_images()} images and distinct images instead of {count}")
     for text, name in zip(collection.texts, collection.known, strict=True):
         hits = backend.search(None, 2, Filter(path=name, caption=text))
         if [image.name for hit in hits for image in hit.images] != [name]:

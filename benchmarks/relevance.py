@@ -29,7 +29,7 @@ from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
-from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate_index, search_and_rate
+from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate_index, search_and_rate_hits
 from llm2clip.search.sqlite_backend import SqliteBackend
 from llm2clip.search.types import IndexedContent, IndexedImage
 
@@ -114,7 +114,7 @@ def score_queries(backend: SqliteBackend, calibration: Calibration, data: Data, 
     for number in numbers:
         vectors = QueryVectors(data.texts[number], data.texts[number], None)
         words = [data.records[number].captions[-1]]
-        hits = search_and_rate(backend, calibration, vectors, 10, Filter(), words=words, show_weak=True).hits
+        hits = search_and_rate_hits(backend, calibration, vectors, 10, Filter(), words=words, show_weak=True).hits
         relevances.append(max(hit.relevance or 0.0 for hit in hits))
         closest = backend.search(vectors.combined, 1, Filter())[0]
         cosines.append(closest.score or 0.0)

@@ -104,7 +104,7 @@ def get_location(kind: str, folder: Path) -> str:
 
 def search_names(backend: IndexBackend, image_filter: Filter | None = None, count: int = 100) -> set[str]:
     """Return the file names of the images that a search with a filter returns."""
-    query = np.eye(int(backend.metadata()["embed_dim"]), dtype=np.float32)[0]
+    query = np.eye(int(backend.read_metadata()["embed_dim"]), dtype=np.float32)[0]
     hits = backend.search(query, count, image_filter or Filter())
     return {Path(image.name).name for hit in hits for image in hit.images}
 

@@ -308,9 +308,9 @@ def test_index_of_the_teacher_opens_with_the_student(
     backend = create_backend("sqlite", tmp_path / "index")
     index_sources([image_folder], original, backend)
     capsys.readouterr()
-    check_index_model(backend.metadata(), original)
+    check_index_model(backend.read_metadata(), original)
     assert capsys.readouterr().out == ""
-    check_index_model(backend.metadata(), student)
+    check_index_model(backend.read_metadata(), student)
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, backend)  # no image is embedded again
     assert len(search_names(backend)) == 36
@@ -318,7 +318,7 @@ def test_index_of_the_teacher_opens_with_the_student(
     truncated = create_backend("sqlite", tmp_path / "truncated")
     index_sources([image_folder], original, truncated, dim=8)
     capsys.readouterr()
-    assert truncate_model_to_index(truncated.metadata(), student).embed_dim == 8
+    assert truncate_model_to_index(truncated.read_metadata(), student).embed_dim == 8
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, truncated)
 
@@ -331,7 +331,7 @@ def test_index_of_the_teacher_opens_with_the_student(
         next(changed.projection.parameters()).mul_(1.1)
     changed_folder = str(changed.save_pretrained(tmp_path / "changed"))
     with pytest.raises(ValueError, match="built with a different model"):
-        check_index_model(backend.metadata(), open_dual_encoder(changed_folder, "cpu"))
+        check_index_model(backend.read_metadata(), open_dual_encoder(changed_folder, "cpu"))
 
 
 @pytest.mark.parametrize("student", ["layers:1", "static"])

@@ -44,7 +44,7 @@ def test_export_contains_all_images_with_their_vectors_and_metadata(
     table = export(get_location(kind, tmp_path / "index"), tmp_path / "new/photos.parquet", "--gps")
     assert parquet.ParquetFile(tmp_path / "new/photos.parquet").num_row_groups == 3
     assert table.schema.field("vector").type == pa.list_(pa.float32(), 16)
-    assert json.loads(table.schema.metadata[b"llm2clip"]) == backend.metadata()
+    assert json.loads(table.schema.metadata[b"llm2clip"]) == backend.read_metadata()
     rows = {str(row["id"]): row for row in table.to_pylist()}
     hits = backend.search(None, 100, Filter())
     assert len(table) == len(rows) == len(hits) == 5

@@ -326,7 +326,7 @@ def test_gallery_rejects_bad_input(
     assert not [path for path in tmp_path.iterdir() if "out" in path.name], "nothing is left behind"
     out.mkdir()
     (out / "file").touch()
-    assert "does not contain a gallery: choose another folder" in run(*good)
+    assert "does not contain a gallery. Choose another folder" in run(*good)
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -530,7 +530,7 @@ def test_index_skips_images_outside_the_source(folders: Path) -> None:
     for source in (file, folders / "*.jsonl", folders):
         found, log = scan(source)
         assert {image.name for image in found} == {str(folders / "a.png")}
-        assert log.skipped["outside the source's folder, see --allow_outside"] >= 1
+        assert log.skipped["the image is outside the source's folder; see --allow_outside"] >= 1
     found, log = scan(file, allow_outside=True)
     assert len(found) == len(names) and not log.skipped
     assert len(list(open_records(file))) == len(names)  # training may use images in other folders
@@ -544,7 +544,7 @@ def test_index_finds_the_images_of_coco_next_to_the_annotations(folders: Path) -
     file.write_text(json.dumps({"images": images_of_coco, "annotations": annotations}))
     found, log = scan(file)
     assert [image.name for image in found] == [str(folders / "a.png")]
-    assert log.skipped["outside the source's folder, see --allow_outside"] == 1
+    assert log.skipped["the image is outside the source's folder; see --allow_outside"] == 1
 
 
 def test_devices_and_named_pipes_are_not_opened(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_show_photo_shows_the_thumbnail_of_a_missing_file(dual_encoder: DualEnco
         (shown,) = read_images(call(address, "show_photo", photo="a.png"))
         assert Image.open(io.BytesIO(shown)).size == (1024, 512)
         result = call(address, "show_photo", photo="b.png")
-        assert "The photo cannot be shown. This is its thumbnail: the index contains" in read_texts(result)[1]
+        assert "The photo cannot be shown: the index contains" in read_texts(result)[1]
         assert read_images(result) == [index.read_thumbnail(index.search(None, 1, Filter(path="b.png"))[0].id)]
 
 
@@ -228,12 +228,12 @@ def test_show_photo_shows_the_thumbnail_of_a_missing_file(dual_encoder: DualEnco
     ("tool", "arguments", "message"),
     [
         ("search_photos", {"text": "a", "top": 51}, "top: Input should be less than or equal to 50"),
-        ("search_photos", {"query": "dog"}, "unknown field 'query'; the fields are text, top, offset, filters"),
-        ("show_photo", {"photo": "7.png", "id": "7"}, "unknown field 'id'; the fields are photo"),
+        ("search_photos", {"query": "dog"}, "unknown field 'query'; valid fields are text, top, offset, filters"),
+        ("show_photo", {"photo": "7.png", "id": "7"}, "unknown field 'id'; valid fields are photo"),
         ("show_photo", {}, "photo: Field required"),
         ("search_photos", {"text": "a", "top": 0}, "greater than or equal to 1"),
         ("search_photos", {"text": "a" * (MAX_TEXT_LENGTH + 1)}, "at most 20000 characters"),
-        ("search_photos", {"filters": {"colour": "red"}}, "unknown field 'colour'; the fields are caption, path"),
+        ("search_photos", {"filters": {"colour": "red"}}, "unknown field 'colour'; valid fields are caption, path"),
         ("search_photos", {"filters": {"min_side": -1}}, "greater than or equal to 0"),
         ("show_photo", {"photo": "missing.png"}, "the index contains no photo with the id or name missing.png"),
         ("show_photo", {"photo": "99999"}, "the index contains no photo with the id or name 99999"),
@@ -241,7 +241,7 @@ def test_show_photo_shows_the_thumbnail_of_a_missing_file(dual_encoder: DualEnco
         ("show_photo", {"photo": " "}, "the text is empty"),
         ("show_photo", {"photo": "a" * 4095}, "photo: String should have at most 4094 characters"),
         ("show_photo", {"photo": "a" * 4094}, "the index contains no photo with the id or name aaa"),
-        ("delete_photo", {}, "unknown tool 'delete_photo'; the tools are search_photos, show_photo"),
+        ("delete_photo", {}, "unknown tool 'delete_photo'; valid tools are search_photos, show_photo"),
     ],
 )
 def test_invalid_arguments_are_explained(address: str, tool: str, arguments: dict[str, Any], message: str) -> None:

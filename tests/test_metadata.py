@@ -24,7 +24,7 @@ from llm2clip.search.metadata import (
     MAX_FILTER_LENGTH,
     TIME_OFFSET,
     Filter,
-    metadata_to_json,
+    convert_metadata_to_json,
     read_exif,
 )
 from llm2clip.search.schemas import FilterRequest, HitResponse, ImageLocation
@@ -126,7 +126,7 @@ def test_metadata_is_stored_filtered_and_shown(kind: str, tmp_path: Path) -> Non
 
 def test_times_out_of_range_are_not_shown() -> None:
     image = IndexedImage("/a", FileImage("/a"), "/", "1", taken=1e18)
-    assert metadata_to_json(image, IMAGE_FIELDS)["taken"] is None
+    assert convert_metadata_to_json(image, IMAGE_FIELDS)["taken"] is None
 
 
 def test_api_has_all_declared_fields_and_filters() -> None:
@@ -139,7 +139,7 @@ def test_api_has_all_declared_fields_and_filters() -> None:
 
 def test_filter_rejects_unknown_names_and_long_texts() -> None:
     assert not Filter(path=None) and Filter(path="")
-    with pytest.raises(TypeError, match="unknown filter 'lens'; the filters are caption, path, after"):
+    with pytest.raises(TypeError, match="unknown filter 'lens'; valid filters are caption, path, after"):
         Filter(lens="x")
     for name in ("caption", "camera"):
         Filter(**{name: "a" * MAX_FILTER_LENGTH})

@@ -73,10 +73,10 @@ def test_waiting_for_a_connection_ends_at_the_deadline(tmp_path: Path) -> None:
             for _ in range(postgres_database.MAX_CONNECTIONS):
                 stack.enter_context(backend._db._slots)
             with pytest.raises(DeadlineExceeded):
-                backend.metadata()
+                backend.read_metadata()
     finally:
         current_deadline.reset(token)
-    assert backend.metadata() == {}
+    assert backend.read_metadata() == {}
 
 
 def make_content(number: int, vector: np.ndarray | None = None, side: int = 100) -> IndexedContent:
@@ -170,8 +170,8 @@ def test_postgres_filters_match_those_of_sqlite_on_random_data(tmp_path: Path) -
         matched += counts[0] > 0
     assert matched > 30
     assert backends[1].read_image_states(["/a", "/50%"]) == backends[0].read_image_states(["/a", "/50%"]) != {}
-    assert backends[1].duplicates() == backends[0].duplicates() != []
-    assert backends[1].count() == backends[0].count()
+    assert backends[1].find_duplicates() == backends[0].find_duplicates() != []
+    assert backends[1].count_images() == backends[0].count_images()
 
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
@@ -191,7 +191,7 @@ def test_postgres_stores_and_finds_text_that_is_not_valid_in_sql(text: str, tmp_
         backend.read_vector(text) is None and backend.read_thumbnail(text) is None and backend.read_images(text) == ()
     )
     backend.remove_images([text, name])
-    assert backend.count() == (1, 1)
+    assert backend.count_images() == (1, 1)
 
 
 def test_postgres_finds_names_that_are_longer_than_an_index_entry(tmp_path: Path) -> None:
@@ -332,13 +332,13 @@ def test_postgres_search_reconnects_after_a_restart(server: PostgresServer, tmp_
     server.start()
     assert search_names(backend) == names  # although its connections were lost
     server.kill()
-    for call in (lambda: search_names(backend), backend.count, lambda: add_images(backend, [9])):
+    for call in (lambda: search_names(backend), backend.count_images, lambda: add_images(backend, [9])):
         with pytest.raises(IndexUnavailableError, match=r"127\.0\.0\.1.*no connection to PostgreSQL"):
             call()
     server.start()
     assert search_names(backend) == names
     add_images(backend, [9])
-    assert backend.count() == (6, 6)
+    assert backend.count_images() == (6, 6)
 
 
 def test_postgres_searches_survive_restarts_in_mid_search(server: PostgresServer, tmp_path: Path) -> None:
@@ -421,10 +421,10 @@ def test_index_run_resumes_after_the_server_was_killed(
         # The lock was lost, so another run could be writing: the run must end.
         with pytest.raises(IndexUnavailableError, match=r"no connection|connection that holds the lock was lost"):
             index_sources([photos], dual_encoder, backend, batch_size=2)
-    _, committed = backend.count()
+    _, committed = backend.count_images()
     assert committed == 2
     report = index_sources([photos], dual_encoder, backend, batch_size=2)
-    assert (backend.count(), report.embedded) == ((7, 6), 6 - committed)
+    assert (backend.count_images(), report.embedded) == ((7, 6), 6 - committed)
 
 
 def _delete_until_killed(url: str, marker: Path) -> None:
@@ -451,7 +451,7 @@ def test_killed_writer_loses_nothing_that_was_committed(server: PostgresServer, 
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert backend.count() == (3, 3)
+    assert backend.count_images() == (3, 3)
     wait_for_lock(backend)
     add_images(backend, [3])
     assert len(search_names(backend)) == 4
@@ -482,7 +482,7 @@ def test_only_one_writer_holds_the_lock(server: PostgresServer, tmp_path: Path) 
         with other.lock():  # another index in the same database
             pass
         add_images(first, [0])
-        second.count()
+        second.count_images()
         terminate = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
         second._query(terminate, {})
         with pytest.raises(IndexUnavailableError):
@@ -498,12 +498,12 @@ def test_add_is_atomic_and_remove_deletes_contents_without_images(tmp_path: Path
     backend = create_index(tmp_path)
     with pytest.raises(OSError, match=r"schema=index_.*null value"):
         backend.add_images([make_content(0)], [(make_image("a"), b"hash 0"), (make_image("b"), b"unknown")])
-    assert backend.count() == (0, 0)
+    assert backend.count_images() == (0, 0)
     add_images(backend, [0, 1])
     backend.add_images([], [(make_image("/p/0.png"), b"hash 1")])  # content 0 has no image any more
     assert len(backend.search(QUERY, 9, Filter())) == 1
     backend.remove_images([])
-    assert backend.count() == (2, 1)
+    assert backend.count_images() == (2, 1)
     assert backend.find_existing_hashes([b"hash 0", b"hash 1"]) == {b"hash 1"}
 
 
@@ -516,7 +516,7 @@ def test_postgres_rejects_missing_indexes_and_other_versions(
     with pytest.raises(FileNotFoundError, match=r"the schema 'none' does not contain an llm2clip index"):
         open_backend(server.url("none"))
     backend = create_index(tmp_path)
-    assert backend.metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}
+    assert backend.read_metadata() == {"model": "m", "fingerprint": "f", "embed_dim": DIM}
     with backend._db.open_transaction() as connection:  # type: ignore[attr-defined]
         connection.execute("UPDATE metadata SET value = '1' WHERE key = 'format_version'")
     with pytest.raises(FormatVersionError, match=r"format version 1, but.* version 2.*`llm2clip index`"):

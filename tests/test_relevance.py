@@ -23,14 +23,14 @@ from llm2clip.search.relevance import (
     NEAR_DUPLICATE,
     Calibration,
     calibrate_index,
-    compute_evidence,
+    compute_adjusted_similarities,
     compute_stem_overlap,
     extract_stems,
     find_near_duplicates,
     fit_logistic_regression,
     get_captions,
     load_calibration,
-    search_and_rate,
+    search_and_rate_hits,
     update_calibration,
 )
 from llm2clip.search.sqlite_backend import SqliteBackend
@@ -84,7 +84,7 @@ def add_images(backend: IndexBackend, vectors: np.ndarray, captions: Sequence[st
 
     `{}` in a caption is replaced with the number of the image.
     """
-    if not backend.metadata():
+    if not backend.read_metadata():
         backend.initialize({"model": "m", "fingerprint": "f", "embed_dim": DIM})
     contents, images = [], []
     for number, vector in enumerate(vectors, start):
@@ -123,18 +123,18 @@ def calibrate_or_fail(backend: IndexBackend, model: DualEncoder) -> Calibration:
 # ---- formulas -------------------------------------------------------------------------------------------------------
 
 
-def test_compute_evidence_matches_the_formula() -> None:
+def test_compute_adjusted_similarities_matches_the_formula() -> None:
     rng = np.random.default_rng(1)
     background, hits = (normalize(rng.normal(size=(n, DIM))) for n in (20, 5))
     query = normalize(rng.normal(size=DIM))
-    values = compute_evidence(query, hits, background)
+    values = compute_adjusted_similarities(query, hits, background)
     for hit, value in zip(hits, values, strict=True):
         hubness = max(float(hit @ text) for text in background)
         assert value == pytest.approx(hit @ query - 0.25 * hubness, abs=1e-5)
 
     # A background query does not count if the user searches for the same text.
-    repeated = compute_evidence(background[0], hits, background)
-    assert repeated == pytest.approx(compute_evidence(background[0], hits, background[1:]), abs=1e-5)
+    repeated = compute_adjusted_similarities(background[0], hits, background)
+    assert repeated == pytest.approx(compute_adjusted_similarities(background[0], hits, background[1:]), abs=1e-5)
 
 
 def test_find_near_duplicates_subtracts_the_mean() -> None:
@@ -172,19 +172,19 @@ def test_search_finds_nothing_close_only_if_the_answer_was_taken_out(
     update_calibration(backend, model)
     calibration = load_calibration(backend, model)
     assert calibration is not None
-    hits, nothing_close = search_and_rate(backend, calibration, make_query(IMAGES[5]), 3, Filter())
+    hits, nothing_close = search_and_rate_hits(backend, calibration, make_query(IMAGES[5]), 3, Filter())
     assert not nothing_close and hits[0].images[0].name == "/rest/5.png"
     ratings = [hit.relevance or 0.0 for hit in hits]
     assert len(ratings) == 3 and ratings == sorted(ratings, reverse=True) and ratings[0] > 0.7 > MIN_RELEVANCE
 
-    assert search_and_rate(backend, calibration, make_query(ABSENT), 3, Filter()) == ([], True)
-    hits, nothing_close = search_and_rate(backend, calibration, make_query(ABSENT), 3, Filter(), show_weak=True)
+    assert search_and_rate_hits(backend, calibration, make_query(ABSENT), 3, Filter()) == ([], True)
+    hits, nothing_close = search_and_rate_hits(backend, calibration, make_query(ABSENT), 3, Filter(), show_weak=True)
     assert nothing_close and len(hits) == 3
     assert all(hit.relevance is not None and 0 <= hit.relevance < MIN_RELEVANCE for hit in hits)
 
     image_query = QueryVectors(IMAGES[5], None, IMAGES[5])
-    assert not search_and_rate(backend, calibration, image_query, 3, Filter()).nothing_close
-    assert search_and_rate(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
+    assert not search_and_rate_hits(backend, calibration, image_query, 3, Filter()).nothing_close
+    assert search_and_rate_hits(backend, calibration, QueryVectors(ABSENT, None, ABSENT), 3, Filter()).nothing_close
 
 
 def test_captions_change_only_their_own_scale(model: DualEncoder, calibration: Calibration, tmp_path: Path) -> None:
@@ -242,15 +242,15 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
     calibration = calibrate_or_fail(backend, model)
 
     def rate(texts: Sequence[str]) -> dict[str, float | None]:
-        hits = search_and_rate(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True).hits
-        return {hit.images[0].name: hit.relevance for hit in hits}
+        page = search_and_rate_hits(backend, calibration, make_query(vector), 5, Filter(), words=texts, show_weak=True)
+        return {hit.images[0].name: hit.relevance for hit in page.hits}
 
     ratings, without_words = rate(["red sled"]), rate([])
-    evidence = compute_evidence(vector, vector[None], calibration.background)
-    expected = calibration.captions.compute_relevance(evidence, np.array([1.0]))
+    similarities = compute_adjusted_similarities(vector, vector[None], calibration.background)
+    expected = calibration.captions.compute_relevance(similarities, np.array([1.0]))
     assert ratings["/tenth/200.png"] == pytest.approx(float(expected[0]), abs=0.01)
     assert ratings["/rest/201.png"] == pytest.approx(
-        float(calibration.captions.compute_relevance(evidence)[0]), abs=0.01
+        float(calibration.captions.compute_relevance(similarities)[0]), abs=0.01
     )
     assert ratings["/rest/5.png"] == without_words["/rest/5.png"]  # has no captions
     assert without_words["/tenth/200.png"] == pytest.approx(without_words["/rest/201.png"])
@@ -258,13 +258,13 @@ def test_captions_with_the_words_of_a_query_increase_the_relevance(model: DualEn
 
 def test_filter_does_not_change_the_relevance_of_a_hit(index: IndexBackend, calibration: Calibration) -> None:
     query, tenth = make_query(IMAGES[5]), Filter(path="/tenth")
-    everything = search_and_rate(index, calibration, query, COUNT, Filter()).hits
+    everything = search_and_rate_hits(index, calibration, query, COUNT, Filter()).hits
     ratings = {hit.id: hit.relevance for hit in everything}
-    hits, nothing_close = search_and_rate(index, calibration, query, COUNT, tenth, show_weak=True)
+    hits, nothing_close = search_and_rate_hits(index, calibration, query, COUNT, tenth, show_weak=True)
     assert len(hits) == COUNT // 10 and len(everything) == COUNT
     assert [hit.relevance for hit in hits] == pytest.approx([ratings[hit.id] for hit in hits])
     assert nothing_close  # the answer, /rest/5.png, does not match the filter
-    assert not search_and_rate(index, calibration, query, 1, Filter(path="/rest")).nothing_close
+    assert not search_and_rate_hits(index, calibration, query, 1, Filter(path="/rest")).nothing_close
 
 
 @pytest.mark.parametrize("max_locations", [100, 2])
@@ -285,7 +285,7 @@ def test_filter_does_not_change_the_captions_that_are_rated(
     for words in (["lighthouse"], ["yacht violin unicorn"]):
         ratings = []
         for image_filter in (Filter(), Filter(path="/trip"), Filter(path="/b")):
-            [hit] = search_and_rate(backend, calibration, make_query(IMAGES[0]), 5, image_filter, words=words).hits
+            [hit] = search_and_rate_hits(backend, calibration, make_query(IMAGES[0]), 5, image_filter, words=words).hits
             ratings.append(hit.relevance)
         assert ratings == [ratings[0]] * 3
 
@@ -300,19 +300,19 @@ def test_later_pages_get_the_same_answer_with_one_scan_of_the_vectors(
         return rank(backend, query, count, allowed_ids)
 
     monkeypatch.setattr(SqliteBackend, "_rank_nearest_vectors", count_scans)
-    hits, nothing_close = search_and_rate(index, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
+    hits, nothing_close = search_and_rate_hits(index, calibration, make_query(IMAGES[5]), 10, Filter(), offset=100)
     assert not nothing_close and len(hits) == 10
     assert depths == [110]
-    first = search_and_rate(index, calibration, make_query(IMAGES[5]), 110, Filter()).hits
+    first = search_and_rate_hits(index, calibration, make_query(IMAGES[5]), 110, Filter()).hits
     assert first[100:] == hits and depths == [110]
-    filtered = search_and_rate(index, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
+    filtered = search_and_rate_hits(index, calibration, make_query(IMAGES[5]), 10, Filter(path="/tenth"))
     assert {hit.images[0].name.split("/")[1] for hit in filtered.hits} == {"tenth"}
-    assert search_and_rate(index, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
+    assert search_and_rate_hits(index, calibration, make_query(ABSENT), 10, Filter(), offset=100) == ([], True)
 
 
 def test_only_positive_parts_of_a_query_count(index: IndexBackend, calibration: Calibration) -> None:
     negative_only = QueryVectors(ABSENT, None, None)
-    hits, nothing_close = search_and_rate(index, calibration, negative_only, 3, Filter())
+    hits, nothing_close = search_and_rate_hits(index, calibration, negative_only, 3, Filter())
     assert len(hits) == 3 and not nothing_close and {hit.relevance for hit in hits} == {None}
 
     vectors = IMAGES[:4]
@@ -411,7 +411,7 @@ def test_small_indexes_have_no_relevance(
     update_calibration(backend, model)
     assert backend.load_calibration() == b"" and load_calibration(backend, model) is None
     assert "Relevance is not calibrated, because the index has fewer than 50 images" in capsys.readouterr().out
-    hits, nothing_close = search_and_rate(backend, None, make_query(ABSENT), 10, Filter())
+    hits, nothing_close = search_and_rate_hits(backend, None, make_query(ABSENT), 10, Filter())
     assert len(hits) == count and not nothing_close
     assert all(hit.relevance is None for hit in hits)
 
@@ -422,7 +422,7 @@ def test_index_of_equal_embeddings_has_no_relevance(
     backend = create_backend("sqlite", tmp_path)
     add_images(backend, np.repeat(IMAGES[:1], 60, axis=0))
     assert calibrate_index(backend, model) is None
-    assert "Relevance is not calibrated, because too many images of the index are similar." in capsys.readouterr().out
+    assert "Relevance is not calibrated, because too many images in the index are similar." in capsys.readouterr().out
 
 
 def test_unchanged_index_that_cannot_be_calibrated_is_not_calibrated_again(
@@ -473,6 +473,6 @@ def test_build_index_calibrates_the_index(
     calibration = load_calibration(backend, dual_encoder)
     assert calibration is not None and calibration.image_count == 36
     image = backend.read_vectors(backend.sample_ids(1)).popitem()[1]
-    assert not search_and_rate(backend, calibration, QueryVectors(image, None, image), 5, Filter()).nothing_close
+    assert not search_and_rate_hits(backend, calibration, QueryVectors(image, None, image), 5, Filter()).nothing_close
     opposite = -image
-    assert search_and_rate(backend, calibration, QueryVectors(opposite, None, opposite), 5, Filter()).nothing_close
+    assert search_and_rate_hits(backend, calibration, QueryVectors(opposite, None, opposite), 5, Filter()).nothing_close

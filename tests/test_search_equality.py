@@ -373,7 +373,7 @@ def test_index_watch_updates_until_interrupted(
     assert intervals == [3.0] * 4
     assert "Watching" in output
     assert output.count("Images: ") == 2 and "Images: 1 added" in output  # nothing is printed without changes
-    assert SqliteBackend(index).count() == (8, 7)
+    assert SqliteBackend(index).count_images() == (8, 7)
 
 
 def test_parse_iso_timestamp_accepts_dates_and_times() -> None:

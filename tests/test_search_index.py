@@ -41,8 +41,8 @@ from llm2clip.search.types import (
     IndexedContent,
     IndexedImage,
     IndexUnavailableError,
-    image_ref_from_json,
-    image_ref_to_json,
+    parse_image_ref,
+    serialize_image_ref,
 )
 from search_fixtures import BACKENDS, create_backend, index_sources, search_names
 
@@ -59,8 +59,8 @@ def test_build_index_handles_new_changed_moved_and_deleted_images(
     backend, log = create_backend(kind, tmp_path / "index"), SkipLog(tmp_path / "skipped.jsonl", 1.0)
     report = index_sources([photos], dual_encoder, backend, log=log)
     assert (report.added, report.embedded, report.changed, report.removed) == (7, 6, 0, 0)
-    assert backend.count() == (7, 6)
-    duplicates = [[Path(name).name for name in group] for group in backend.duplicates()]
+    assert backend.count_images() == (7, 6)
+    duplicates = [[Path(name).name for name in group] for group in backend.find_duplicates()]
     assert duplicates == [["5.png", "copy.png"]]
     skipped = [json.loads(line)["file"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert {Path(file).name for file in skipped} == {"bad.jpg", "half.png"}
@@ -76,7 +76,7 @@ def test_build_index_handles_new_changed_moved_and_deleted_images(
     report = index_sources([photos], dual_encoder, backend)
     assert (report.added, report.embedded, report.changed, report.removed) == (1, 0, 1, 3)
     assert search_names(backend) == {"2.png", "3.png", "copy.png", "moved.png", "old.jpg"}
-    assert backend.count() == (5, 3)
+    assert backend.count_images() == (5, 3)
 
     (photos / "2.txt").write_text("a caption that was added later\n")
     report = index_sources([photos], dual_encoder, backend)
@@ -112,7 +112,7 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
 
     new = SqliteBackend(tmp_path / "new", write=True)
     index_sources([image_folder], dual_encoder, new)
-    expected, counts = search_names(new), new.count()
+    expected, counts = search_names(new), new.count_images()
     index.rename(tmp_path / "old")  # the path does not exist for a moment
     assert search_names(reader) == search_names(reader, Filter(path=str(photos))) == old
     assert reader.search(QUERY, 3, Filter(), words=["1.png"])[0].matched == ("name",)
@@ -121,11 +121,11 @@ def test_open_index_switches_to_a_new_index_at_the_same_path(
     assert len(reader._get_quantized_vectors()) == len(vectors)
     (tmp_path / "new").rename(index)
     assert search_names(reader) == expected != old
-    assert reader.count() == counts
+    assert reader.count_images() == counts
 
     other = SqliteBackend(tmp_path / "other", write=True)
     index_sources([photos], dual_encoder, other)
-    other.initialize({**other.metadata(), "fingerprint": "0"})
+    other.initialize({**other.read_metadata(), "fingerprint": "0"})
     index.rename(tmp_path / "old2")
     (tmp_path / "other").rename(index)
     connections: list[sqlite3.Connection] = []
@@ -175,7 +175,7 @@ def test_index_that_was_replaced_with_a_newer_format_is_not_read(tmp_path: Path)
     shutil.rmtree(tmp_path / "index")
     (tmp_path / "newer").rename(tmp_path / "index")
     with pytest.raises(IndexUnavailableError, match="replaced with an index of a different model or format"):
-        reader.count()
+        reader.count_images()
 
 
 def test_vectors_stay_in_memory_if_new_ones_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_index_on_a_read_only_disk(
     gc.collect()  # closes the writer
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
     reader = SqliteBackend(tmp_path / "index")
-    assert len(search_names(reader)) == reader.count()[0] > 0
+    assert len(search_names(reader)) == reader.count_images()[0] > 0
     assert [file.name for file in (tmp_path / "index").iterdir() if file.name.startswith("index.sqlite")] == [
         "index.sqlite"  # SQLite has created no other files, which would fail on a read-only disk
     ]
@@ -239,11 +239,11 @@ def test_build_index_keeps_images_after_a_read_error(
     with monkeypatch.context() as patch:
         patch.setattr(FileImage, "open", failing_open)
         assert not index_sources([photos], dual_encoder, backend)
-    assert backend.count() == (7, 6)
+    assert backend.count_images() == (7, 6)
 
     (photos / "3.png").write_bytes((photos / "3.png").read_bytes()[:300])  # only its header can be read
     assert index_sources([photos], dual_encoder, backend).removed == 1
-    assert backend.count() == (6, 5)
+    assert backend.count_images() == (6, 5)
 
 
 def test_build_index_removes_images_that_are_no_longer_listed(
@@ -269,11 +269,11 @@ def test_build_index_requires_prune_for_missing_sources(
     (photos / "sub/2.png").unlink()
     with pytest.raises(FileNotFoundError, match="--prune"):
         index_sources([photos / "sub"], dual_encoder, backend)
-    assert backend.count() == (2, 2)
+    assert backend.count_images() == (2, 2)
     assert index_sources([photos], dual_encoder, backend).removed == 1
     shutil.rmtree(photos)
     assert index_sources([photos], dual_encoder, backend, prune=True).removed == 1
-    assert backend.count() == (0, 0)
+    assert backend.count_images() == (0, 0)
     assert backend.search(QUERY, 3, Filter()) == []
 
 
@@ -289,7 +289,7 @@ def test_build_index_requires_prune_to_remove_many_images(
     shutil.copy(image_folder / "9.png", photos)
     with pytest.raises(ValueError, match=r"2 of 7 indexed images no longer exist, for example .*--prune"):
         index_sources([photos], dual_encoder, backend)
-    assert backend.count() == (8, 7)  # the new image was added
+    assert backend.count_images() == (8, 7)  # the new image was added
     assert index_sources([photos], dual_encoder, backend, prune=True).removed == 2
     (photos / "9.png").unlink()
     assert index_sources([photos], dual_encoder, backend).removed == 1  # few images may be removed without --prune
@@ -306,15 +306,15 @@ def test_build_index_resumes_after_kill_at_any_moment(photos: Path, dual_encoder
 
     complete = RecordingBackend(tmp_path / "complete", write=True)
     index_sources([photos], dual_encoder, complete, batch_size=2)
-    metadata = complete.metadata()
+    metadata = complete.read_metadata()
     for moment, call, committed in (("get_column_values", 4, 2), ("finish_indexing", 1, 6)):
         exit_code = run_in_process(_add_until_killed, tmp_path / moment, metadata, batches, moment, call)
         assert exit_code == -signal.SIGKILL
         backend = SqliteBackend(tmp_path / moment, write=True)
         assert backend._db.query("PRAGMA integrity_check") == [("ok",)]
-        assert backend.count()[1] == committed
+        assert backend.count_images()[1] == committed
         index_sources([photos], dual_encoder, backend, batch_size=2)
-        assert backend.count() == (7, 6)
+        assert backend.count_images() == (7, 6)
         assert len(search_names(backend)) == 7
 
 
@@ -375,10 +375,10 @@ def test_build_index_reads_tars_and_parquet(image_folder: Path, dual_encoder: Du
     report = index_sources([tar_file, parquet_file], dual_encoder, backend)
     assert (report.added, report.embedded) == (3, 2)
     assert search_names(backend, Filter(path=str(tar_file))) == {"1.png", "2.png", "some.parquet[0].image"}
-    ((first, second),) = backend.duplicates()
+    ((first, second),) = backend.find_duplicates()
     assert first.endswith("some.parquet[0].image") and second.endswith("some.tar!a/2.png")
     index_sources([tar_file], dual_encoder, backend)
-    assert backend.count() == (3, 2)  # images of other sources stay
+    assert backend.count_images() == (3, 2)  # images of other sources stay
 
 
 def test_build_index_distinguishes_tar_members_of_the_same_name(
@@ -415,7 +415,7 @@ def test_build_index_keeps_other_splits_of_a_file(
     train = index_sources([Path(f"{file}@train")], dual_encoder, backend).added
     report = index_sources([Path(f"{file}@val")], dual_encoder, backend)
     assert (report.added, report.removed) == (6, 0)
-    assert backend.count() == (train + 6, train + 6)
+    assert backend.count_images() == (train + 6, train + 6)
 
 
 # ---- unusual images -------------------------------------------------------------------------------------------------
@@ -591,11 +591,11 @@ def test_newest_images_are_found_without_reading_all_images(kind: str, tmp_path:
             read.append(len(rows))
             return rows
 
-        return backend._find_newest_unfiltered(count_rows, 3, 1)
+        return backend._find_newest_without_filter(count_rows, 3, 1)
 
     expected = [hit.id for hit in backend.search(None, 3, Filter(before=1e9), 1)]
     assert [hit.id for hit in backend.search(None, 3, Filter(), 1)] == expected
-    assert [str(content_id) for content_id in backend._run_read_only(find)] == expected
+    assert [str(content_id) for content_id in backend._run_with_read_access(find)] == expected
     assert read == [8, 32]
     if kind == "sqlite":
         plan = backend._query("EXPLAIN QUERY PLAN SELECT content FROM images ORDER BY taken DESC, content LIMIT 8", {})
@@ -626,7 +626,7 @@ def test_hits_contain_only_some_of_many_locations(
         (root / str(n)).mkdir(parents=True)
         shutil.copy(image_folder / "0.png", root / f"{n}/{n}.png")
     index_sources([root], dual_encoder, backend)
-    query = np.eye(int(backend.metadata()["embed_dim"]), dtype=np.float32)[0]
+    query = np.eye(int(backend.read_metadata()["embed_dim"]), dtype=np.float32)[0]
     for folder, expected in ((root, ["0.png", "1.png", "2.png"]), (root / "5", ["5.png", "0.png", "1.png"])):
         [hit] = backend.search(query, 5, Filter(path=str(folder)))
         assert [Path(image.name).name for image in hit.images] == expected
@@ -705,7 +705,7 @@ def test_ctrl_c_during_a_search_is_a_keyboard_interrupt(kind: type[Exception], m
     monkeypatch.setattr(sqlite_backend, "exact_search", fail_as_usearch)
     vectors = QuantizedVectors(127).with_added_vectors([(np.arange(1, 3), QUERY[None].repeat(2, 0))])
     with pytest.raises(KeyboardInterrupt):
-        vectors.find_nearest(QUERY, 1)
+        vectors.find_nearest_ids(QUERY, 1)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -723,14 +723,14 @@ STORED_REFS = (
 
 
 @pytest.mark.parametrize(("ref", "text"), STORED_REFS)
-def test_image_ref_to_json_matches_the_stored_form(ref: ImageRef, text: str) -> None:
-    assert image_ref_to_json(ref) == text
-    assert image_ref_from_json(text) == ref
+def test_serialize_image_ref_matches_the_stored_form(ref: ImageRef, text: str) -> None:
+    assert serialize_image_ref(ref) == text
+    assert parse_image_ref(text) == ref
 
 
-def test_image_ref_from_json_rejects_unknown_types() -> None:
+def test_parse_image_ref_rejects_unknown_types() -> None:
     with pytest.raises(ValueError, match="unknown image reference type"):
-        image_ref_from_json('["Popen", {}]')
+        parse_image_ref('["Popen", {}]')
 
 
 @pytest.mark.parametrize(("version", "advice"), [(1, "Build a new index"), (99, "Update llm2clip")])
@@ -750,7 +750,7 @@ def test_sqlite_backend_adds_a_batch_completely_or_not_at_all(tmp_path: Path) ->
     without_content = IndexedImage("b", FileImage("b"), "s", "1")
     with pytest.raises(OSError, match=r"index\.sqlite"):
         backend.add_images([content], [(valid, b"a"), (without_content, b"b")])
-    assert backend.count() == (0, 0)
+    assert backend.count_images() == (0, 0)
 
 
 def test_sqlite_backend_creates_private_files(photos: Path, dual_encoder: DualEncoder, tmp_path: Path) -> None:

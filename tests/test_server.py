@@ -261,9 +261,9 @@ def test_health_and_metrics_count_images_at_most_once_per_interval(
     calls: list[int] = []
 
     class CountingBackend(SqliteBackend):
-        def count(self) -> tuple[int, int]:
+        def count_images(self) -> tuple[int, int]:
             calls.append(1)
-            return super().count()
+            return super().count_images()
 
     app = create_patient_app(dual_encoder, CountingBackend(backend.folder))
     with TestClient(app, base_url=BASE_URL) as client:
@@ -299,7 +299,7 @@ def decompression_bomb(side: int) -> bytes:
     ("path", "body", "code", "message"),
     [
         ("/search", {"texts": ["a"], "top": 10**9}, 422, "less than or equal"),
-        ("/search", {"text": "a"}, 422, "unknown field 'text'; the fields are texts, images"),
+        ("/search", {"text": "a"}, 422, "unknown field 'text'; valid fields are texts, images"),
         ("/search", {"texts": ["a" * (MAX_TEXT_LENGTH + 1)]}, 422, "at most 20000"),
         ("/search", {"images": ["http://169.254.169.254/latest"]}, 422, "URLs are not downloaded"),
         ("/search", {"images": ["data:image/png;base64,%%%"]}, 422, "invalid base64"),

@@ -134,20 +134,20 @@ def test_byte_budget_limits_the_total() -> None:
 
     def allocate(size: int) -> None:
         allocations.append(ByteAllocation(budget))
-        allocations[-1].add(size)
+        allocations[-1].reserve(size)
 
     for _ in range(4):
         allocate(256 << 10)
     with pytest.raises(QueueFull):
         allocate(ALWAYS_ACCEPTED + 1)
-    allocations.pop().remove()
+    allocations.pop().release()
     allocate(ALWAYS_ACCEPTED)  # small bodies are always accepted
     assert budget.total == (1 << 20) + ALWAYS_ACCEPTED
-    allocations.pop(0).remove()
+    allocations.pop(0).release()
     allocate(128 << 10)
     for allocation in allocations:
-        allocation.remove()
-    allocations[1].remove()  # nothing is left
+        allocation.release()
+    allocations[1].release()  # nothing is left
     assert budget.total == 0
 
 

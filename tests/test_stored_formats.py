@@ -126,7 +126,7 @@ def test_stored_index_is_searched_and_extended(release: Path, expected: dict[str
     assert [list(hit.images[0].captions) for hit in hits] == [rows[n]["captions"] for n in order]
     backend = open_backend(location, write=True)
     index_sources([release / "photos"], model, backend)
-    assert backend.count() == (6, 3)
+    assert backend.count_images() == (6, 3)
 
 
 def test_stored_captioning_run_asks_nothing_again(release: Path) -> None:

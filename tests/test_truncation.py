@@ -209,7 +209,7 @@ def test_truncated_index_matches_brute_force(
     truncated_index: IndexBackend, image_folder: Path, dual_encoder: DualEncoder
 ) -> None:
     files = sorted(image_folder.glob("*.png"))
-    model = truncate_model_to_index(truncated_index.metadata(), dual_encoder)
+    model = truncate_model_to_index(truncated_index.read_metadata(), dual_encoder)
     query = QueryEncoder(model).embed(SearchQuery(texts=TEXTS[:1])).combined
     images = truncate_by_hand(encode_images(dual_encoder, files))
     cosines = (images @ truncate_by_hand(dual_encoder.encode_texts(TEXTS[:1])).T)[:, 0].numpy()

@@ -425,15 +425,15 @@ def test_images_whose_text_cannot_be_recognised_are_indexed_and_listed(
     index = tmp_path / "index"
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
     output = capsys.readouterr().out
-    assert "Images: 7 added" in output and "0 read for text" in output
+    assert "Images: 7 added" in output and "0 processed by OCR" in output
     assert f"Images whose text could not be recognised: 6, listed in {index}" in output
     lines = [json.loads(line) for line in (index / "skipped.jsonl").read_text().splitlines()]
     failures = [line for line in lines if line["reason"] == "text not recognised"]
     assert len(failures) == 6 and all("out of memory" in str(line) for line in failures)
-    assert SqliteBackend(index).count() == (7, 6)
+    assert SqliteBackend(index).count_images() == (7, 6)
     monkeypatch.setattr(ocr, "open_text_recognizer", lambda: lambda image: "found")
     assert main(["index", str(photos), "--model", str(model_folder), "--out", str(index), "--ocr"]) == 0
-    assert "6 read for text" in capsys.readouterr().out  # failed images are tried again
+    assert "6 processed by OCR" in capsys.readouterr().out  # failed images are tried again
 
 
 def test_ocr_requires_its_packages(
@@ -493,8 +493,8 @@ def test_readers_see_all_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for image_filter in (Filter(), Filter(caption="common"), Filter(caption="a"), Filter(caption="B", after=20)):
             expected = hits(SqliteBackend(tmp_path), image_filter)
             assert hits(reader, image_filter) == expected
-            assert reader.count() == SqliteBackend(tmp_path).count()
-    assert reader.count()[0] > 10 and len(expected) > 0
+            assert reader.count_images() == SqliteBackend(tmp_path).count_images()
+    assert reader.count_images()[0] > 10 and len(expected) > 0
 
 
 def test_readers_read_only_what_a_commit_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,7 +547,7 @@ def test_filters_do_not_block_other_readers(tmp_path: Path, monkeypatch: pytest.
         try:
             assert is_reading.wait(HANG_TIMEOUT)
             others = threads.submit(
-                lambda: (backend.count(), backend.read_thumbnail("1"), len(hits(backend, Filter())))
+                lambda: (backend.count_images(), backend.read_thumbnail("1"), len(hits(backend, Filter())))
             )
             assert others.result(HANG_TIMEOUT) == ((3, 3), b"jpeg", 3)
             assert not filtered.done()

@@ -30,7 +30,7 @@ from llm2clip.cli.checks import (
 from llm2clip.cli.commands import ArgumentParser, CommandGroup, add_data_reading_arguments, make_options_from_args
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
-from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, metadata_to_json
+from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, convert_metadata_to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -224,9 +224,9 @@ def _run_index(args: Namespace) -> list[str]:
 
 def _describe_updated_index(location: str, backend: IndexBackend, log: SkipLog, skipped_file: Path | None) -> list[str]:
     """Return the lines to print about an updated index. `location` must not contain a password."""
-    images, contents = backend.count()
+    images, contents = backend.count_images()
     lines = [f"Index: {location} ({format_count(images, 'image')}, {contents:,} distinct)"]
-    for names in backend.duplicates(limit=3):
+    for names in backend.find_duplicates(limit=3):
         lines.append("Duplicates: " + ", ".join(names[:4]))
     if log.skipped and skipped_file:
         lines.append(f"Skipped images: {log.skipped.total():,}, listed in {skipped_file}")
@@ -251,7 +251,7 @@ def _choose_index_model(location: str) -> str:
 
     if "://" in location or (Path(location) / INDEX_FILE).is_file():
         with suppress(FileNotFoundError):  # raised if the index has no images
-            return str(open_backend(location).metadata()["model"])
+            return str(open_backend(location).read_metadata()["model"])
     try:
         check_model_source(DEFAULT_MODEL)
     except FileNotFoundError as error:
@@ -347,7 +347,7 @@ def _explain_missing_results(args: Namespace, index: Index | ServerIndexClient, 
 
     if isinstance(index, ServerIndexClient):
         return "No results: the index is empty, or no image matches the filters."
-    if not index.backend.count()[0]:
+    if not index.backend.count_images()[0]:
         return "No results: the index is empty."
     unmatched = []  # filters that match no image even without the other filters
     for name, value in image_filter.values.items():
@@ -484,8 +484,8 @@ def format_hit_as_json(rank: int, hit: Hit) -> str:
         "captions": list(first.captions),
         "text": hit.text,
         "matched": list(hit.matched),
-        **metadata_to_json(first, IMAGE_FIELDS),
-        **metadata_to_json(hit, CONTENT_FIELDS),
+        **convert_metadata_to_json(first, IMAGE_FIELDS),
+        **convert_metadata_to_json(hit, CONTENT_FIELDS),
     }
     text = json.dumps(values, ensure_ascii=False)
     return re.sub(r"[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # escapes terminal control characters

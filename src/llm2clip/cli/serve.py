@@ -113,13 +113,13 @@ def _run_serve(args: Namespace) -> list[str]:
     from llm2clip.search.server import LOOPBACK, AccessPolicy, create_app, serve
 
     backend = open_backend(args["index"]) if args["index"] else None
-    model_name = args.model or (backend.metadata()["model"] if backend else None)
+    model_name = args.model or (backend.read_metadata()["model"] if backend else None)
     if model_name is None:
         raise ValueError("pass an index, or a model with --model")
     token = None if args.immich else resolve_access_token(args.token, args.no_token, args.host)
     add_routes = None
     if args.immich:
-        from llm2clip.search.immich import UpstreamService, add_immich_routes, describe_immich_setup
+        from llm2clip.search.immich import UpstreamService, add_immich_routes, format_immich_instructions
 
         upstream = UpstreamService(args.immich_upstream) if args.immich_upstream is not None else None
         add_routes = partial(add_immich_routes, upstream=upstream)
@@ -143,7 +143,7 @@ def _run_serve(args: Namespace) -> list[str]:
     def print_address(port: int) -> None:
         address = f"http://{host}:{port}/"
         if args.immich:
-            print_once(describe_immich_setup(address, model.embed_dim, upstream))
+            print_once(format_immich_instructions(address, model.embed_dim, upstream))
             return
         known = os.environ.get("LLM2CLIP_TOKEN")  # a known token is not printed, because logs may contain the output
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address

@@ -26,7 +26,7 @@ from llm2clip.search.metadata import (
     get_column_values,
     list_column_names,
 )
-from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, image_ref_from_json, image_ref_to_json
+from llm2clip.search.types import Hit, ImageState, IndexedContent, IndexedImage, parse_image_ref, serialize_image_ref
 from llm2clip.search.words import MAX_FUSED, WordQuery, find_matched_fields, fuse_rankings
 
 # Backend of each URL scheme. A location without a scheme is a folder.
@@ -35,8 +35,8 @@ BACKENDS = {"postgresql": "postgres", "postgres": "postgres"}
 URL_FORM = "postgresql://USER@HOST/DATABASE?schema=NAME"
 # URL parameters that may appear in messages. Other parameters, such as `password` or `options`, can contain secrets.
 PUBLIC_PARAMETERS = ("schema", "user", "host", "hostaddr", "port", "dbname", "service", "sslmode", "connect_timeout")
-INDEX_FILE = "index.sqlite"  # in an index folder
-FORMAT_VERSION = 2  # version of the index format
+INDEX_FILE = "index.sqlite"
+FORMAT_VERSION = 2
 NEW_INDEX_ADVICE = "Build a new index in another folder with `llm2clip index`"
 IMAGE_COLUMNS = ("name", "location", "source", "file_version", "captions", *list_column_names(IMAGE_FIELDS))
 CONTENT_COLUMNS = tuple(list_column_names(CONTENT_FIELDS))
@@ -64,7 +64,7 @@ class IndexBackend(ABC):
     database cannot be read.
     """
 
-    # SQL condition for the values in the JSON list :ids, so that one compiled statement works for any number of ids.
+    # SQL condition that is true for ids in the JSON list :ids. One statement can be reused for any number of ids.
     IN_IDS: str
 
     # ---- building
@@ -74,12 +74,12 @@ class IndexBackend(ABC):
         """Lock the index for writing. Raise FolderInUseError if another process holds the lock."""
 
     @abstractmethod
-    def metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         """Return the index metadata, or an empty dict if `initialize` has not been called.
 
-        The keys are `model` (the model's name), `embed_dim` (the number of dimensions of the vectors, which may be
-        truncated), and either `fingerprint` (the model's fingerprint) or `image_fingerprint` and `text_fingerprint`
-        (the fingerprints of its image encoder and text encoder).
+        The keys are `model` (model name), `embed_dim` (dimension of the vectors, which may be truncated), and either
+        `fingerprint` (fingerprint of the model) or `image_fingerprint` and `text_fingerprint` (fingerprints of the
+        image encoder and the text encoder).
         """
 
     @abstractmethod
@@ -87,7 +87,7 @@ class IndexBackend(ABC):
         """Store the metadata and prepare the backend for adding images."""
 
     def read_image_states(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the file version and captions of each image from the given sources or inside their paths, by name."""
+        """Return the state of each image that comes from a source or is inside its path, keyed by image name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -99,13 +99,13 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def find_existing_hashes(self, hashes: Iterable[bytes]) -> set[bytes]:
-        """Return the given content hashes that are already in the index."""
+        """Return the subset of content hashes that are already in the index."""
 
     @abstractmethod
     def add_images(self, contents: Sequence[IndexedContent], images: Sequence[tuple[IndexedImage, bytes]]) -> None:
-        """Add image contents and images in one transaction. `images` contains pairs of image and content hash.
+        """Add image contents and images in one transaction. `images` contains (image, content hash) pairs.
 
-        An added image replaces an existing image of the same name.
+        An added image replaces an existing image with the same name.
         """
 
     @abstractmethod
@@ -116,7 +116,7 @@ class IndexBackend(ABC):
         """Complete an indexing run after all images have been added and removed."""
 
     def find_contents_without_text(self, sources: Sequence[str]) -> list[tuple[bytes, IndexedImage]]:
-        """Return pairs of content hash and image for all contents without a text recognition result.
+        """Return a (content hash, image) pair for each distinct image without an OCR result.
 
         `sources` selects images as in `read_image_states`.
         """
@@ -129,7 +129,7 @@ class IndexBackend(ABC):
                 f"AND {condition}"
             )
             for digest, *row in self._query(statement, parameters):
-                missing.setdefault(bytes(digest), self._image_from_row(row))
+                missing.setdefault(bytes(digest), self._convert_row_to_image(row))
         return list(missing.items())
 
     @abstractmethod
@@ -138,13 +138,13 @@ class IndexBackend(ABC):
 
     # ---- searching
 
-    def count(self) -> tuple[int, int]:
+    def count_images(self) -> tuple[int, int]:
         """Return the number of images and the number of distinct image contents."""
         statement = "SELECT (SELECT count(*) FROM images), (SELECT count(*) FROM contents)"
         ((images, contents),) = self._query(statement, {})
         return images, contents
 
-    def duplicates(self, limit: int = 10) -> list[list[str]]:
+    def find_duplicates(self, limit: int = 10) -> list[list[str]]:
         """Return the names of duplicate images, grouped by content: at most `limit` groups, largest first."""
         largest_groups = (
             "SELECT content FROM images GROUP BY content HAVING count(*) > 1 "
@@ -162,9 +162,9 @@ class IndexBackend(ABC):
         """Return the images that match a filter, most similar to the query vector first.
 
         Images whose texts contain all words of the query are ranked higher (see `search.words`). Scores are cosine
-        similarities, so the scores of a page with word matches are not in descending order. Without a query vector,
-        return the newest images first, by the latest capture time among the files of an image that match the filter.
-        Ties are ordered by id.
+        similarities, so the scores of a page with word matches may not be in descending order. Without a query vector,
+        return the newest images first. The capture time of an image is the latest capture time of its files that match
+        the filter. Ties are sorted by id.
 
         Args:
             vector: L2-normalised float32 query vector of shape (D,), or None.
@@ -179,7 +179,7 @@ class IndexBackend(ABC):
             if vector is None and image_filter:
                 ids = self._find_newest_contents(run, image_filter, count, offset)
             elif vector is None:
-                ids = self._find_newest_unfiltered(run, count, offset)
+                ids = self._find_newest_without_filter(run, count, offset)
             else:
                 depth = max(offset + count, MAX_FUSED) if len(matches) else offset + count
                 nearest, cosines = self._find_nearest_contents(run, vector.astype(np.float32), depth, image_filter)
@@ -194,7 +194,7 @@ class IndexBackend(ABC):
                 matched = find_matched_fields(query, self._read_text_fields(run, query, matched_ids))
             return self._read_hits(run, ids, scores, matched, image_filter)
 
-        return self._run_read_only(find_hits)
+        return self._run_with_read_access(find_hits)
 
     def _read_hits(
         self,
@@ -239,18 +239,18 @@ class IndexBackend(ABC):
     def read_vectors(self, hit_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Return float32 embeddings of shape (D,), keyed by hit id, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        vectors = self._run_read_only(lambda run: self._fetch_vectors(run, ids))
+        vectors = self._run_with_read_access(lambda run: self._fetch_vectors(run, ids))
         return {hit_id: vectors[i] for hit_id, i in zip(hit_ids, ids, strict=True) if i in vectors}
 
     def sample_ids(self, count: int) -> list[str]:
         """Return the hit ids of at most `count` distinct images. The sample depends only on the image contents."""
-        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # SHA-256 hashes are evenly distributed
+        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # random order
         return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
 
     def read_hits(self, hit_ids: Sequence[str]) -> list[Hit]:
         """Return hits without scores, in the order of `hit_ids`. Skip unknown ids."""
         ids = [parse_content_id(hit_id) for hit_id in hit_ids]
-        return self._run_read_only(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
+        return self._run_with_read_access(lambda run: self._read_hits(run, ids, {}, {}, Filter()))
 
     def list_hit_ids(self, after: str, count: int) -> list[str]:
         """Return at most `count` hit ids greater than `after`, in ascending order. Start with `after="0"`."""
@@ -277,13 +277,13 @@ class IndexBackend(ABC):
     def read_images(self, hit_id: str) -> tuple[IndexedImage, ...]:
         """Return at most MAX_LOCATIONS images with the content of a hit, or an empty tuple if the id is unknown."""
         content_id = parse_content_id(hit_id)
-        images = self._run_read_only(lambda run: self._read_images(run, [content_id], SqlConditions()))
+        images = self._run_with_read_access(lambda run: self._read_images(run, [content_id], SqlConditions()))
         return images.get(content_id, ())
 
     # ---- database-specific statements
 
     @abstractmethod
-    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
+    def _run_with_read_access(self, function: Callable[[SqlRunner], Result]) -> Result:
         """Call `function` with a `SqlRunner` for read-only statements, and return its result."""
 
     @abstractmethod
@@ -291,19 +291,19 @@ class IndexBackend(ABC):
         """Open a transaction, which is rolled back if the `with` block raises an exception."""
 
     def _query(self, statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        return self._run_read_only(lambda run: run(statement, parameters))
+        return self._run_with_read_access(lambda run: run(statement, parameters))
 
     @abstractmethod
     def _make_source_condition(self, source: str) -> tuple[str, dict[str, Any]]:
-        """Return an SQL condition for images from a source or inside its path, and the parameters."""
+        """Return the SQL condition and parameters for images that come from a source or are inside its path."""
 
     @abstractmethod
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        """Return the SQL condition of a path filter, and its parameters."""
+        """Return the SQL condition and parameters of a path filter."""
 
     @abstractmethod
     def _make_caption_condition(self, caption: str) -> tuple[str, dict[str, Any]]:
-        """Return the SQL condition of a caption filter, and its parameters."""
+        """Return the SQL condition and parameters of a caption filter."""
 
     def _make_conditions(self, image_filter: Filter) -> SqlConditions:
         conditions = SqlConditions()
@@ -325,7 +325,7 @@ class IndexBackend(ABC):
     def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         """Return a page of content ids, sorted by the latest capture time of the matching images, newest first."""
 
-    def _find_newest_unfiltered(self, run: SqlRunner, count: int, offset: int) -> list[int]:
+    def _find_newest_without_filter(self, run: SqlRunner, count: int, offset: int) -> list[int]:
         # Several images can have the same content, so `limit` rows may contain fewer than `limit` distinct ids.
         limit = 2 * (offset + count)
         while True:
@@ -343,21 +343,21 @@ class IndexBackend(ABC):
 
     @abstractmethod
     def _find_word_matches(self, run: SqlRunner, query: WordQuery, image_filter: Filter) -> np.ndarray:
-        """Return the ids of at most MAX_FUSED contents with all words, best first, or none if too many match."""
+        """Return at most MAX_FUSED ids of contents with all query words, best first, or no ids if too many match."""
 
     @abstractmethod
     def _read_text_fields(
         self, run: SqlRunner, query: WordQuery, ids: Sequence[int]
     ) -> list[tuple[int, dict[str, str]]]:
-        """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
+        """Return (content id, text fields) pairs for the images of the contents that contain all query words."""
 
     @abstractmethod
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        """Return at most MAX_LOCATIONS images per content, matching images first. Each group is sorted by name.
+        """Return at most MAX_LOCATIONS images per content: first matching images, then others, each sorted by name.
 
-        If a content has more images, return those that were indexed first, so that the database can stop reading early.
+        If there are more images, return the images that were indexed first, so the database can stop reading early.
         """
 
     def _fetch_vectors(self, run: SqlRunner, ids: Sequence[int]) -> dict[int, np.ndarray]:
@@ -379,18 +379,18 @@ class IndexBackend(ABC):
     def _unescape_text(self, text: str) -> str:
         return text
 
-    def _image_to_row(self, image: IndexedImage) -> dict[str, Any]:
-        row = {"name": image.name, "location": image_ref_to_json(image.ref), "source": image.source}
+    def _convert_image_to_row(self, image: IndexedImage) -> dict[str, Any]:
+        row = {"name": image.name, "location": serialize_image_ref(image.ref), "source": image.source}
         row |= {"file_version": image.file_version, "captions": json.dumps(image.captions)}
         row |= get_column_values(image, IMAGE_FIELDS)
         return {name: self._escape_text(value) if isinstance(value, str) else value for name, value in row.items()}
 
-    def _image_from_row(self, row: Sequence[Any]) -> IndexedImage:
+    def _convert_row_to_image(self, row: Sequence[Any]) -> IndexedImage:
         values: dict[str, Any] = {}
         for name, value in zip(IMAGE_COLUMNS, row, strict=True):
             if not name.startswith("folded_"):
                 values[name] = self._unescape_text(value) if isinstance(value, str) else value
-        ref, captions = image_ref_from_json(values.pop("location")), tuple(json.loads(values.pop("captions")))
+        ref, captions = parse_image_ref(values.pop("location")), tuple(json.loads(values.pop("captions")))
         return IndexedImage(ref=ref, captions=captions, **values)
 
 
@@ -413,7 +413,7 @@ def open_backend(location: str, write: bool = False) -> IndexBackend:
         FileNotFoundError: `write` is False, and there is no index at the location.
         ImportError: A required package is not installed.
         ValueError: The URL is invalid, or disables encryption for a connection to another machine.
-        IndexUnavailableError: The server does not respond.
+        IndexUnavailableError: The PostgreSQL server does not respond.
     """
     check_backend_packages(location)
     module = importlib.import_module(f"llm2clip.search.{get_backend_name(location)}_backend")
@@ -440,10 +440,10 @@ def get_backend_name(location: str) -> str:
 
 
 def hide_password(location: str) -> str:
-    """Remove the password and other secrets from an index URL, so that it can be shown in messages."""
+    """Remove the password and other secrets from an index URL, so that the URL can be shown in messages."""
     if "://" not in location:
         return location
-    location = re.sub(r"^([\w+]+://[^/?#:@]*):.*@", r"\1@", location)  # a password may contain @
+    location = re.sub(r"^([\w+]+://[^/?#:@]*):.*@", r"\1@", location)  # passwords may contain an @
     return re.sub(rf"([?&](?!(?:{'|'.join(PUBLIC_PARAMETERS)})=)[^=&#]*=)[^&#]*", r"\1***", location)
 
 

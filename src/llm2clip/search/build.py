@@ -32,9 +32,9 @@ from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
 
 THUMBNAIL_SIDE = 256  # length of the longer side of a thumbnail, in pixels
-# If more images of a source are missing than both limits allow, a disk may be unmounted, so `prune` is required.
+# If the number of missing images of a source exceeds both limits, a disk may be unmounted, so `prune` is required.
 MAX_DELETED, MAX_DELETED_FRACTION = 10, 0.2
-CHUNK = 8192  # number of images that are hashed before the new images among them are embedded
+CHUNK = 8192  # number of images that are hashed at a time, before the new images are embedded
 
 
 @dataclass
@@ -55,12 +55,12 @@ class IndexReport:
             f"Images: {self.added:,} added, {self.changed:,} changed, {self.removed:,} removed, "
             f"{self.embedded:,} embedded"
         )
-        return text if self.read is None else f"{text}, {self.read:,} read for text"
+        return text if self.read is None else f"{text}, {self.read:,} processed by OCR"
 
 
 @dataclass(frozen=True)
 class IndexOptions:
-    columns: dict[str, str] = field(default_factory=dict)  # column of the source for each field of a record
+    columns: dict[str, str] = field(default_factory=dict)  # source column of each record field
     batch_size: int = 64  # number of images per forward pass and per commit
     workers: int | None = None  # number of image decoding processes; default as in `iter_image_batches`
     # If False, raise an error if a source is missing or empty, or if many of its images no longer exist.
@@ -77,7 +77,7 @@ def build_index(
     log: SkipLog,
     options: IndexOptions = IndexOptions(),
 ) -> IndexReport:
-    """Add, update and remove images, so that an index matches the given sources. Keep images from other sources.
+    """Add, update and remove images so that an index matches the given sources. Keep images from other sources.
 
     Args:
         sources: Image sources in the format of `open_records`. Captions are optional. Folders are read recursively.
@@ -85,8 +85,8 @@ def build_index(
 
     Raises:
         FolderInUseError: Another run is writing to the index.
-        ValueError: The index was built with a different model or embedding dimension. Also raised if many images of a
-            source no longer exist, after new images have been added and before any image is removed.
+        ValueError: The index was built with a different model or embedding dimension, or many images of a source no
+            longer exist. In the latter case, new images have been added, but no image has been removed.
         OSError: A source does not exist, or a folder cannot be listed.
         TooManySkipped: Too many images cannot be read.
     """
@@ -143,7 +143,7 @@ def _scan_indexed_sources(
 
 def _prepare_backend(backend: IndexBackend, model: DualEncoder, dim: int | None) -> DualEncoder:
     """Initialise a new index, or check an existing index. Return the model, truncated to the index's dimension."""
-    metadata = backend.metadata()
+    metadata = backend.read_metadata()
     if metadata:
         if dim not in (None, metadata["embed_dim"]):
             raise ValueError(
@@ -215,7 +215,7 @@ def _add_images(
 def _hash_images(
     images: Sequence[IndexedImage], backend: IndexBackend, log: SkipLog
 ) -> tuple[list[tuple[IndexedImage, bytes]], dict[bytes, list[IndexedImage]]]:
-    """Return pairs of image and hash for contents in the index, and all other images, keyed by hash."""
+    """Return (image, hash) pairs for images with indexed content, and the other images, grouped by hash."""
     readable: list[tuple[IndexedImage, bytes]] = []
     for image in ProgressBar(images, desc="read", unit="image"):
         try:
@@ -291,7 +291,7 @@ def scan_sources(
 def scan_source(
     source: Source, log: SkipLog, prune: bool = False, allow_outside: bool = False
 ) -> Iterator[IndexedImage]:
-    """Yield the images of a source with an absolute path. The images are not decoded.
+    """Yield the images of a source, whose path must be absolute. The images are not decoded.
 
     By default, images outside the source's folder are skipped, because a caption file or symbolic link in an untrusted
     source could otherwise expose private images to all users of a server. If `prune` is True, a missing source is
@@ -318,15 +318,15 @@ def scan_source(
             raise ValueError(f"{source}: the images are not in local files. Save the dataset as Parquet files first.")
         path = record.image.container_path or ""
         if not allow_outside and not _is_in_folder(path, folder):
-            reason = "outside the source's folder, see --allow_outside"
+            reason = "the image is outside the source's folder; see --allow_outside"
             log.skip(record.image.canonical_path, 0, reason, os.path.realpath(path))
             continue
         try:
             stat = os.stat(path)
         except FileNotFoundError:
-            continue  # deleted during the scan
+            continue  # the file was deleted during the scan
         if path not in versions:
-            versions = {path: format_file_version(stat)}  # all images of a table share a version
+            versions = {path: format_file_version(stat)}  # all images in a table have the same version
         yield IndexedImage(
             name=to_valid_unicode(record.image.canonical_path),
             ref=record.image,
@@ -338,7 +338,7 @@ def scan_source(
 
 
 def _find_source_folder(source: str) -> str:
-    """Return the deepest existing folder in the path of a source, which must contain the images of the source.
+    """Return the deepest existing folder in the path of a source. This folder must contain the images of the source.
 
     For a file in a folder called `annotations`, such as COCO's caption files, return the parent of `annotations`.
     """

@@ -30,12 +30,12 @@ UNSPACED_WORDS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class QueryWord:
-    """A query word. Its effect is the score of the complete query minus the score of the query without the word."""
+    """Query word and its effect: the score of the complete query minus the score of the query without the word."""
 
     text: str
     text_index: int  # index of the query text that contains the word
-    start: int  # position of the word's first character in the text, in Unicode code points
-    end: int  # position after the word's last character
+    start: int  # index of the word's first character in the text, in Unicode code points
+    end: int  # index after the word's last character
     effect: float = 0.0
 
 
@@ -52,8 +52,8 @@ def explain_hit(
 ) -> Explanation:
     """Return the score of an image, and the effect of each of the first MAX_WORDS words of a query.
 
-    A text without one of its words uses prompt templates only if the complete text uses them. Otherwise, the templates
-    would change the score more than the removed word.
+    Prompt templates are applied to a shortened text only if they are applied to the complete text. Otherwise, the
+    templates would change the score more than the removed word.
 
     Args:
         vector: L2-normalised embedding of the image, of shape (D,).

@@ -19,7 +19,7 @@ TYPES = {float: pa.float64(), int: pa.int64(), str: pa.string()}
 def export_vectors(index: str, out: str | Path, with_private: bool = False) -> int:
     """Write one row per distinct image to a new Parquet file. Return the number of rows.
 
-    Captions and metadata are those of the first location of each image. If `with_private` is True, GPS positions are
+    Captions and metadata come from the first location of each image. If `with_private` is True, GPS positions are
     also exported. The metadata of the index, such as the model name, is stored in the Parquet schema. Raise
     FileExistsError if `out` exists.
     """
@@ -27,7 +27,7 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
         raise FileExistsError(f"{out} already exists. Choose another file")
     backend, file = open_backend(index), Path(index, INDEX_FILE)  # an index in PostgreSQL does not have this file
     inode = file.exists() and file.stat().st_ino
-    metadata, texts = backend.metadata(), pa.list_(pa.string())
+    metadata, texts = backend.read_metadata(), pa.list_(pa.string())
     columns: dict[str, Any] = {"id": pa.int64(), "vector": pa.list_(pa.float32(), int(metadata["embed_dim"]))}
     columns |= {"name": pa.string(), "names": texts, "captions": texts, "text": pa.string()}
     content_fields, image_fields = (
@@ -35,7 +35,7 @@ def export_vectors(index: str, out: str | Path, with_private: bool = False) -> i
     )
     columns |= {field.name: TYPES[field.type] for field in (*content_fields, *image_fields)}
     schema = pa.schema(list(columns.items()), {"llm2clip": json.dumps(metadata)})
-    bar = ProgressBar(total=backend.count()[1], desc="export", unit="image")
+    bar = ProgressBar(total=backend.count_images()[1], desc="export", unit="image")
     count, last_id = 0, "0"
     with bar, atomic_path(out) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         while ids := backend.list_hit_ids(last_id, ROWS_PER_GROUP):

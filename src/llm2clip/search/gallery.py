@@ -36,7 +36,7 @@ from llm2clip.models.prompts import MAX_TEMPLATE_CHARACTERS
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.backends import IndexBackend, hide_password, open_backend
-from llm2clip.search.metadata import Filter, list_metadata_details
+from llm2clip.search.metadata import Filter, describe_metadata
 from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.types import Hit
 
@@ -61,7 +61,7 @@ def export_gallery(
     been written. Other files in `out`, such as a Git repository, are kept. The page title is the name of the folder.
 
     Args:
-        model_name: llm2clip model that built the index. The text encoder must be small.
+        model_name: llm2clip model that built the index. Its text encoder must be small enough for a browser.
         index: Index folder or URL, as in `open_backend`.
         max_mb: Maximum size of the gallery in MB.
         with_private: Also include private metadata, such as GPS positions.
@@ -77,11 +77,11 @@ def export_gallery(
     """
     is_update = (Path(out) / "gallery.json").is_file()
     if Path(out).exists() and not is_update:
-        raise FileExistsError(f"{out} exists and does not contain a gallery: choose another folder")
+        raise FileExistsError(f"{out} exists and does not contain a gallery. Choose another folder")
     require_extra("onnx", "exporting to ONNX")
     backend = open_backend(index)
     model = LLM2CLIP.from_pretrained(model_name, device="cpu")
-    metadata = backend.metadata()
+    metadata = backend.read_metadata()
     truncate_model_to_index(metadata, wrap_llm2clip(model, model_name))
     parameters = check_text_encoder_size(model, model_name)
     check_gallery_size(index, backend, parameters, max_mb)
@@ -111,7 +111,7 @@ def export_gallery(
 
 
 def _replace_gallery_files(new: Path, gallery: Path, count: int) -> None:
-    """Move new files into an existing gallery, and delete its thumbnails whose number is at least `count`."""
+    """Move new files into an existing gallery, and delete the old thumbnails that are no longer used."""
     for file in [path for path in new.rglob("*") if path.is_file()]:
         target = gallery / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)
@@ -126,13 +126,13 @@ def _replace_gallery_files(new: Path, gallery: Path, count: int) -> None:
 
 
 def check_text_encoder_size(model: LLM2CLIP, name: str) -> int:
-    """Return the number of text encoder parameters. Raise ValueError if it exceeds MAX_TEXT_PARAMETERS."""
+    """Return the number of text encoder parameters. Raise ValueError if the number exceeds MAX_TEXT_PARAMETERS."""
     if not model.has_encoder:
         raise ValueError(
             f"{name} has no caption encoder, so it cannot encode queries. Add a caption encoder: llm2clip convert "
             f"{name} --text ENCODER --out MODEL"
         )
-    # The parameters of a saved encoder are counted without loading it, which could take minutes.
+    # The parameters of a saved encoder are counted in its files, because loading the encoder could take minutes.
     folder = model.text_folder
     if folder is not None:
         count = sum(_count_saved_parameters(file) for file in folder.rglob("*.safetensors"))
@@ -155,12 +155,12 @@ def _count_saved_parameters(file: Path) -> int:
 
 def check_gallery_size(index: str, backend: IndexBackend, text_parameters: int, max_mb: float) -> None:
     """Print the estimated size of a gallery. Raise ValueError if the gallery would be empty or too large."""
-    _, count = backend.count()
+    _, count = backend.count_images()
     if not count:
         raise ValueError(f"{hide_password(index)} contains no images. Add images with `llm2clip index`")
     hits = backend.search(None, SAMPLED_THUMBNAILS, Filter())
     thumbnail_bytes = np.mean([len(backend.read_thumbnail(hit.id) or b"") for hit in hits])
-    dim = int(backend.metadata()["embed_dim"])
+    dim = int(backend.read_metadata()["embed_dim"])
     parts = {
         "thumbnails": count * float(thumbnail_bytes),
         "vectors": 4 * dim + count * (dim + 4),
@@ -187,7 +187,7 @@ def _write_gallery_images(backend: IndexBackend, folder: Path, with_private: boo
     (folder / "thumbnails").mkdir()
     images: list[list[Any]] = []
     vectors = []
-    with ProgressBar(total=backend.count()[1], desc="gallery", unit="image") as bar:
+    with ProgressBar(total=backend.count_images()[1], desc="gallery", unit="image") as bar:
         for hit in iterate_all_hits(backend):
             vector, thumbnail = backend.read_vector(hit.id), backend.read_thumbnail(hit.id)
             if vector is None or thumbnail is None:  # another process has removed the image since the search
@@ -195,9 +195,9 @@ def _write_gallery_images(backend: IndexBackend, folder: Path, with_private: boo
             (folder / f"thumbnails/{len(images)}.jpg").write_bytes(thumbnail)
             image = hit.images[0]
             caption = image.captions[0][:MAX_CAPTION_CHARACTERS] if image.captions else ""
-            details = [[item.text, item.url] for item in list_metadata_details(hit, image, with_private)]
+            details = [[item.text, item.url] for item in describe_metadata(hit, image, with_private)]
             path = getattr(image.ref, "path", "")
-            if path.startswith(("http://", "https://")) and path == image.name:  # the URL contains no password or token
+            if path.startswith(("http://", "https://")) and path == image.name:  # the URL contains no secrets
                 details.append(["original", path])
             images.append([image.file_name, caption, details])
             vectors.append(vector.astype(np.float16))

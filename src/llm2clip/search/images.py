@@ -47,7 +47,7 @@ def open_original_image(backend: IndexBackend, hit_id: str) -> tuple[BinaryIO, s
 
 
 def read_original_image(backend: IndexBackend, hit_id: str, max_bytes: int) -> bytes:
-    """Read the file that `open_original_image` opens. Raise ImageTooLarge if it has more than `max_bytes` bytes."""
+    """Read the file that `open_original_image` opens. Raise ImageTooLarge if the file exceeds `max_bytes`."""
     stream, _ = open_original_image(backend, hit_id)
     with stream:
         data = stream.read(max_bytes + 1)
@@ -68,7 +68,7 @@ def _open_unchanged_image(image: IndexedImage) -> BinaryIO:
 
 
 def format_file_version(stat: os.stat_result) -> str:
-    """Return a file's size and modification time as a string, to detect changes."""
+    """Return a string with a file's size and modification time, used to detect changes."""
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
@@ -147,5 +147,5 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
     if is_avif and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
-        raise ImageTooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,}")
+        raise ImageTooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,} pixels")
     return width, height

@@ -21,8 +21,8 @@ from llm2clip.search.middleware import CHUNK_SIZE
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.schemas import Text
 
-# Model names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, with their dimensions in ascending order.
-# Immich's default name is not listed. If a user set only the URL, Immich would keep the stored OpenAI embeddings.
+# Model names from `CLIP_MODEL_INFO` in Immich's server/src/constants.ts, sorted by dimension.
+# Immich's default name is excluded: if a user set only the URL, Immich would keep the stored OpenAI embeddings.
 BORROWED_NAMES = {
     "ViT-B-16__openai": 512,
     "ViT-L-14__openai": 768,
@@ -30,32 +30,32 @@ BORROWED_NAMES = {
     "nllb-clip-large-siglip__v1": 1152,
     "ViT-gopt-16-SigLIP2-256__webli": 1536,
 }
-MAX_ANSWER_BYTES = 16 << 20  # per upstream response; the embeddings of 1,000 faces take about 10 MB
-MAX_FORWARDED = 8  # maximum number of concurrent upstream requests; others wait
+MAX_ANSWER_BYTES = 16 << 20  # limit on an upstream response; the embeddings of 1,000 faces take about 10 MB
+MAX_FORWARDED = 8  # maximum number of concurrent upstream requests; further requests wait
 
 
-class ModelEntry(BaseModel):
+class ModelSelection(BaseModel):
     modelName: str = Field(max_length=200)
 
 
-class ClipEntry(BaseModel):
-    visual: ModelEntry | None = None
-    textual: ModelEntry | None = None
+class ClipTask(BaseModel):
+    visual: ModelSelection | None = None
+    textual: ModelSelection | None = None
 
 
-class Entries(BaseModel):
+class ImmichTasks(BaseModel):
     """Tasks of a request. Immich sends one task per request. Tasks other than `clip` are forwarded unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
-    clip: ClipEntry | None = None
+    clip: ClipTask | None = None
 
 
 class UpstreamService:
     """Immich's own machine-learning service, which detects faces and recognises text."""
 
     def __init__(self, address: str) -> None:
-        """Raise ValueError if the address is invalid. Like Immich, ignore its path."""
+        """Create a client, ignoring the path of the address, as Immich does. Raise ValueError for invalid addresses."""
         try:
             url = httpx.URL(address)
         except httpx.InvalidURL:
@@ -63,7 +63,7 @@ class UpstreamService:
         if url.scheme not in ("http", "https") or not url.host or url.userinfo:
             raise ValueError("--immich_upstream must be of the form http://HOST:PORT or https://HOST")
         self.address = f"{url.scheme}://{url.netloc.decode()}"
-        self._pending = 0  # number of requests that wait for a response
+        self._pending = 0  # number of requests that are waiting for a response
         self._client = httpx.AsyncClient(
             headers={"Via": "1.1 llm2clip", "Accept-Encoding": "identity"},
             timeout=None,
@@ -78,7 +78,7 @@ class UpstreamService:
 
         Raises:
             QueueFull: `max_queue` requests are waiting.
-            HTTPException: The service cannot be reached, or its response is too large or an error.
+            HTTPException: The service cannot be reached, or returned an error or a response that is too large.
         """
         check_queue_capacity(1, self._pending, max_queue, "forwarded requests")
         files: dict[str, Any] = {"entries": (None, entries)}
@@ -91,14 +91,14 @@ class UpstreamService:
         try:
             async with self._client.stream("POST", f"{self.address}/predict", files=files) as response:
                 if response.status_code != 200:
-                    raise HTTPException(502, f"the service of --immich_upstream returned status {response.status_code}")
+                    raise HTTPException(502, f"the --immich_upstream service returned status {response.status_code}")
                 async for chunk in response.aiter_raw(CHUNK_SIZE):
                     answer += chunk
                     if len(answer) > MAX_ANSWER_BYTES:
-                        raise HTTPException(502, "the response of the service of --immich_upstream is too large")
+                        raise HTTPException(502, "the response from the --immich_upstream service is too large")
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
-            raise HTTPException(502, f"the service of --immich_upstream cannot be reached: {reason}") from error
+            raise HTTPException(502, f"the --immich_upstream service cannot be reached: {reason}") from error
         finally:
             self._pending -= 1
         return Response(bytes(answer), media_type="application/json")
@@ -111,7 +111,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
     MultiPartParser.spool_max_size = service.limits.max_body_bytes
 
     @app.get("/")
-    async def root() -> dict[str, str]:
+    async def describe_service() -> dict[str, str]:
         return {"message": "Immich ML"}
 
     @app.get("/ping", response_class=PlainTextResponse)
@@ -122,7 +122,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
     async def predict(
         request: Request,
         entries: Annotated[str, Form()],
-        tasks: Annotated[Json[Entries], Form(alias="entries")],
+        tasks: Annotated[Json[ImmichTasks], Form(alias="entries")],
         text: Annotated[Text | None, Form()] = None,
         image: Annotated[bytes | None, File()] = None,
     ) -> Any:
@@ -131,7 +131,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
             raise HTTPException(400, "either image or text must be provided")
         if tasks.clip is not None:
             if len(tasks.model_fields_set) > 1:
-                raise ValueError("entries: `clip` must be the only task of a request, as it is in Immich's requests")
+                raise ValueError("entries: a request with the task `clip` must not contain other tasks")
             return await service.embedders.run(_embed_immich_input, service, tasks.clip, text, image)
         if upstream is None:
             # After an empty response, Immich would delete the detected faces and never repeat the detection.
@@ -143,7 +143,7 @@ def add_immich_routes(app: FastAPI, service: InferenceService, upstream: Upstrea
 
 
 def _embed_immich_input(
-    service: InferenceService, clip: ClipEntry, text: str | None, image: bytes | None
+    service: InferenceService, clip: ClipTask, text: str | None, image: bytes | None
 ) -> dict[str, Any]:
     entry = clip.textual if image is None else clip.visual
     if entry is None:
@@ -168,7 +168,7 @@ def choose_immich_model_name(embed_dim: int) -> str:
 
 
 def get_immich_dimension(name: str, embed_dim: int) -> int:
-    """Return the dimension that Immich expects for a model name. Raise ValueError if a model cannot borrow the name."""
+    """Return the dimension that Immich expects for a model name. Raise ValueError if the model cannot use the name."""
     dim = BORROWED_NAMES.get(name, 0)
     if dim < embed_dim:
         reason = f"has {dim} dimensions, but this model has {embed_dim}" if dim else "is not served here"
@@ -178,11 +178,10 @@ def get_immich_dimension(name: str, embed_dim: int) -> int:
     return dim
 
 
-def describe_immich_setup(address: str, embed_dim: int, upstream: UpstreamService | None) -> str:
-    """Return the message that `serve` prints."""
-    tasks = "not available: turn both off in Immich, or pass --immich_upstream"
+def format_immich_instructions(address: str, embed_dim: int, upstream: UpstreamService | None) -> str:
+    tasks = "not available. Turn off these tasks in Immich, or pass --immich_upstream"
     if upstream is not None:
-        tasks = f"forwarded to {upstream.address}, with the images"
+        tasks = f"forwarded to {upstream.address}, including the images"
     return f"""Serving at {address} for Immich, without a token: everyone who can connect can use the model.
 Listen only on a private network. In Immich, open Administration > Settings > Machine Learning Settings:
 1. URL: this server's address for Immich's container, such as http://192.168.1.20:3003. Remove all other URLs.

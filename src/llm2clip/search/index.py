@@ -26,7 +26,7 @@ from llm2clip.search.query import (
     group_similar_hits,
     truncate_model_to_index,
 )
-from llm2clip.search.relevance import Calibration, load_calibration, search_and_rate
+from llm2clip.search.relevance import Calibration, load_calibration, search_and_rate_hits
 from llm2clip.search.types import FairSemaphore, Hit, NotFoundError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
     from llm2clip.search.explain import Explanation
 
-CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration
-COUNT_SECONDS = 1.0  # maximum age of the cached image count
+CALIBRATION_SECONDS = 60.0  # maximum age of the cached relevance calibration, in seconds
+COUNT_SECONDS = 1.0  # maximum age of the cached image count, in seconds
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SearchPage:
     """A page of search results.
 
     Attributes:
-        hits: Hits, best first, or newest first without a query. For each hit, `images` has the names of its files,
+        hits: Hits, best first, or newest first without a query. For each hit, `images` lists its files,
             `score` is the cosine similarity, and `relevance` is the estimated probability of being an answer.
         nothing_close: True if no image that matches the filter is close to the query. The page then has no hits, unless
             `SearchOptions.show_weak` is True or the search has a filter.
@@ -148,7 +148,7 @@ class Index:
     def _model_name(self) -> str | None:
         """Name of the model, or None if the index was opened with a loaded model."""
         if self._model is None:
-            return str(self.backend.metadata()["model"])
+            return str(self.backend.read_metadata()["model"])
         return self._model if isinstance(self._model, str) else None
 
     @cached_property
@@ -164,13 +164,13 @@ class Index:
         model, name = self._model, self._model_name
         if name is not None:
             model = open_dual_encoder(name, device=self._device, precision=self._precision)
-        model = truncate_model_to_index(self.backend.metadata(), cast("DualEncoder", model))
+        model = truncate_model_to_index(self.backend.read_metadata(), cast("DualEncoder", model))
         return QueryEncoder(model, self.resources.load, self.resources.decoding)
 
     @cached_property
     def _text_encoder(self) -> QueryEncoder:
         """Encoder for queries without images. If the model has an ONNX text encoder, PyTorch is not needed."""
-        metadata, name = self.backend.metadata(), self._model_name
+        metadata, name = self.backend.read_metadata(), self._model_name
         if name is not None and self._device is None and self._precision == "auto" and "image_fingerprint" in metadata:
             graph = open_text_graph(name)
             if graph is not None:  # a text graph has all attributes that text queries need
@@ -198,7 +198,7 @@ class Index:
             ValueError: A text is empty, the index was built with a different model, or the model returned NaN or
                 infinity.
             ImageError: An image of the query cannot be decoded.
-            NotFoundError: The index does not contain an earlier hit of the query.
+            NotFoundError: The index does not contain one of the earlier hits in the query.
             IndexUnavailableError: The index cannot be read at the moment.
         """
         query = _make_search_query(query)
@@ -208,7 +208,7 @@ class Index:
         groups = options.group_similar and bool(query)
         count = top * (READ_FACTOR if groups else 1)
         with self.resources.scanning:
-            hits, nothing_close = search_and_rate(
+            hits, nothing_close = search_and_rate_hits(
                 self.backend,
                 calibration,
                 vectors,
@@ -271,7 +271,7 @@ class Index:
         """Return the number of images and the number of distinct images. The counts may be up to a second old."""
         with self._count_slot:
             if time.monotonic() - self._counts_time > COUNT_SECONDS:
-                self._counts, self._counts_time = self.backend.count(), time.monotonic()
+                self._counts, self._counts_time = self.backend.count_images(), time.monotonic()
             return self._counts
 
     @property

@@ -40,7 +40,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 DECODERS = 2  # number of threads that can read or decode an image at the same time
 SCANS = 2  # number of concurrent scans of the index; more scans would only compete for memory bandwidth
-WORKERS_PER_BATCH_ITEM = 2  # while a batch is encoded, the items of the next batch are collected
+WORKERS_PER_BATCH_ITEM = 2  # enough worker threads to collect the next batch while a batch is encoded
 MAX_WAIT = 0.03  # maximum time that a batch waits for more items, in seconds
 
 
@@ -57,10 +57,10 @@ class ServerLimits:
     # If the limit is exceeded, requests of more than 64 KB are rejected with status 429.
     max_bytes_in_flight: int = 512 << 20
     max_pixels: int = 50_000_000  # maximum number of pixels per image; larger images are rejected with status 413
-    max_queue: int = 512  # maximum number of requests, texts or images per queue; others are rejected with status 429
+    max_queue: int = 512  # maximum number of requests, texts or images per queue; excess ones get status 429
     timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
-    max_connections: int = 512  # if there are more connections, the server aborts idle connections
+    max_connections: int = 512  # if more clients are connected, the server aborts idle connections
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 
@@ -68,9 +68,9 @@ class WorkerPool:
     """Thread pool that runs functions for coroutines and limits how many calls can wait."""
 
     def __init__(self, threads: int, unit: str, max_waiting: int) -> None:
-        self.waiting = 0  # number of waiting and running calls whose callers have not been cancelled
+        self.waiting = 0  # number of queued and running calls whose callers have not been cancelled
         self._unit, self._max_waiting = unit, max_waiting
-        # Each thread that runs PyTorch operations has its own OpenMP threads, so worker threads use only one.
+        # Each thread that runs PyTorch operations has its own OpenMP threads, so each worker thread uses only one.
         self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
@@ -88,7 +88,7 @@ class WorkerPool:
 
 
 def check_queue_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
-    """Raise ValueError if `count` items exceed the limit of a queue. Raise QueueFull if the queue is too full now."""
+    """Raise ValueError if `count` exceeds the limit of a queue, or QueueFull if too many items are already waiting."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
     if waiting + count > limit:
@@ -104,7 +104,7 @@ class _PendingItem(NamedTuple, Generic[Item, Result]):
 
 
 class InferenceBatcher(Generic[Item, Result]):
-    """Combines items from several threads into batches and processes each batch with a single call to `work`.
+    """Batcher that combines items from several threads and processes each batch with a single call to `work`.
 
     While a batch is being processed, items for the next batch are collected. If the next batch would be smaller than
     the previous batch, the batcher waits for more items, for up to a tenth of the duration of the previous batch.
@@ -123,7 +123,7 @@ class InferenceBatcher(Generic[Item, Result]):
     ) -> None:
         """Create a batcher. If calls to `work` must not overlap, use a single-threaded executor.
 
-        Batchers that share an executor take turns. `on_batch` receives the size of each batch.
+        Batchers that share an executor process batches in turn. `on_batch` is called with the size of each batch.
         """
         self._work, self._executor, self._on_batch = work, executor, on_batch
         self._max_batch_size, self._max_queue = max_batch_size, max_queue
@@ -131,7 +131,7 @@ class InferenceBatcher(Generic[Item, Result]):
         self._changed = threading.Condition()  # guards the queue
         self._is_scheduled = False  # True if a call to `_process_next_batch` is pending or running
         self._is_closed = False
-        self._last_size, self._last_seconds = 0, 0.0  # number of items in the last batch, and its duration
+        self._last_size, self._last_seconds = 0, 0.0  # size and duration of the last batch
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -142,7 +142,7 @@ class InferenceBatcher(Generic[Item, Result]):
         Raises:
             ValueError: There are more than `max_queue` items.
             QueueFull: The queue does not have enough space for the items, or is closed.
-            DeadlineExceeded: The deadline of the request has passed. Items that still wait are removed.
+            DeadlineExceeded: The deadline of the request has passed. Items that are still waiting are cancelled.
             CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
@@ -156,7 +156,7 @@ class InferenceBatcher(Generic[Item, Result]):
             if entries and not self._is_scheduled:
                 self._schedule_next_batch()
         deadline = current_deadline.get()
-        _, unfinished = wait([entry.result for entry in entries], deadline.remaining, FIRST_EXCEPTION)
+        _, unfinished = wait([entry.result for entry in entries], deadline.remaining_seconds, FIRST_EXCEPTION)
         try:
             results = [entry.result.result() for entry in entries if entry.result.done()]
             if unfinished:
@@ -166,7 +166,7 @@ class InferenceBatcher(Generic[Item, Result]):
             self._cancel_unfinished_items(entries)
 
     def _cancel_unfinished_items(self, entries: Sequence[_PendingItem[Item, Result]]) -> None:
-        """Cancel entries without a result after the caller has timed out or one of its items has failed."""
+        """Cancel the entries that are still waiting, and remove them from the queue."""
         cancelled = [entry.result.cancel() for entry in entries]
         if not any(cancelled):
             return
@@ -194,7 +194,7 @@ class InferenceBatcher(Generic[Item, Result]):
                     self._schedule_next_batch()  # runs after the pending batches of other batchers
 
     def _take_next_batch(self) -> list[_PendingItem[Item, Result]]:
-        """Wait for more items if the last batch was larger than the queue. Return the next batch."""
+        """Return the next batch. If the queue is smaller than the last batch, first wait for more items."""
         with self._changed:
             self._changed.wait_for(lambda: len(self) >= self._last_size, min(MAX_WAIT, self._last_seconds / 10))
             count = min(len(self), self._max_batch_size)
@@ -205,7 +205,7 @@ class InferenceBatcher(Generic[Item, Result]):
         try:
             results = self._work([entry.item for entry in entries])
             if len(results) != len(entries):
-                raise RuntimeError(f"work returned {len(results)} results for {len(entries)} items")
+                raise RuntimeError(f"`work` returned {len(results)} results for {len(entries)} items")
         except BaseException as error:  # a panic in the tokenizer's Rust code raises a BaseException
             if len(entries) > 1:
                 for entry in entries:
@@ -243,7 +243,7 @@ class InferenceService:
     ) -> None:
         """
         Args:
-            model_thread: Single-threaded executor that loaded the model and will run the model. A different thread
+            model_thread: Single-threaded executor in which the model was loaded and will run. A different thread
                 would create a second OpenMP thread pool. With more OpenMP threads than CPU cores, the model runs at
                 half the speed, because the threads do not busy-wait between operations.
 
@@ -260,7 +260,7 @@ class InferenceService:
         threads = WORKERS_PER_BATCH_ITEM * limits.batch_size
         self.searchers = WorkerPool(threads, "searches", limits.max_queue)
         self.embedders = WorkerPool(threads, "requests", limits.max_queue)
-        # Files are opened in separate threads, because reading a table cell requires decoding the table.
+        # Files are opened in separate threads, because reading an image from a table requires decoding the table.
         self._file_readers = WorkerPool(DECODERS, "files", limits.max_queue)
         self._create_prometheus_metrics()
         self._batchers: list[InferenceBatcher[Any, Any]] = []
@@ -276,10 +276,10 @@ class InferenceService:
         self.index: Index | None = None
         if backend is not None:
             self.index = Index(backend, model, resources=resources)
-            self.index.encoder  # noqa: B018  (checks that the model fits the index)
+            self.index.encoder  # noqa: B018  (raises an error if the model does not fit the index)
 
     def _make_batching_model(self, model: DualEncoder) -> DualEncoder:
-        """Return a copy of a model that runs in batches in the model thread."""
+        """Return a copy of a model whose encoders run in batches in the model thread."""
 
         @torch.inference_mode()
         def encode_texts(texts: list[str]) -> list[Tensor]:

@@ -24,7 +24,7 @@ MAX_PHOTOS = 50  # maximum number of photos per result, to save space in the age
 Photo = Annotated[str, Field(max_length=MAX_PATH_LENGTH - 2), schemas.VALID_UNICODE, schemas.NON_BLANK]
 
 
-class SearchPhotos(schemas.StrictModel):
+class SearchPhotosTool(schemas.StrictModel):
     """Search a photo collection. Return the id, name, relevance (0 to 1) and thumbnail of each photo, best first.
 
     If no photo is close to the text, say so instead of presenting unrelated photos.
@@ -57,7 +57,7 @@ class SearchPhotos(schemas.StrictModel):
         return content
 
 
-class ShowPhoto(schemas.StrictModel):
+class ShowPhotoTool(schemas.StrictModel):
     """Show a photo at up to 1024 pixels, with its metadata, captions and recognised text.
 
     If several photos have this file name, show the newest photo. `others` lists the names of at most 49 other photos.
@@ -67,7 +67,7 @@ class ShowPhoto(schemas.StrictModel):
 
     def run(self, index: Index) -> list[Any]:
         hits = index.backend.read_hits([self.photo])
-        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # "?" also matches "*"
+        pattern, ends = self.photo.replace("*", "?"), (f"/{self.photo}", f"!{self.photo}")  # "*" would match any text
         for path in (pattern, f"*!{pattern}"):  # the second pattern matches members of tar files
             if not hits:
                 # The filter also matches similar names and folder names, so the file names are compared again.
@@ -84,7 +84,7 @@ class ShowPhoto(schemas.StrictModel):
                 data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
                 jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
         except (ImageError, NotFoundError, ImageTooLarge) as error:
-            content.append(TextContent(text=f"The photo cannot be shown. This is its thumbnail: {error}"))
+            content.append(TextContent(text=f"The photo cannot be shown: {error}. Only its thumbnail is available."))
             jpeg = index.backend.read_thumbnail(hit.id)
         if jpeg is None:
             raise NotFoundError(f"the photo {self.photo} has just been removed from the index")
@@ -96,7 +96,7 @@ def add_mcp_route(app: FastAPI) -> None:
 
     The route has no sessions or streams, so the server's limits apply. The MCP SDK limits request bodies to 4 MiB.
     """
-    models: dict[str, Any] = {"search_photos": SearchPhotos, "show_photo": ShowPhoto}
+    models: dict[str, Any] = {"search_photos": SearchPhotosTool, "show_photo": ShowPhotoTool}
 
     async def list_tools(*_: Any) -> ListToolsResult:
         tools, hints = [], ToolAnnotations(read_only_hint=True, open_world_hint=False)
@@ -108,7 +108,7 @@ def add_mcp_route(app: FastAPI) -> None:
     async def call_tool(_: Any, call: CallToolRequestParams) -> CallToolResult:
         try:
             if call.name not in models:
-                raise NotFoundError(f"unknown tool {call.name[:50]!r}; the tools are {', '.join(models)}")
+                raise NotFoundError(f"unknown tool {call.name[:50]!r}; valid tools are {', '.join(models)}")
             service, tool = app.state.service, models[call.name].model_validate(call.arguments or {})
             return CallToolResult(content=await service.searchers.run(tool.run, service.require_index()))
         except Exception as error:  # the MCP SDK would send the exception's message to the client
@@ -123,7 +123,7 @@ def add_mcp_route(app: FastAPI) -> None:
         __call__ = staticmethod(manager.handle_request)
 
     @app.post("/mcp", include_in_schema=False)  # a GET request would open a stream
-    async def serve_mcp() -> Response:
+    async def handle_mcp_request() -> Response:
         return McpResponse()
 
     app.state.background = manager.run()

@@ -1,8 +1,8 @@
-"""Metadata of indexed images, and search filters. `ImageMetadata` and `ContentMetadata` declare each field once.
+"""Metadata of indexed images, and search filters.
 
-The database columns, the HTTP API, the options and JSON output of `llm2clip search`, the search page, its CSV list and
-galleries are derived from the declarations. To add a field, declare the field, read its value in `read_exif`, and
-increase `backends.FORMAT_VERSION`.
+The declarations in `ImageMetadata` and `ContentMetadata` determine the database columns, the HTTP API, the options and
+JSON output of `llm2clip search`, the search page, its CSV export and galleries. To add a field, declare the field, read
+its value in `read_exif`, and increase `backends.FORMAT_VERSION`.
 """
 
 import io
@@ -45,11 +45,11 @@ class FilterCondition:
     name: str  # name in `Filter`, in the HTTP API and on the command line
     kind: Literal["text", "number", "first time", "last time"]  # type of the value; times are Unix timestamps
     label: str  # text in front of the value on the search page
-    description: str  # continuation of "Only images" in the HTTP API and in `--help`
+    description: str  # text that follows "Only images" in the HTTP API and in `--help`
     sql: str = ""  # SQL condition with the value as `:NAME`; empty if each backend has its own condition
     max_length: int = MAX_FILTER_LENGTH  # maximum length of a text value, in characters
-    placeholder: str = ""  # example or unit in the empty input on the search page
-    to_parameter: Callable[[Any], Any] = field(default=lambda value: value)  # converts the value for SQL
+    placeholder: str = ""  # example or unit in the empty input field on the search page
+    to_parameter: Callable[[Any], Any] = field(default=lambda value: value)  # converts the value to an SQL parameter
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class MetadataField:
     name: str
     type: type  # float, int or str
     is_nullable: bool  # True if the value can be None
-    description: str  # description in the HTTP API
-    display: str = ""  # template for the details of an image, which is not shown if a field `{NAME}` is empty
+    description: str
+    display: str = ""  # template of a metadata line; the line is hidden if a field `{NAME}` is empty
     link: str = ""  # template of the URL to which the displayed text links
     is_time: bool = False  # True for Unix timestamps, which are shown as local dates and times
     is_private: bool = False  # True if galleries omit the field by default
@@ -174,15 +174,15 @@ def get_column_values(
 
 
 @dataclass(frozen=True)
-class Detail:
-    """A line of metadata for the user. If `url` is not empty, the text links to this URL."""
+class MetadataLine:
+    """Line of metadata that is shown to users. If `url` is not empty, the text links to this URL."""
 
     text: str
     url: str
 
 
-def list_metadata_details(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[Detail]:
-    values = metadata_to_json(content, CONTENT_FIELDS) | metadata_to_json(image, IMAGE_FIELDS)
+def describe_metadata(content: ContentMetadata, image: ImageMetadata, with_private: bool = True) -> list[MetadataLine]:
+    values = convert_metadata_to_json(content, CONTENT_FIELDS) | convert_metadata_to_json(image, IMAGE_FIELDS)
     details = []
     for item in (*CONTENT_FIELDS, *IMAGE_FIELDS):
         if item.is_time and values[item.name] is not None:
@@ -190,11 +190,11 @@ def list_metadata_details(content: ContentMetadata, image: ImageMetadata, with_p
         names = re.findall(r"{(\w+)}", item.display)
         is_shown = with_private or not item.is_private
         if is_shown and names and all(values[name] not in (None, "") for name in names):
-            details.append(Detail(item.display.format(**values), item.link.format(**values)))
+            details.append(MetadataLine(item.display.format(**values), item.link.format(**values)))
     return details
 
 
-def metadata_to_json(
+def convert_metadata_to_json(
     values: ImageMetadata | ContentMetadata, metadata_fields: tuple[MetadataField, ...]
 ) -> dict[str, Any]:
     """Return metadata values for JSON. Times are local times in ISO 8601 format, or None if out of range."""
@@ -250,7 +250,7 @@ class Filter:
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
             if name not in CONDITIONS:
-                raise TypeError(f"unknown filter {name!r}; the filters are {', '.join(CONDITIONS)}")
+                raise TypeError(f"unknown filter {name!r}; valid filters are {', '.join(CONDITIONS)}")
             limit = CONDITIONS[name].max_length
             if isinstance(value, str) and len(value) > limit:
                 raise ValueError(f"the {name} filter is too long: {len(value):,} characters; the limit is {limit:,}")
@@ -265,7 +265,7 @@ class Filter:
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 DATE_TAKEN, DATE, MAKE, MODEL = 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
 LATITUDE_REFERENCE, LATITUDE, LONGITUDE_REFERENCE, LONGITUDE = 1, 2, 3, 4  # tags of GPS_IFD
-MAX_CAMERA_LENGTH = 200  # in characters; longer camera names are truncated
+MAX_CAMERA_LENGTH = 200  # maximum length of a camera name, in characters
 TIME_OFFSET = 1e-6  # seconds that are added to an EXIF time that equals the modification time of the file
 
 

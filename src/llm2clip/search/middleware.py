@@ -22,13 +22,13 @@ from llm2clip.search.schemas import RETRY_SOON, make_error_response
 from llm2clip.search.types import NO_DEADLINE, Deadline, current_deadline
 
 SESSION_SECONDS = 24 * 3600
-# Requests with other methods are counted as "other", because clients can send arbitrary method names.
+# HTTP methods that metrics count separately. All other method names that clients send are counted as "other".
 COUNTED_METHODS = ("GET", "POST", "HEAD", "OPTIONS")
 # A parsed JSON value can use 100 times as much memory as its text. Legitimate large requests consist of long strings.
 MAX_JSON_VALUES = 200_000
 CHUNK_SIZE = 64 << 10  # size of the chunks in which response bodies are sent, in bytes
-ALWAYS_ACCEPTED = 64 << 10  # in bytes; requests up to this size are accepted even if the budget is exhausted
-GRACE_PERIOD = 0.01  # in seconds; time in which the server reads what new clients send, before it aborts connections
+ALWAYS_ACCEPTED = 64 << 10  # requests up to this size, in bytes, are accepted even if the budget is exhausted
+GRACE_PERIOD = 0.01  # seconds for which a new client can send a request before the connection limit is enforced
 # Page for browsers that have not sent the token. Its CSS is inline, because all other files require the token.
 TOKEN_PAGE = Path(__file__).parent / "static" / "token.html"
 TOKEN_PAGE_POLICY = (
@@ -45,7 +45,7 @@ SECURITY_HEADERS = {
 
 
 class Authenticator:
-    """Checks that requests contain a token, or the cookie of a session that was started with the token.
+    """Authentication of requests by a token, or by the cookie of a session that was started with the token.
 
     Sessions are not stored on the server. The cookie contains the end time of the session, signed with a key that is
     derived from the token, so all processes with the same token accept the same sessions. The cookie does not contain
@@ -74,7 +74,7 @@ class Authenticator:
         return is_signed and time.time() < int(end)
 
     def is_valid_token(self, text: str) -> bool:
-        """Return True if the text equals the token. The comparison runs in constant time."""
+        """Compare a text with the token in constant time."""
         return secrets.compare_digest(text.encode(), self._token.encode())
 
     def start_session(self, request: Request, response: Response) -> None:
@@ -117,7 +117,7 @@ class RequestMiddleware:
             if error is not None:
                 await error(scope, receive, sender)
         finally:
-            allocation.remove()
+            allocation.release()
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in COUNTED_METHODS else "other"
             self.service.request_count.labels(method, route, sender.status).inc()
@@ -137,23 +137,23 @@ class RequestMiddleware:
                 return FileResponse(TOKEN_PAGE, 401, headers)
             message = "invalid token: send the header Authorization: Bearer TOKEN, or open /?token=TOKEN in a browser"
             return make_error_response(401, message, {"WWW-Authenticate": "Bearer"})
-        # "same-site" includes other ports of the same host, which are different servers.
+        # "same-site" requests can come from other ports of the host, where different servers may run.
         is_other_site = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and request.scope["path"] != "/":
             return make_error_response(403, "cross-site requests are not allowed")
         content_type = request.headers.get("content-type", "").lower()
         is_form = content_type.startswith("multipart/form-data") and "charset" not in content_type
-        # URL-encoded forms, and charsets such as punycode, take seconds to parse.
+        # Parsing a URL-encoded form, or a charset such as punycode, can take seconds.
         if request.method == "POST" and request.scope["path"] == "/predict" and not is_form:
-            return make_error_response(415, "send multipart/form-data without a charset")
+            return make_error_response(415, "the request body must be multipart/form-data without a charset")
         if length.isdigit() and int(length) > max_bytes:
             return make_error_response(
-                413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,}"
+                413, f"the request body is too large: {int(length):,} bytes; the limit is {max_bytes:,} bytes"
             )
         return None
 
     def _is_authorized(self, request: Request) -> bool:
-        path = request.scope["path"]  # not request.url, which depends on the Host header
+        path = request.scope["path"]  # request.url would depend on the Host header
         if self.auth is None or path in self.public_paths or self.auth.is_authorized(request):
             return True
         return path == "/" and self.auth.is_valid_token(request.query_params.get("token", ""))
@@ -179,7 +179,7 @@ class RequestMiddleware:
 class _BodyReader:
     """Wrapper around `receive` that enforces size limits even if Content-Length is missing or wrong.
 
-    It raises HTTPException, because FastAPI replaces any other exception that occurs while a body is read.
+    Errors are HTTPExceptions, because FastAPI replaces all other exceptions that are raised while a body is read.
     """
 
     def __init__(self, request: Request, receive: Receive, allocation: ByteAllocation, limits: ServerLimits) -> None:
@@ -192,7 +192,7 @@ class _BodyReader:
         message = await self._receive()
         body = message.get("body", b"")
         try:
-            self._allocation.add(len(body))
+            self._allocation.reserve(len(body))
         except QueueFull as error:
             raise HTTPException(429, str(error), RETRY_SOON) from None
         self._size += len(body)
@@ -214,37 +214,37 @@ class _ResponseSender:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allocation: ByteAllocation) -> None:
         self._scope, self._receive, self._send, self._allocation = scope, receive, send, allocation
-        self._start: Message | None = None  # start message, sent only after the body size has been checked
+        self._start: Message | None = None  # message with the status, sent after a check of the body size
         self._is_rejected = False
         self.status, self.started = 500, False
-        # The time limit ends when the response starts, because the sending time depends on the client. If the client
-        # does not read the response, `LimitedConnection` aborts the connection.
+        # The time limit ends when the response starts, because the sending time depends on the client.
+        # If a client does not read the response, `LimitedConnection` aborts the connection.
         self.timer: asyncio.Timeout | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._start = message
         elif not self._is_rejected:
-            await self._send_body(message)
+            await self._send_response_body(message)
 
-    async def _send_body(self, message: Message) -> None:
+    async def _send_response_body(self, message: Message) -> None:
         body = message.get("body", b"")
         if len(body) > CHUNK_SIZE:
             try:
-                self._allocation.add(len(body))
+                self._allocation.reserve(len(body))
             except QueueFull as error:  # replace the application's response with an error response
                 await make_error_response(429, str(error), RETRY_SOON)(self._scope, self._receive, self)
                 self._is_rejected = True
                 return
         if self._start is not None:
-            await self._send_start(self._start)
+            await self._send_response_start(self._start)
         more_body = message.get("more_body", False)
         for start in range(0, max(1, len(body)), CHUNK_SIZE):
             end = start + CHUNK_SIZE
             chunk = {**message, "body": body[start:end], "more_body": more_body or end < len(body)}
             await self._send(chunk)
 
-    async def _send_start(self, message: Message) -> None:
+    async def _send_response_start(self, message: Message) -> None:
         self._start = None
         self.status, self.started = message["status"], True
         current_deadline.set(NO_DEADLINE)
@@ -270,34 +270,33 @@ class ByteBudget:
 
 
 class ByteAllocation:
-    """Share of a byte budget that a request uses."""
+    """Bytes of a `ByteBudget` that are reserved for a request."""
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget, self.size = budget, 0
 
-    def add(self, size: int) -> None:
-        """Allocate more bytes. Raise QueueFull if the budget is exhausted after the first ALWAYS_ACCEPTED bytes."""
+    def reserve(self, size: int) -> None:
+        """Reserve more bytes. Raise QueueFull if the budget is exhausted after the first ALWAYS_ACCEPTED bytes."""
         self.size += size
         self._budget.total += size
         if self._budget.total > self._budget.max_bytes and self.size > ALWAYS_ACCEPTED:
             raise QueueFull("the server is busy: too much data in concurrent requests; try again later")
 
-    def remove(self) -> None:
-        """Return all bytes to the budget."""
+    def release(self) -> None:
         self._budget.total -= self.size
         self.size = 0
 
 
 class LimitedConnection(H11Protocol):
-    """A uvicorn connection that is aborted if the client is idle for too long or if there are too many connections.
+    """Uvicorn connection that is aborted if the client is idle for too long or if there are too many connections.
 
-    A timer runs while the server waits for complete request headers or for the client to read a response. Waits for
-    request bodies are limited by `RequestMiddleware`. Connections are aborted instead of closed, because a transport
-    closes only after the client has read all buffered data.
+    A timer runs while the server waits for complete request headers or for the client to read a response. The time to
+    receive a request body is limited by `RequestMiddleware`. Connections are aborted instead of closed, because a
+    transport closes only after the client has read all buffered data.
     """
 
     limits: ServerLimits
-    idle: dict[str, dict[LimitedConnection, None]]  # by address, in the order in which the connections became idle
+    idle: dict[str, dict[LimitedConnection, None]]  # idle connections by client address, longest idle time first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -353,11 +352,11 @@ class LimitedConnection(H11Protocol):
     def _enforce_connection_limit(self) -> None:
         """Abort idle connections until the limit is met. If no connection is idle, abort this new connection."""
         while self in self.connections and len(self.connections) > self.limits.max_connections:
-            # Attackers open many connections and stay silent. Other clients have few connections and send a request at
-            # once, so their connections remain open even if they share the attackers' address.
+            # The client address with the most idle connections is probably an attacker's.
+            # A client that sends a request immediately is not idle, so it can share the attacker's address.
             connections = max(self.idle.values(), key=len, default={self: None})
             connection = next(iter(connections))
-            self.connections.discard(connection)  # connection_lost is called only after this loop
+            self.connections.discard(connection)  # transport.abort() calls connection_lost only after this loop
             connection._set_idle_status(False)
             connection.transport.abort()
 

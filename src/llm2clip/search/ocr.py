@@ -20,8 +20,8 @@ from llm2clip.search.backends import IndexBackend
 
 MAX_SIDE = 960  # length of the longer side to which larger images are scaled down, in pixels
 MAX_LINES = 100  # maximum number of text lines per image
-MAX_ASPECT = 60  # maximum width / height of a line that is read; the reading time is proportional to width / height
-MAX_SECONDS = 30.0  # time limit per image, which is checked before each line is read
+MAX_ASPECT = 60  # maximum aspect ratio of a text line; the time to read a line is proportional to its aspect ratio
+MAX_SECONDS = 30.0  # time limit per image, in seconds; checked before each line is read
 MAX_TEXT_LENGTH = 10_000  # maximum length of the text of an image, in characters
 MIN_CONFIDENCE = 0.5  # minimum confidence of a text line, from 0 to 1
 BATCH_SIZE = 16  # number of images per commit
@@ -47,9 +47,9 @@ def open_text_recognizer() -> RecognizeText:
         "Det.max_candidates": MAX_LINES,
     }
     params.update({f"{part}.model_path": path for part, path in _find_ocr_weights().items()})
-    engine: Any = RapidOCR(params=params)  # the type of the results depends on the arguments
+    engine: Any = RapidOCR(params=params)  # its return type depends on the arguments of each call
 
-    def recognize(image: np.ndarray) -> str:
+    def recognize_text(image: np.ndarray) -> str:
         deadline = time.monotonic() + MAX_SECONDS
         bgr = np.ascontiguousarray(image[:, :, ::-1])
         boxes = engine(bgr, use_det=True, use_cls=False, use_rec=False).boxes
@@ -65,7 +65,7 @@ def open_text_recognizer() -> RecognizeText:
                 lines.extend(text for text, confidence in pairs if confidence >= MIN_CONFIDENCE)
         return "\n".join(lines)
 
-    return recognize
+    return recognize_text
 
 
 def _find_ocr_weights() -> dict[str, str]:
@@ -91,7 +91,7 @@ def recognize_image_texts(
 ) -> int:
     """Recognise the text in those images of the sources that have no OCR result. Return the number of new results.
 
-    Images whose text recognition fails are recorded in the log. The next call reads these images again.
+    Images whose text recognition fails are recorded in the log. The next call tries these images again.
     """
     contents = backend.find_contents_without_text(sources)
     stored = 0
@@ -108,7 +108,7 @@ def recognize_image_texts(
 def _iterate_recognized_texts(
     refs: Sequence[Any], recognize: RecognizeText, workers: int | None
 ) -> Iterator[tuple[dict[int, str], dict[int, str], int]]:
-    """Yield the texts and error messages of each batch, keyed by image index, and the number of images."""
+    """Yield the texts and error messages of each batch, keyed by image index, and the number of images in the batch."""
     for indices, images, errors in iter_image_batches(refs, prepare_image_for_ocr, BATCH_SIZE, workers):
         texts: dict[int, str] = {}
         for index, image in zip(indices, images, strict=True):

@@ -3,7 +3,7 @@
 Each index has its own schema. All filters are SQL conditions, so a search reads only matching rows. For indexes with at
 least APPROXIMATE_ABOVE distinct images, `finish_indexing` builds an HNSW graph in the database.
 
-Word search finds the same matches as in the SQLite backend. Texts are split into words in Python, because PostgreSQL's
+Word search returns the same matches as the SQLite backend. Texts are split into words in Python, because PostgreSQL's
 parser splits file names and numbers differently and does not remove diacritics.
 """
 
@@ -47,7 +47,7 @@ from llm2clip.search.metadata import (
 from llm2clip.search.postgres_database import (
     Connection,
     PostgresDatabase,
-    convert_parameters,
+    convert_sql_parameters,
     make_sql_runner,
     parse_index_url,
 )
@@ -72,10 +72,10 @@ APPROXIMATE_ABOVE = 100_000  # smaller indexes are searched exactly (see benchma
 MAX_INLINE_DIM = 3900  # larger vectors do not fit in an 8 KB database page
 MAX_HNSW_DIM = 4000  # limit of pgvector
 HNSW_INDEX = "contents_hnsw"
-MAX_EXACT_MATCHES = 50_000  # if at most this number of images match a filter, the images are searched exactly
+MAX_EXACT_MATCHES = 50_000  # if no more than this number of images match a filter, the search is exact
 EF_SEARCH, MAX_EF_SEARCH = 100, 1000  # default and maximum number of candidates per HNSW search
 # Longer words are truncated, because PostgreSQL limits words in a tsvector to 2,046 bytes.
-# Query words are shorter than truncated words and never match them.
+# Query words are shorter, so they never match truncated words.
 MAX_WORD_LENGTH = MAX_QUERY_LENGTH + 1
 # PostgreSQL limits a tsvector, including the word positions, to 1 MB. Words that exceed the limit are ignored.
 MAX_WORDS_SIZE, POSITION_SIZE = 1_000_000, 8
@@ -143,7 +143,7 @@ STORED_CHARACTER = re.compile("\U0010f7fe?[\U0010f7fe-\U0010ffff]")
 def open_index(location: str, write: bool) -> PostgresBackend:
     """Open the index at a URL of the form `postgresql://USER@HOST/DATABASE?schema=NAME`. See `open_backend`."""
     backend = PostgresBackend(location)
-    if not write and not backend.metadata():
+    if not write and not backend.read_metadata():
         raise FileNotFoundError(
             f"{hide_password(location)}: the schema {backend.schema!r} does not contain an llm2clip index. Create an "
             "index with `llm2clip index`"
@@ -175,12 +175,12 @@ class PostgresBackend(IndexBackend):
     def lock(self) -> AbstractContextManager[None]:
         return self._db.lock()
 
-    def metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         def read_rows(run: SqlRunner) -> list[tuple[Any, ...]]:
-            has_table = _relation_exists(run, f"{self.schema}.metadata")
+            has_table = _has_relation(run, f"{self.schema}.metadata")
             return run("SELECT key, value FROM metadata", {}) if has_table else []
 
-        metadata = {key: json.loads(value) for key, value in self._run_read_only(read_rows)}
+        metadata = {key: json.loads(value) for key, value in self._run_with_read_access(read_rows)}
         if metadata:
             version = metadata.pop("format_version", None)
             check_format_version(self.location, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
@@ -188,7 +188,7 @@ class PostgresBackend(IndexBackend):
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
         with self._db.open_transaction() as connection:
-            if not _relation_exists(make_sql_runner(connection), f"{self.schema}.metadata"):
+            if not _has_relation(make_sql_runner(connection), f"{self.schema}.metadata"):
                 self._db.create_schema(connection)
                 _create_tables(connection, int(metadata["embed_dim"]))
             rows = [(key, json.dumps(value)) for key, value in {**metadata, "format_version": FORMAT_VERSION}.items()]
@@ -208,9 +208,9 @@ class PostgresBackend(IndexBackend):
         self._has_changes = self._may_have_orphans = True
         with self._db.open_transaction() as connection, connection.cursor() as cursor:
             if content_rows:
-                cursor.executemany(convert_parameters(INSERT_CONTENT), content_rows)
+                cursor.executemany(convert_sql_parameters(INSERT_CONTENT), content_rows)
             if images:
-                cursor.executemany(convert_parameters(INSERT_IMAGE), self._make_image_rows(connection, images))
+                cursor.executemany(convert_sql_parameters(INSERT_IMAGE), self._make_image_rows(connection, images))
 
     def _make_image_rows(
         self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]
@@ -226,7 +226,7 @@ class PostgresBackend(IndexBackend):
         for (image, digest), columns in zip(images, _make_word_columns(fields), strict=True):
             container = None if isinstance(image.ref, FileImage) else self._escape_text(image.container)
             row = {"key": self._hash_image_name(image.name), "hash": digest, "container": container}
-            rows.append({**row, **self._image_to_row(image), **columns})
+            rows.append({**row, **self._convert_image_to_row(image), **columns})
         return rows
 
     def remove_images(self, names: Sequence[str]) -> None:
@@ -249,17 +249,17 @@ class PostgresBackend(IndexBackend):
             {"text": self._escape_text(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()
         ]
         with self._db.open_transaction() as connection, connection.cursor() as cursor:
-            cursor.executemany(convert_parameters(INSERT_TEXT), text_rows)
+            cursor.executemany(convert_sql_parameters(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_sql_runner(connection)(statement, {"hashes": list(texts)})
-            columns = _make_word_columns([self._row_to_fields(row) for row in rows])
+            columns = _make_word_columns([self._convert_row_to_fields(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
-            cursor.executemany(convert_parameters(UPDATE_WORDS), parameters)
+            cursor.executemany(convert_sql_parameters(UPDATE_WORDS), parameters)
 
     def finish_indexing(self) -> None:
         """Build the HNSW graph if the index is large, and update the statistics of the query planner."""
-        _, contents = self.count()
-        dim = int(self.metadata()["embed_dim"])
+        _, contents = self.count_images()
+        dim = int(self.read_metadata()["embed_dim"])
         with self._db.open_transaction() as connection:
             if contents >= self.approximate_above and dim <= MAX_HNSW_DIM:
                 connection.execute(
@@ -273,8 +273,8 @@ class PostgresBackend(IndexBackend):
 
     # ---- statements
 
-    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
-        return self._db.run_read_only(lambda connection: function(make_sql_runner(connection)))
+    def _run_with_read_access(self, function: Callable[[SqlRunner], Result]) -> Result:
+        return self._db.run_with_read_access(lambda connection: function(make_sql_runner(connection)))
 
     @contextmanager
     def _open_transaction(self) -> Iterator[SqlRunner]:
@@ -302,7 +302,7 @@ class PostgresBackend(IndexBackend):
         return int(count)
 
     def _make_content_condition(self, image_filter: Filter) -> tuple[str, dict[str, Any]]:
-        """Return an SQL condition for contents with a matching image, and the parameters of the condition."""
+        """Return the SQL condition and parameters for contents that have a matching image."""
         conditions = self._make_conditions(image_filter)
         where = list(conditions.contents)
         image_conditions = _list_image_conditions(conditions)
@@ -337,7 +337,7 @@ class PostgresBackend(IndexBackend):
             return run(statement, parameters)
 
         rows: list[tuple[Any, ...]] = []
-        if _relation_exists(run, f"{self.schema}.{HNSW_INDEX}") and _has_many_matches(run, condition, parameters):
+        if _has_relation(run, f"{self.schema}.{HNSW_INDEX}") and _has_many_matches(run, condition, parameters):
             ef_search = min(max(EF_SEARCH, depth), MAX_EF_SEARCH)
             run(
                 "SELECT set_config('hnsw.ef_search', :ef, true), "
@@ -346,7 +346,7 @@ class PostgresBackend(IndexBackend):
             )
             rows = select_nearest("vector <#> :query", "vector <#> :query")
         if len(rows) < depth:  # pgvector may stop before it has found enough matches
-            rows = select_nearest("(vector <#> :query) + 0", "distance, id")  # adding 0 avoids the HNSW graph
+            rows = select_nearest("(vector <#> :query) + 0", "distance, id")  # adding 0 bypasses the HNSW graph
         ids, distances = np.array(rows, np.float64).reshape(-1, 2).T
         return ids.astype(np.int64), -distances
 
@@ -356,13 +356,13 @@ class PostgresBackend(IndexBackend):
         parameters = {**parameters, **match_parameters, "limit": MIN_COMMON, "fused": MAX_FUSED}
         exceeds = f"SELECT 1 FROM images WHERE {match} OFFSET :limit LIMIT 1"
         if run(exceeds, parameters):
-            # The limit does not grow beyond this number of images, so further images need not be counted.
+            # The limit is the same for all larger indexes, so the count can stop at this number of images.
             counted = {"counted": math.ceil(MAX_MATCHES / MAX_MATCHED_FRACTION)}
             ((total,),) = run("SELECT count(*) FROM (SELECT FROM images LIMIT :counted) AS counted", counted)
             parameters["limit"] = compute_word_match_limit(total)
             if run(exceeds, parameters):
                 return np.empty(0, np.int64)
-        # PostgreSQL does not compute BM25 scores. With the option 1, `ts_rank` penalises long texts.
+        # PostgreSQL cannot compute BM25 scores. The last argument of `ts_rank` is an option that penalises long texts.
         rank = "ts_rank(words, :words::tsquery, 1)" if query.words else "0"
         rows = run(
             f"WITH matches AS MATERIALIZED (SELECT content, {rank} AS rank FROM images WHERE {match}) "
@@ -382,7 +382,7 @@ class PostgresBackend(IndexBackend):
             {**parameters, "ids": list(ids), "locations": MATCHED_LOCATIONS},
         )
         # The stored dates are in the time zone of the machine that added the images.
-        return [(row[1], {**self._row_to_fields(row), "date": row[3]}) for row in rows]
+        return [(row[1], {**self._convert_row_to_fields(row), "date": row[3]}) for row in rows]
 
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
@@ -402,7 +402,7 @@ class PostgresBackend(IndexBackend):
         rows.sort(key=lambda row: (not row[1], row[2]))
         images: dict[int, dict[IndexedImage, None]] = {}
         for content_id, _, *row in rows:
-            images.setdefault(content_id, {})[self._image_from_row(row)] = None
+            images.setdefault(content_id, {})[self._convert_row_to_image(row)] = None
         return {content_id: tuple(content_images)[:MAX_LOCATIONS] for content_id, content_images in images.items()}
 
     def _decode_vector(self, vector: HalfVector) -> np.ndarray:
@@ -419,12 +419,12 @@ class PostgresBackend(IndexBackend):
     def _hash_image_name(self, name: str) -> bytes:
         return hashlib.sha256(self._escape_text(name).encode()).digest()
 
-    def _row_to_fields(self, row: Sequence[Any]) -> dict[str, str]:
+    def _convert_row_to_fields(self, row: Sequence[Any]) -> dict[str, str]:
         _, _, text, _, *image_row = row
-        return make_text_fields(self._image_from_row(image_row), self._unescape_text(text))
+        return make_text_fields(self._convert_row_to_image(image_row), self._unescape_text(text))
 
 
-def _relation_exists(run: SqlRunner, name: str) -> bool:
+def _has_relation(run: SqlRunner, name: str) -> bool:
     schema, relation = name.split(".")
     statement = (
         "SELECT 1 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
@@ -455,7 +455,6 @@ def _list_image_conditions(conditions: SqlConditions) -> list[str]:
 
 
 def _has_many_matches(run: SqlRunner, condition: str, parameters: Mapping[str, Any]) -> bool:
-    """Return True if more than MAX_EXACT_MATCHES images match a condition."""
     if condition == "true":
         return True
     matches = f"SELECT FROM contents WHERE {condition} LIMIT :limit"
@@ -479,7 +478,7 @@ def _make_word_columns(images: Sequence[Mapping[str, str]]) -> list[dict[str, st
 def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
     """Format the words of several fields as a tsvector. Words must consist of letters and digits.
 
-    The positions of two fields are not consecutive, so a phrase cannot match words of two fields.
+    The positions have a gap between fields, so a phrase cannot match words from two fields.
     """
     positions: dict[str, list[str]] = {}
     position = size = 0
@@ -495,7 +494,7 @@ def _format_tsvector(fields: Iterable[Sequence[str]]) -> str:
 
 
 def _make_word_match_condition(query: WordQuery) -> tuple[str, dict[str, str]]:
-    """Return an SQL condition for images that contain all words of a query, and the parameters of the condition."""
+    """Return the SQL condition and parameters for images that contain all words of a query."""
     conditions, parameters = [], {}
     if query.words:
         phrases = [" <-> ".join(f"'{word}'" for word in words) for words in split_words(query.words) if words]

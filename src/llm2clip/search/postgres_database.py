@@ -27,7 +27,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 # If a password contained an unencoded @, libpq would use part of the password as the host and show it in messages.
 ADDRESS = re.compile(r"\w+://([^/@]*@)?[^@]*")
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
-MIN_PGVECTOR = (0, 8)  # in earlier versions, an HNSW search with a filter can return too few rows
+MIN_PGVECTOR = (0, 8)  # in earlier versions, an HNSW search with a filter may return too few rows
 MAX_CONNECTIONS = 8  # maximum number of connections for searches per process
 # With these defaults, a failure of the server or the network is detected within a minute.
 CONNECTION_DEFAULTS = {
@@ -101,7 +101,7 @@ class PostgresDatabase:
     """
 
     def __init__(self, conninfo: str, schema: str, location: str) -> None:
-        """Set the connection string and the schema. `location` is the URL without the password, for error messages."""
+        """Store the settings without connecting. `location` is the URL without secrets, for error messages."""
         self.conninfo, self.schema, self.location = conninfo, schema, location
         self._idle: queue.LifoQueue[Connection] = queue.LifoQueue()
         self._slots = FairSemaphore(MAX_CONNECTIONS)
@@ -110,7 +110,7 @@ class PostgresDatabase:
 
     # ---- reading
 
-    def run_read_only(self, function: Callable[[Connection], Result]) -> Result:
+    def run_with_read_access(self, function: Callable[[Connection], Result]) -> Result:
         """Call a function with a connection in a read-only transaction, which reads a snapshot of the database.
 
         If the connection is lost, for example because the server has restarted, call the function again.
@@ -118,11 +118,11 @@ class PostgresDatabase:
         with self._slots:
             try:
                 return self._read_in_transaction(function)
-            except _ConnectionLost:
+            except _LostConnectionError:
                 self._close_idle_connections()  # the other connections are probably lost, too
             try:
                 return self._read_in_transaction(function)
-            except _ConnectionLost as error:
+            except _LostConnectionError as error:
                 raise self._make_unavailable_error(error) from error
 
     def _read_in_transaction(self, function: Callable[[Connection], Result]) -> Result:
@@ -133,7 +133,7 @@ class PostgresDatabase:
         except psycopg.Error as error:
             if _is_connection_lost(connection, error):
                 connection.close()
-                raise _ConnectionLost(str(error)) from error
+                raise _LostConnectionError(str(error)) from error
             error_type = IndexUnavailableError if isinstance(error, UNREADABLE) else OSError
             raise error_type(f"{self.location}: {error}") from error
         finally:
@@ -200,8 +200,8 @@ class PostgresDatabase:
                     "after the last complete batch"
                 )
             self._writer = self._connect(create_extensions=True)
-            self._writer.prepare_threshold = 5  # planning an INSERT takes a quarter of the time for adding an image
-            self._close_idle_connections()  # idle connections may lack the types of the new extensions
+            self._writer.prepare_threshold = 5  # otherwise, planning takes a quarter of the time to add an image
+            self._close_idle_connections()  # idle connections have not registered the types of new extensions
         return self._writer
 
     @contextmanager
@@ -250,11 +250,11 @@ class PostgresDatabase:
             if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < MIN_PGVECTOR:
                 minimum = ".".join(map(str, MIN_PGVECTOR))
                 raise ValueError(
-                    f"{self.location}: pgvector {version} is too old; llm2clip requires {minimum} or later. Install it "
-                    "on the server, then run `ALTER EXTENSION vector UPDATE` in the database"
+                    f"{self.location}: pgvector {version} is too old; llm2clip requires {minimum} or later. Install a "
+                    "newer version on the server, then run `ALTER EXTENSION vector UPDATE` in the database"
                 )
         search_path = sql.SQL(", ").join(map(sql.Identifier, schemas)).as_string(connection)
-        # For queries that take less than a second, JIT compilation takes longer than the time it saves.
+        # For queries of less than a second, JIT compilation takes more time than it saves.
         connection.execute(
             "SELECT set_config('search_path', %s, false), set_config('jit', 'off', false)", (search_path,)
         )
@@ -290,18 +290,18 @@ def make_sql_runner(connection: Connection) -> SqlRunner:
     """Return a function that runs SQL statements with parameters of the form `:NAME`."""
 
     def run_statement(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        cursor = connection.execute(convert_parameters(statement), parameters)
+        cursor = connection.execute(convert_sql_parameters(statement), parameters)
         return [] if cursor.description is None else cursor.fetchall()
 
     return run_statement
 
 
-def convert_parameters(statement: str) -> str:
+def convert_sql_parameters(statement: str) -> str:
     """Convert parameters of the form `:NAME` to the form `%(NAME)s`."""
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", statement.replace("%", "%%"))
 
 
-class _ConnectionLost(Exception):
+class _LostConnectionError(Exception):
     """Raised when a connection is lost while it is in use."""
 
 

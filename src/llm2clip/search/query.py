@@ -1,4 +1,4 @@
-"""Search queries and their embeddings, the model check of an index, and groups of similar hits.
+"""Search queries and their embeddings, the check that a model fits an index, and groups of similar hits.
 
 Bursts and edited copies of a photograph are grouped into one hit. Two images are similar if the cosine similarity of
 their embeddings is at least COPY_SIMILARITY. Images taken within BURST_SECONDS of each other are similar if the cosine
@@ -6,7 +6,7 @@ similarity is at least BURST_SIMILARITY. The mean embedding of the index, which 
 subtracted first, because some models map all images to similar embeddings.
 
 A page is a range of consecutive ungrouped hits, and only hits within this range are grouped. The next page starts where
-the last page ends (`next_offset`), so a hit may be similar to a hit on an earlier page. A search reads READ_FACTOR
+the current page ends (`next_offset`), so a hit may be similar to a hit on an earlier page. A search reads READ_FACTOR
 times as many hits as requested. If many hits are similar, the page can still have fewer hits than requested.
 """
 
@@ -71,7 +71,7 @@ class SearchQuery:
     def combine(
         self, texts: Sequence[np.ndarray], images: Sequence[np.ndarray], hits: Sequence[np.ndarray] = ()
     ) -> QueryVectors:
-        """Return the query vector and its positive parts. For the formula, see `combine_embeddings`.
+        """Return the query vector, and the mean embeddings of its positive parts. See `combine_embeddings`.
 
         Args:
             texts: Embeddings of the texts, then of the negative texts, each of shape (D,).
@@ -133,13 +133,13 @@ class QueryEncoder:
         for image in images:
             with self.decoding:
                 prepared.append(self.model.transform(self.load(image)))
-        return _check_finite(self.model.encode_images(prepared).numpy(), "an image")
+        return _check_vectors_are_finite(self.model.encode_images(prepared).numpy(), "an image")
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return L2-normalised text embeddings of shape (N, D), float32. Prompt templates are not applied."""
         if not texts:
             return np.empty((0, self.model.embed_dim), np.float32)
-        return _check_finite(np.asarray(self.model.encode_texts(texts)), "a text")
+        return _check_vectors_are_finite(np.asarray(self.model.encode_texts(texts)), "a text")
 
     def embed(self, query: SearchQuery, hits: Sequence[np.ndarray] = ()) -> QueryVectors:
         """Return the embeddings of a query. For `hits`, see `SearchQuery.combine`.
@@ -160,13 +160,13 @@ def _load_query_image(image: Any) -> Tensor:
     return load_image(image)
 
 
-def _check_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
+def _check_vectors_are_finite(vectors: np.ndarray, kind: str) -> np.ndarray:
     if not np.isfinite(vectors).all():
         raise ValueError(f"the model returned NaN or infinity for {kind}")
     return vectors
 
 
-# ---- models of an index
+# ---- checking the model of an index
 
 
 def truncate_model_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> DualEncoder:
@@ -196,8 +196,8 @@ def check_index_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
         )
     if not has_same_texts:
         message = (
-            f"The index was built with {metadata['model']}. {model.name} has the same image encoder and its own text "
-            "encoder, so the index remains valid"
+            f"The index was built with {metadata['model']}. {model.name} has the same image encoder but a different "
+            "text encoder, so the index remains valid"
         )
         print(escape_control_characters(message), flush=True)
 
@@ -208,11 +208,11 @@ COPY_SIMILARITY, BURST_SIMILARITY = 0.85, 0.7
 UNCENTRED_COPY_SIMILARITY, UNCENTRED_BURST_SIMILARITY = 0.95, 0.85  # for indexes without a calibration
 BURST_SECONDS = 10.0
 READ_FACTOR = 2
-MAX_COMPARED = 2000  # further hits of a page are not grouped, because memory use grows quadratically
+MAX_COMPARED = 2000  # hits beyond this number are not grouped, because memory use grows quadratically
 
 
 class HitGroups(NamedTuple):
-    """Grouped hits of a page. `size` is the number of ungrouped hits that the page represents."""
+    """Grouped hits of a page. `size` is the number of hits before grouping."""
 
     hits: list[Hit]
     size: int
@@ -230,7 +230,7 @@ def group_similar_hits(
         mean: Mean embedding of the index, of shape (D,), or None if the index is not calibrated.
     """
     is_similar = find_similar_pairs(hits[:MAX_COMPARED], backend, mean)
-    groups: dict[int, list[Hit]] = {}  # similar hits, keyed by the position of the first hit
+    groups: dict[int, list[Hit]] = {}  # other hits of each group, keyed by the position of its first hit
     size = 0
     for position, hit in enumerate(hits):
         first = None
@@ -251,12 +251,12 @@ def group_similar_hits(
 
 
 def find_similar_pairs(hits: Sequence[Hit], backend: IndexBackend, mean: np.ndarray | None) -> np.ndarray:
-    """Return a boolean mask of similar pairs of hits, of shape (N, N). Hits that have been removed are not similar."""
+    """Return a boolean mask of similar pairs of hits, of shape (N, N). Removed hits are not similar to any hit."""
     vectors = backend.read_vectors([hit.id for hit in hits])
     if not vectors:
         return np.zeros((len(hits), len(hits)), bool)
     centre = np.zeros_like(next(iter(vectors.values()))) if mean is None else mean
-    matrix = np.stack([vectors.get(hit.id, centre) - centre for hit in hits])  # removed hits have zero vectors
+    matrix = np.stack([vectors.get(hit.id, centre) - centre for hit in hits])  # a removed hit has a zero vector
     matrix /= np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-6)
     cosines = matrix @ matrix.T
     times = np.full(len(hits), np.nan)

@@ -1,8 +1,8 @@
 """Relevance of search results: the estimated probability that an image is an answer to the query.
 
-Cosine similarities alone do not show whether an index contains an answer, because their level depends on the model, the
-query and the image. The cosine similarity s of a hit is therefore compared with the hubness of the image, which is the
-largest cosine similarity between the image and about 300 short texts (`background_queries.txt`).
+Cosine similarities alone do not show whether an index contains an answer, because typical similarities differ between
+models, queries and images. The cosine similarity s of a hit is therefore compared with the hubness of the image, which
+is the largest cosine similarity between the image and about 300 short texts (`background_queries.txt`).
 
     t = s - 0.25 * hubness
     x = (t - m) / d + 8 * overlap       m, d: mean and standard deviation of t for queries without an answer
@@ -13,14 +13,15 @@ captions of the image. The weight of a word is its truncated length minus 2, at 
 between words, each character is a word of weight 1. A filter does not change the relevance of a hit.
 
 `calibrate_index` measures m and d with searches in the entire index, because the largest similarity of a query grows
-with the number of images. Text queries and image queries have separate parameters:
+with the number of images. Each of the three scales has its own parameters:
 
-    texts     m and d are measured with the background queries. a = 1.2 and b = -0.6, chosen on photographs.
-    captions  for hits with captions, m and d as for texts. a and b are fitted with captions as queries (Platt scaling).
-              The query's own caption is excluded from the overlap. Queries without an answer are captions whose image
-              is excluded, and the background queries. If fewer than 30 images have two captions, a = 0.6, b = -1.3.
-    images    m and d are measured with sampled images of the index as queries, excluding each image and its near
-              duplicates. a = 1.2 and b = 1.1, so images that are as similar as a typical nearest neighbour are close.
+    texts: Scale for text queries. m and d are measured with the background queries. The values a = 1.2 and b = -0.6
+        were chosen on photographs.
+    captions: Scale for text queries and hits with captions. m and d are copied from `texts`. a and b are fitted with
+        captions as queries (Platt scaling). The negative examples are the background queries, and captions whose own
+        image is excluded from the hits. If fewer than 30 images have several captions, a = 0.6 and b = -1.3.
+    images: Scale for image queries. m and d are measured with sampled images as queries, excluding each query image and
+        its near duplicates. With a = 1.2 and b = 1.1, images as similar as a typical nearest neighbour are close.
 
 The value of a query is the largest t of its top 10 hits. A query has an answer if at least one of these hits has a
 relevance of at least 0.2.
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 BACKGROUND_QUERIES = Path(__file__).with_name("background_queries.txt").read_text(encoding="utf-8").splitlines()
 SCALES = ("texts", "images", "captions")
-VERSION = 3  # version of the calibration format; `llm2clip index` replaces calibrations of other versions
+VERSION = 3  # format version of calibrations; `llm2clip index` replaces calibrations with a different version
 SAMPLE_SIZE = 2048  # number of images from which the mean embedding is estimated
 HUBNESS_WEIGHT = 0.25
 OVERLAP_WEIGHT = 8.0
@@ -63,16 +64,16 @@ MAX_CAPTIONS, MAX_CAPTION_LENGTH = 5, 500  # maximum numbers of captions per hit
 STEM_LENGTH = 5  # truncate words to this many letters, so that most inflected forms match
 VOICING_MARKS = "\u3099\u309a"
 CLOSEST = 10  # number of top hits that determine whether a query has an answer
-MIN_RELEVANCE = 0.2  # the threshold is low, because hiding an answer is worse than showing irrelevant images
+MIN_RELEVANCE = 0.2  # low, because hiding a relevant image is worse than showing irrelevant images
 TEXT_SLOPE, TEXT_INTERCEPT = 1.2, -0.6
 CAPTION_SLOPE, CAPTION_INTERCEPT = 0.6, -1.3
 IMAGE_SLOPE, IMAGE_INTERCEPT = 1.2, 1.1
-MIN_IMAGES = 50  # smaller indexes are not calibrated, because a page shows all images
-MIN_QUERIES = 30  # minimum number of queries from which a distribution is estimated
-MAX_QUERIES = 256  # maximum number of caption queries and of image queries for calibration
-NEIGHBOURS = 32  # number of hits per calibration query if near duplicates of the query image are excluded
+MIN_IMAGES = 50  # smaller indexes are not calibrated, because one page of results shows all their images
+MIN_QUERIES = 30  # minimum number of calibration queries
+MAX_QUERIES = 256  # maximum number of calibration queries of each kind (captions or images)
+CALIBRATION_HITS = 32  # number of hits per calibration query, before an image and its near duplicates are excluded
 NEAR_DUPLICATE = 0.9  # minimum cosine similarity of near duplicates after the mean embedding has been subtracted
-MAX_CHANGED_FRACTION = 0.1  # if a larger fraction of an index has changed, the index is calibrated again
+MAX_CHANGED_FRACTION = 0.1  # if more than this fraction of an index has changed, the index is calibrated again
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ class RelevanceScale:
     slope: float  # a
     intercept: float  # b
 
-    def standardize_evidence(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
-        """Return the values of x for values of t and overlaps between the query and the captions."""
-        standardized: np.ndarray = (values - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps
-        return standardized
+    def standardize_similarities(self, similarities: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
+        """Return x = (t - m) / d + 8 * overlap for the adjusted similarities t of hits."""
+        return np.asarray((similarities - self.mean) / self.deviation + OVERLAP_WEIGHT * overlaps)
 
-    def compute_relevance(self, values: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
-        return apply_logistic_function(self.slope * self.standardize_evidence(values, overlaps) + self.intercept)
+    def compute_relevance(self, similarities: np.ndarray, overlaps: np.ndarray | float = 0.0) -> np.ndarray:
+        return apply_logistic_function(
+            self.slope * self.standardize_similarities(similarities, overlaps) + self.intercept
+        )
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,12 @@ class Calibration:
 
     sample_mean: np.ndarray  # mean embedding of randomly chosen images, of shape (D,), float32
     background: np.ndarray  # embeddings of the background queries, of shape (B, D), float32
-    sample_ids: list[str]  # hit ids of the sampled images, to detect changes of the index
+    sample_ids: list[str]  # hit ids of the sampled images, used to detect changes to the index
     image_count: int
     captioned_count: int  # number of images with several captions among the first MAX_QUERIES sampled images
-    fingerprint: str  # fingerprint of the model
-    texts: RelevanceScale  # scale for text queries
-    images: RelevanceScale  # scale for image queries
+    fingerprint: str  # model fingerprint
+    texts: RelevanceScale  # for text queries
+    images: RelevanceScale  # for image queries
     captions: RelevanceScale  # scale for text queries and hits with captions
 
     def compute_relevance(
@@ -112,20 +114,20 @@ class Calibration:
     ) -> np.ndarray:
         """Return the relevance of K hits as a float array of shape (K,).
 
-        The relevance is the maximum of the relevance to the texts and the relevance to the images of the query.
-        Negative parts of the query are ignored.
+        If a query has texts and images, the relevance of a hit is the maximum of its relevance to the texts and its
+        relevance to the images. Negative parts of the query are ignored.
 
         Args:
             vectors: Embeddings of the hits, of shape (K, D).
-            overlaps: Overlap of the query with the captions of each hit, of shape (K,). NaN for hits without captions.
+            overlaps: Overlap between the query and the captions of each hit, of shape (K,); NaN without captions.
         """
         ratings = []
         for part, scale in ((query.texts, self.texts), (query.images, self.images)):
             if part is not None:
-                evidence = compute_evidence(part, vectors, self.background)
-                rating = scale.compute_relevance(evidence)
+                adjusted = compute_adjusted_similarities(part, vectors, self.background)
+                rating = scale.compute_relevance(adjusted)
                 if part is query.texts and overlaps is not None:
-                    rating = np.where(np.isnan(overlaps), rating, self.captions.compute_relevance(evidence, overlaps))
+                    rating = np.where(np.isnan(overlaps), rating, self.captions.compute_relevance(adjusted, overlaps))
                 ratings.append(rating)
         return np.max(ratings, axis=0)
 
@@ -144,7 +146,7 @@ class Calibration:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Calibration | None:
-        """Restore a calibration from `to_bytes`. Return None if the data is corrupt or of another version."""
+        """Restore a calibration from `to_bytes`. Return None if the data is corrupt or has another format version."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 values = json.loads(str(arrays["values"]))
@@ -160,19 +162,18 @@ class Calibration:
 # ---- formulas
 
 
-def compute_evidence(query: np.ndarray, vectors: np.ndarray, background: np.ndarray) -> np.ndarray:
+def compute_adjusted_similarities(query: np.ndarray, vectors: np.ndarray, background: np.ndarray) -> np.ndarray:
     """Return t = s - 0.25 * hubness for K images with embeddings of shape (K, D).
 
-    Background queries with the same meaning as the query do not count towards the hubness.
+    Background queries that are near duplicates of the query are excluded from the hubness.
     """
     similarities = vectors @ background.T  # (K, B)
     similarities[:, find_near_duplicates(background, query, background.mean(axis=0))] = -1
-    evidence: np.ndarray = vectors @ query - HUBNESS_WEIGHT * similarities.max(axis=1, initial=-1.0)
-    return evidence
+    return np.asarray(vectors @ query - HUBNESS_WEIGHT * similarities.max(axis=1, initial=-1.0))
 
 
 def extract_stems(texts: Sequence[str]) -> set[str]:
-    """Return the distinct words of texts without diacritics, truncated to STEM_LENGTH.
+    """Return the distinct words of texts, without diacritics and truncated to STEM_LENGTH characters.
 
     In scripts without spaces between words, each character is a word.
     """
@@ -184,7 +185,7 @@ def extract_stems(texts: Sequence[str]) -> set[str]:
 
 
 def compute_stem_overlap(stems: set[str], captions: Sequence[str]) -> float:
-    """Return the weighted fraction of query stems that occur in captions, or NaN without captions or stems."""
+    """Return the weighted fraction of query stems that occur in captions. Without captions or stems, return NaN."""
 
     def sum_stem_weights(stems: set[str]) -> int:
         return sum(1 if UNSPACED.match(stem) else max(0, len(stem) - 2) for stem in stems)
@@ -208,7 +209,7 @@ def apply_logistic_function(values: np.ndarray) -> np.ndarray:
 
 
 def fit_logistic_regression(positive: np.ndarray, negative: np.ndarray) -> tuple[float, float]:
-    """Fit slope a >= 0 and intercept b of 1 / (1 + exp(-a * x - b)) to the values of two classes (Platt scaling).
+    """Fit a slope a >= 0 and an intercept b of 1 / (1 + exp(-a * x - b)) to values x of two classes (Platt scaling).
 
     The loss is the cross-entropy, with a total weight of 100 per class, plus 0.5 * (a - 1.2)^2. The penalty keeps the
     slope finite if the classes do not overlap.
@@ -229,7 +230,7 @@ def fit_logistic_regression(positive: np.ndarray, negative: np.ndarray) -> tuple
         if np.abs(step).max() < 1e-8:
             break
     slope, intercept = coefficients.tolist()
-    # If positives have lower values than negatives, the values carry no information, and the probability is 0.5.
+    # If positive examples have lower values than negative examples, x is uninformative, and the probability is 0.5.
     return (slope, intercept) if slope > 0 else (0.0, 0.0)
 
 
@@ -254,7 +255,7 @@ def update_calibration(backend: IndexBackend, model: DualEncoder, changed: bool 
     if calibration is not None and (not changed or not _is_calibration_outdated(calibration, backend)):
         return
     if not changed and backend.load_calibration() == b"":
-        return  # the index cannot be calibrated
+        return  # an earlier run has found that the index cannot be calibrated
     calibration = calibrate_index(backend, model)
     backend.save_calibration(b"" if calibration is None else calibration.to_bytes())
 
@@ -266,23 +267,23 @@ def load_calibration(backend: IndexBackend, model: DualEncoder) -> Calibration |
 
 
 def _is_calibration_outdated(calibration: Calibration, backend: IndexBackend) -> bool:
-    _, image_count = backend.count()
+    _, image_count = backend.count_images()
     limit = MAX_CHANGED_FRACTION * calibration.image_count
     ids = calibration.sample_ids[:MAX_QUERIES]
     missing = len(ids) - len(backend.read_vectors(ids))
-    captioned = abs(_count_captioned_images(backend, ids) - calibration.captioned_count)
+    captioned = abs(_count_images_with_several_captions(backend, ids) - calibration.captioned_count)
     return abs(image_count - calibration.image_count) > limit or missing + captioned > MAX_CHANGED_FRACTION * len(ids)
 
 
-def _count_captioned_images(backend: IndexBackend, ids: Sequence[str]) -> int:
+def _count_images_with_several_captions(backend: IndexBackend, ids: Sequence[str]) -> int:
     return sum(len({text for image in backend.read_images(hit_id) for text in image.captions}) > 1 for hit_id in ids)
 
 
 def calibrate_index(backend: IndexBackend, model: DualEncoder) -> Calibration | None:
-    """Calibrate an index. Return None if the index has too few images or the images are too similar."""
+    """Calibrate an index. If the index cannot be calibrated, print the reason and return None."""
     from llm2clip.runs.ranks import print_once
 
-    _, image_count = backend.count()
+    _, image_count = backend.count_images()
     if image_count < MIN_IMAGES:
         print_once(
             f"Relevance is not calibrated, because the index has fewer than {MIN_IMAGES} images. Searches show the "
@@ -292,7 +293,7 @@ def calibrate_index(backend: IndexBackend, model: DualEncoder) -> Calibration | 
     vectors = backend.read_vectors(backend.sample_ids(SAMPLE_SIZE))
     sample_mean, ids = np.stack(list(vectors.values())).mean(axis=0), list(vectors)
     print_once("Calibrating relevance, so that searches can report when no image is close to a query...")
-    reference = ReferenceEmbeddings(sample_mean, embed_texts(model, BACKGROUND_QUERIES))
+    reference = ReferenceEmbeddings(sample_mean, embed_texts_as_queries(model, BACKGROUND_QUERIES))
     if not np.isfinite(reference.background).all():
         print_once("Relevance is not calibrated, because the model returns NaN or infinity for texts.")
         return None
@@ -300,31 +301,30 @@ def calibrate_index(backend: IndexBackend, model: DualEncoder) -> Calibration | 
     query_ids = [ids[i] for i in np.random.default_rng(0).permutation(len(ids))[:MAX_QUERIES]]
     image_values = []
     for hit_id in query_ids:
-        neighbours = _find_calibration_hits(backend, vectors[hit_id], reference, vectors[hit_id])
-        if neighbours.is_other.any():
-            image_values.append(max_over_top_hits(neighbours.values[neighbours.is_other]))
-    texts = _estimate_relevance_scale(
-        [max_over_top_hits(item.values) for item in background], TEXT_SLOPE, TEXT_INTERCEPT
-    )
+        hits = _find_calibration_hits(backend, vectors[hit_id], reference, vectors[hit_id])
+        if hits.is_included.any():
+            image_values.append(find_maximum_of_top_hits(hits.similarities[hits.is_included]))
+    text_values = [find_maximum_of_top_hits(hits.similarities) for hits in background]
+    texts = _estimate_relevance_scale(text_values, TEXT_SLOPE, TEXT_INTERCEPT)
     images = _estimate_relevance_scale(image_values, IMAGE_SLOPE, IMAGE_INTERCEPT)
     if texts is None or images is None:
-        print_once("Relevance is not calibrated, because too many images of the index are similar.")
+        print_once("Relevance is not calibrated, because too many images in the index are similar.")
         return None
     captions = dataclasses.replace(texts, slope=CAPTION_SLOPE, intercept=CAPTION_INTERCEPT)
     captions = _fit_caption_scale(captions, background, backend, model, query_ids, reference)
-    captioned_count = _count_captioned_images(backend, ids[:MAX_QUERIES])
+    captioned_count = _count_images_with_several_captions(backend, ids[:MAX_QUERIES])
     return Calibration(*reference, ids, image_count, captioned_count, model.fingerprint, texts, images, captions)
 
 
-def embed_texts(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
-    """Embed each text as a query, with prompt templates. Return a float32 array of shape (N, D)."""
+def embed_texts_as_queries(model: DualEncoder, texts: Sequence[str]) -> np.ndarray:
+    """Embed N texts with the model's prompt templates. Return a float32 array of shape (N, D)."""
     prompts, counts = SearchQuery(texts).build_prompts(model.query_templates)
     means = average_prompt_embeddings(model.encode_texts(prompts).numpy(), counts)
     return np.stack([combine_embeddings([mean]) for mean in means])
 
 
 def _estimate_relevance_scale(values: Sequence[float], slope: float, intercept: float) -> RelevanceScale | None:
-    """Return a scale with the mean and standard deviation of the values, or None if the values are too few or equal."""
+    """Return a scale with the mean and standard deviation of the values, or None if they are too few or constant."""
     if len(values) < MIN_QUERIES or not np.std(values) > 1e-4 or not np.isfinite(values).all():
         return None
     return RelevanceScale(float(np.mean(values)), float(np.std(values)), slope, intercept)
@@ -334,36 +334,37 @@ class CalibrationHits(NamedTuple):
     """Top hits of a calibration query."""
 
     captions: list[list[str]]  # captions of each hit
-    values: np.ndarray  # t of each hit
-    is_other: np.ndarray  # False for near duplicates of the excluded image
+    similarities: np.ndarray  # adjusted similarity t of each hit
+    is_included: np.ndarray  # False for near duplicates of the excluded image
 
 
 def _find_calibration_hits(
-    backend: IndexBackend, query: np.ndarray, reference: ReferenceEmbeddings, image: np.ndarray | None = None
+    backend: IndexBackend, query: np.ndarray, reference: ReferenceEmbeddings, excluded_image: np.ndarray | None = None
 ) -> CalibrationHits:
-    """Find the top hits of a query, and mark near duplicates of the image whose embedding is `image`."""
-    hits = backend.search(query, CLOSEST if image is None else NEIGHBOURS, Filter())
+    """Find the top hits of a query. Mark near duplicates of the image with the embedding `excluded_image`."""
+    hits = backend.search(query, CLOSEST if excluded_image is None else CALIBRATION_HITS, Filter())
     vectors = backend.read_vectors([hit.id for hit in hits])
     stacked = np.stack(list(vectors.values()))
-    is_other = np.ones(len(stacked), bool)
-    if image is not None:
-        is_other = ~find_near_duplicates(stacked, image, reference.sample_mean)
+    is_included = np.ones(len(stacked), bool)
+    if excluded_image is not None:
+        is_included = ~find_near_duplicates(stacked, excluded_image, reference.sample_mean)
     captions = [get_captions(hit.images) for hit in hits if hit.id in vectors]
-    return CalibrationHits(captions, compute_evidence(query, stacked, reference.background), is_other)
+    similarities = compute_adjusted_similarities(query, stacked, reference.background)
+    return CalibrationHits(captions, similarities, is_included)
 
 
 def get_captions(images: Sequence[IndexedImage]) -> list[str]:
-    """Return the first MAX_CAPTIONS distinct captions of the locations of an image, each truncated.
+    """Return the first MAX_CAPTIONS distinct captions of an image, each truncated to MAX_CAPTION_LENGTH characters.
 
-    The locations are sorted by name, because a filter changes the order of the locations in a hit. The number of
-    captions is limited, because web datasets contain images with hundreds of captions, which would be slow to rate.
+    The locations of the image are sorted by name, because their order in a hit depends on the filter. The number of
+    captions is limited, because web datasets contain images with hundreds of captions, which would be slow to compare.
     """
     ordered = sorted(images, key=lambda image: image.name)
     captions = dict.fromkeys(caption for image in ordered for caption in image.captions)
     return [caption[:MAX_CAPTION_LENGTH] for caption in islice(captions, MAX_CAPTIONS)]
 
 
-def max_over_top_hits(values: np.ndarray) -> float:
+def find_maximum_of_top_hits(values: np.ndarray) -> float:
     return float(values[:CLOSEST].max())
 
 
@@ -375,7 +376,7 @@ def _fit_caption_scale(
     hit_ids: Sequence[str],
     reference: ReferenceEmbeddings,
 ) -> RelevanceScale:
-    """Fit a scale with image captions as queries if at least MIN_QUERIES images have several captions."""
+    """Fit a scale with image captions as queries. With fewer than MIN_QUERIES queries, return the original scale."""
     queries = {}
     for hit_id in hit_ids:
         texts = [text for image in backend.read_images(hit_id) for text in image.captions if text.strip()]
@@ -384,40 +385,40 @@ def _fit_caption_scale(
     if len(queries) < MIN_QUERIES:
         return scale
     images = backend.read_vectors(list(queries))
-    embeddings = dict(zip(queries, embed_texts(model, list(queries.values())), strict=True))
+    embeddings = dict(zip(queries, embed_texts_as_queries(model, list(queries.values())), strict=True))
     positive, negative = [], []
-    for query, neighbours in zip(BACKGROUND_QUERIES, background, strict=True):
-        negative.append(max_over_top_hits(_standardize_calibration_hits(scale, query, neighbours)))
+    for query, hits in zip(BACKGROUND_QUERIES, background, strict=True):
+        negative.append(find_maximum_of_top_hits(_standardize_calibration_hits(scale, query, hits)))
     for hit_id, image in images.items():
-        neighbours = _find_calibration_hits(backend, embeddings[hit_id], reference, image)
-        values = _standardize_calibration_hits(scale, queries[hit_id], neighbours)
-        if neighbours.is_other.any():
-            positive.append(max_over_top_hits(values))
-            negative.append(max_over_top_hits(values[neighbours.is_other]))
+        hits = _find_calibration_hits(backend, embeddings[hit_id], reference, image)
+        values = _standardize_calibration_hits(scale, queries[hit_id], hits)
+        if hits.is_included.any():
+            positive.append(find_maximum_of_top_hits(values))
+            negative.append(find_maximum_of_top_hits(values[hits.is_included]))
     if len(positive) < MIN_QUERIES:
         return scale
     slope, intercept = fit_logistic_regression(np.array(positive), np.array(negative))
     return dataclasses.replace(scale, slope=slope, intercept=intercept)
 
 
-def _standardize_calibration_hits(scale: RelevanceScale, query: str, neighbours: CalibrationHits) -> np.ndarray:
-    """Return the value x of each hit. Captions that equal the query are ignored."""
+def _standardize_calibration_hits(scale: RelevanceScale, query: str, hits: CalibrationHits) -> np.ndarray:
+    """Return x = (t - m) / d + 8 * overlap for each hit. Captions that equal the query are ignored."""
     stems = extract_stems([query])
-    overlaps = [compute_stem_overlap(stems, [text for text in texts if text != query]) for texts in neighbours.captions]
-    return scale.standardize_evidence(neighbours.values, np.nan_to_num(overlaps))
+    overlaps = [compute_stem_overlap(stems, [text for text in texts if text != query]) for texts in hits.captions]
+    return scale.standardize_similarities(hits.similarities, np.nan_to_num(overlaps))
 
 
 # ---- search
 
 
-class SearchResult(NamedTuple):
+class SearchResults(NamedTuple):
     """Hits of a search. `nothing_close` is True if no image that matches the filter is close to the query."""
 
     hits: list[Hit]
     nothing_close: bool
 
 
-def search_and_rate(
+def search_and_rate_hits(
     backend: IndexBackend,
     calibration: Calibration | None,
     query: QueryVectors | None,
@@ -426,16 +427,16 @@ def search_and_rate(
     offset: int = 0,
     words: Sequence[str] = (),
     show_weak: bool = False,
-) -> SearchResult:
-    """Search an index and rate the hits. For the arguments, see `IndexBackend.search`.
+) -> SearchResults:
+    """Search an index and compute the relevance of the hits. For the arguments, see `IndexBackend.search`.
 
     If no image is close to the query, return no hits, unless `show_weak` is True or the search has a filter. Images
-    that contain all words of the query count as close. If the index is not calibrated or the query has no positive
-    parts, hits have no relevance and are always returned.
+    whose texts contain all words of the query are considered close. If the index is not calibrated or the query has no
+    positive parts, hits have no relevance and are always returned.
     """
     vector = None if query is None else query.combined
     if calibration is None or query is None or (query.texts is None and query.images is None):
-        return SearchResult(backend.search(vector, count, image_filter, offset, words), False)
+        return SearchResults(backend.search(vector, count, image_filter, offset, words), False)
 
     def find_rated_hits(count: int, offset: int) -> list[Hit]:
         hits = backend.search(vector, count, image_filter, offset, words)
@@ -446,22 +447,22 @@ def search_and_rate(
     relevances = [hit.relevance for hit in leading if hit.relevance is not None]
     is_matched = any(hit.matched for hit in leading)
     nothing_close = bool(relevances) and max(relevances) < MIN_RELEVANCE and not is_matched
-    # Usually, few images match a filter, and the right image is often less relevant than other images of the index.
+    # With a filter, weak hits are shown, because few images match, and the right image may have a low relevance.
     is_hidden = nothing_close and not show_weak and not image_filter
-    return SearchResult([] if is_hidden else hits[:count], nothing_close)
+    return SearchResults([] if is_hidden else hits[:count], nothing_close)
 
 
 def rate_hits(
     backend: IndexBackend, calibration: Calibration, query: QueryVectors, hits: Sequence[Hit], words: Sequence[str] = ()
 ) -> list[Hit]:
-    """Return hits with their relevance. Hits that another process has just removed are returned unchanged."""
+    """Return copies of hits with their relevance. Hits that another process has just removed are returned unchanged."""
     vectors = backend.read_vectors([hit.id for hit in hits])
     if not vectors:
         return list(hits)
     stems, overlaps = extract_stems(words), []
     for hit in hits:
         if hit.id in vectors:
-            # If a hit has more than MAX_LOCATIONS locations, a filter changes which locations the hit contains.
+            # If an image has more than MAX_LOCATIONS locations, the locations in a hit depend on the filter.
             images = hit.images if len(hit.images) == hit.image_count else backend.read_images(hit.id)
             overlaps.append(compute_stem_overlap(stems, get_captions(images)))
     relevances = calibration.compute_relevance(query, np.stack(list(vectors.values())), np.array(overlaps))

@@ -31,10 +31,10 @@ from llm2clip.search.metadata import (
     CONDITIONS,
     CONTENT_FIELDS,
     IMAGE_FIELDS,
-    Detail,
     Filter,
     FilterCondition,
     MetadataField,
+    MetadataLine,
 )
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.types import (
@@ -52,7 +52,7 @@ DATA_URI_PREFIX = "data:image/"
 MAX_TEXT_LENGTH = 20_000  # maximum length of a text, in characters
 MAX_TEXTS, MAX_IMAGES, MAX_TOP = 256, 16, 200  # maximum numbers of texts, images and hits per request
 MAX_EMBEDDED_IMAGES = 32  # maximum number of images per embedding request; mteb sends batches of 32 images
-MAX_OFFSET = 10_000  # maximum number of skipped hits, which must also be found and scored
+MAX_OFFSET = 10_000  # maximum number of hits to skip, because skipped hits must also be found and scored
 # A query has at most 2 * MAX_IMAGES texts. A short text is encoded once without a template and once per template.
 # With at most MAX_TEMPLATES templates, a search request therefore encodes at most MAX_TEXTS texts.
 MAX_TEMPLATES = MAX_TEXTS // (2 * MAX_IMAGES) - 1
@@ -67,7 +67,7 @@ def _make_text_validator(is_valid: Callable[[str], bool], message: str) -> After
     return AfterValidator(check_text)
 
 
-def _limit_text_length(text: str) -> str:
+def _check_text_length(text: str) -> str:
     if not text.startswith(DATA_URI_PREFIX) and len(text) > MAX_TEXT_LENGTH:
         raise ValueError(f"the text is too long: {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}")
     return text
@@ -83,7 +83,7 @@ AnyText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), VALID_UNICODE]
 Text = Annotated[AnyText, NON_BLANK]
 parse_text = TypeAdapter(Text).validate_python
 DataUri = Annotated[str, IS_DATA_URI, Field(json_schema_extra={"format": "data-uri"})]
-TextOrDataUri = Annotated[str, AfterValidator(_limit_text_length), VALID_UNICODE, NON_BLANK]
+TextOrDataUri = Annotated[str, AfterValidator(_check_text_length), VALID_UNICODE, NON_BLANK]
 HitId = Annotated[str, Field(max_length=64), VALID_UNICODE]
 Time = Annotated[float, Field(ge=-1e11, le=1e12, allow_inf_nan=False)]
 
@@ -107,8 +107,8 @@ class StrictModel(BaseModel):
         if isinstance(data, dict):
             for name in data:
                 if name not in cls.model_fields:
-                    details = {"name": repr(name[:50]), "fields": ", ".join(cls.model_fields)}
-                    raise PydanticCustomError("unknown_field", "unknown field {name}; the fields are {fields}", details)
+                    names = {"name": repr(name[:50]), "fields": ", ".join(cls.model_fields)}
+                    raise PydanticCustomError("unknown_field", "unknown field {name}; valid fields are {fields}", names)
         return data
 
 
@@ -144,10 +144,10 @@ class FilterRequest(FilterFields):  # type: ignore[valid-type, misc]
 class QueryRequest(StrictModel):
     """A query. Results should resemble its positive parts and should not resemble its negative parts."""
 
-    texts: QueryItems[Text] = Field([], description="what results should show, in any language that the model supports")
+    texts: QueryItems[Text] = Field([], description="texts that results should match, in any language of the model")
     images: QueryItems[DataUri] = Field([], description="images as data URIs")
     like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should resemble")
-    negative_texts: QueryItems[Text] = Field([], description="what results should not show")
+    negative_texts: QueryItems[Text] = Field([], description="texts that results should not match")
     negative_images: QueryItems[DataUri] = Field(
         [], description="images that results should not resemble, as data URIs"
     )
@@ -161,7 +161,7 @@ class QueryRequest(StrictModel):
 
 
 class SearchRequest(QueryRequest):
-    """An optional query and an optional filter. Without a query, return matching images, newest first."""
+    """Search with an optional query and an optional filter. Without a query, return matching images, newest first."""
 
     top: int = Field(default=50, ge=1, le=MAX_TOP, description="maximum number of hits, not counting similar images")
     offset: int = Field(
@@ -193,7 +193,7 @@ def _make_metadata_model(name: str, metadata_fields: tuple[MetadataField, ...]) 
 
 
 class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type: ignore[misc]
-    """A location of an image, with the captions and the metadata of the location."""
+    """Location of an image, with its captions and metadata."""
 
     name: str = Field(description="path of the image: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`")
     file_name: str = Field(description="file name without folders")
@@ -212,12 +212,12 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
     matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
-        description="fields that contain words of the query; empty unless the image contains all words of the query"
+        description="fields that contain query words; empty unless the texts of the image contain all query words"
     )
     text: str = Field(description="text recognised in the image")
-    details: list[Detail] = Field(description="metadata of the image and its first location, as texts for the user")
+    details: list[MetadataLine] = Field(description="lines of metadata about the image and its first location")
     similar: list[SimilarHit] = Field(
-        description="bursts and edited copies of the image that are grouped with the hit, best first"
+        description="bursts and edited copies of the image, grouped with the hit, best first"
     )
 
 
@@ -237,7 +237,7 @@ class SearchResponse(BaseModel):
 
 
 class HitRequest(QueryRequest):
-    """A non-empty query, and a hit to explain."""
+    """Request with a non-empty query and a hit to explain."""
 
     id: HitId = Field(description="id of a hit")
 
@@ -246,7 +246,7 @@ class HeatmapResponse(BaseModel):
     """Heat map of the similarity between a query and an image."""
 
     rows: list[list[float]] = Field(
-        description="cosine similarity of the query to each cell of a grid that evenly divides the image, row by row"
+        description="cosine similarity between the query and each cell of a regular grid over the image, row by row"
     )
 
 
@@ -265,7 +265,7 @@ class ImagePart(BaseModel):
 
 
 class Message(BaseModel):
-    """Texts and images whose embeddings are summed and normalised to a single embedding."""
+    """Message with texts and images, whose embeddings are summed and normalised to a single embedding."""
 
     role: Literal["user"]
     content: Annotated[
@@ -289,7 +289,7 @@ class EmbedRequest(BaseModel):
     """A request in the format of OpenAI's embeddings API, with `messages` as in vLLM and `modality` as in Infinity."""
 
     input: Annotated[
-        TextOrDataUri | Inputs | None,  # pydantic would report the errors of all these types
+        TextOrDataUri | Inputs | None,  # without a validator, pydantic would report errors for each type
         WrapValidator(lambda value, _: parse_inputs(value) if isinstance(value, list) else parse_input(value)),
     ] = Field(None, description="a text, an image as a data URI, or a list of texts and images")
     messages: (
@@ -299,9 +299,9 @@ class EmbedRequest(BaseModel):
         None, description="modality of all items of `input`; default: data URIs are images, all other items are texts"
     )
     model: AnyText | None = Field(None, description="ignored, because the server has only one model")
-    encoding_format: Literal["float", "base64"] = Field("float", description="`float` (numbers) or `base64` (float32)")
+    encoding_format: Literal["float", "base64"] = Field("float", description="`float` (list) or `base64` (float32)")
     dimensions: int | None = Field(
-        default=None, description="dimension to which embeddings are truncated, then normalised; default: no truncation"
+        default=None, description="embeddings are truncated to this dimension and normalised; default: no truncation"
     )
     user: AnyText | None = Field(None, description="ignored")
 
@@ -314,7 +314,7 @@ class EmbedRequest(BaseModel):
             is_image = item.startswith(DATA_URI_PREFIX)
             if self.modality is not None and is_image != (self.modality == "image"):
                 reason = "it is a data URI of an image" if is_image else IMAGE_FORM
-                raise ValueError(f"input.{number} is not of the modality {self.modality!r}: {reason}")
+                raise ValueError(f"input.{number} does not have the modality {self.modality!r}: {reason}")
             inputs.append([RequestImage(item, f"input.{number}") if is_image else item])
         for number, conversation in enumerate(self.messages or []):
             message, index = (conversation, "") if isinstance(conversation, Message) else (conversation[0], ".0")
@@ -339,7 +339,7 @@ class EmbedResponse(BaseModel):
     object: Literal["list"] = "list"
     data: list[EmbeddingItem]
     model: str
-    usage: dict[str, int] = Field(description="token counts, which are always 0, because tokens are not counted")
+    usage: dict[str, int] = Field(description="token counts; always 0, because tokens are not counted")
 
 
 class HealthResponse(BaseModel):
@@ -375,8 +375,8 @@ STATUS_CODES: dict[type[Exception], int] = {
     ValueError: 422,
     RequestValidationError: 422,
 }
-MAX_MESSAGE_LENGTH = 1000  # in characters; messages about invalid requests are truncated to this length
-LOG_SECONDS = 60  # a repeated warning about the index is logged at most once per minute
+MAX_MESSAGE_LENGTH = 1000  # maximum length of messages about invalid requests, in characters
+LOG_SECONDS = 60  # an identical warning about the index is logged at most once in this time
 RETRY_SOON = {"Retry-After": "1"}  # asks the client to wait for one second
 
 
@@ -444,7 +444,7 @@ def make_client_error_message(error: Exception, app: FastAPI) -> str:
         return "internal error; see the server's log"
     if not isinstance(error, IndexUnavailableError):
         return str(error)
-    # Clients do not receive the message, because the message contains addresses.
+    # The message is not sent to clients, because it can contain network addresses.
     warning = str(error), time.monotonic() // LOG_SECONDS
     if getattr(app.state, "last_warning", None) != warning:
         logger.warning("%s", error)

@@ -56,7 +56,7 @@ from llm2clip.search.types import NotFoundError
 STATIC_FOLDER = Path(__file__).parent / "static"
 STATIC_FILES = ("common.js", "page.css", "page.js", "selection.js", "start.js")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
-SHUTDOWN_TIMEOUT = 5  # in seconds; less than the 10 s after which `docker stop` kills the process
+SHUTDOWN_TIMEOUT = 5  # in seconds; `docker stop` kills the process after 10 seconds
 API_ERRORS: dict[int | str, dict[str, Any]] = {code: ERROR_RESPONSES[code] for code in (400, 404, 422, 429, 503, 504)}
 
 
@@ -221,7 +221,7 @@ def _add_search_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.post("/heatmap", responses=API_ERRORS)
     async def heatmap(request: HitRequest) -> HeatmapResponse:
-        """Return a heat map of where the image of a hit is similar to the given texts, images and earlier hits."""
+        """Return a heat map of the similarity between a hit's image and the given texts, images and earlier hits."""
         heatmap = await service.searchers.run(service.require_index().compute_heatmap, request.to_query(), request.id)
         return HeatmapResponse(rows=heatmap.tolist())
 
@@ -240,7 +240,6 @@ def _add_embedding_routes(app: FastAPI, service: InferenceService) -> None:
 
     @app.get("/v1/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
-        """Return the model name in OpenAI's format."""
         model = {"id": service.model_name, "object": "model", "created": 0, "owned_by": "llm2clip"}
         return {"object": "list", "data": [model]}
 
@@ -297,13 +296,13 @@ def _add_image_routes(app: FastAPI, service: InferenceService) -> None:
         """Return a hit's original image file."""
         stream, media_type = await service.open_original_image(hit_id)
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
-        if isinstance(stream, io.BytesIO):  # the image comes from a cell of a table
+        if isinstance(stream, io.BytesIO):  # the image is stored in a table
             return Response(stream.getvalue(), media_type=media_type, headers=headers)
         size = stream.seek(0, os.SEEK_END)
         headers["Content-Length"] = str(size)
-        return FileStreamResponse(read_and_close(stream, size), media_type, headers)
+        return FileStreamResponse(read_file_in_chunks(stream, size), media_type, headers)
 
-    async def read_and_close(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
+    async def read_file_in_chunks(stream: BinaryIO, size: int) -> AsyncGenerator[bytes, None]:
         with stream:
             stream.seek(0)
             for start in range(0, size, CHUNK_SIZE):

@@ -42,7 +42,7 @@ from llm2clip.search.words import (
     add_image_texts,
     find_word_matches,
     make_caption_condition,
-    read_searchable_fields,
+    read_matching_text_fields,
     remove_image_texts,
     set_recognized_text,
     sort_distinct_ids,
@@ -52,7 +52,7 @@ from llm2clip.search.words import (
 MIN_CANDIDATES = 128
 CANDIDATES_PER_HIT = 4
 MIN_SCANNED = 1024  # minimum number of candidates that a scan returns; not all of them are re-scored
-EXACT_BELOW = 2048  # for at most this number of vectors, exact float16 scoring is faster than an int8 scan
+EXACT_BELOW = 2048  # up to this number of vectors, exact float16 scoring is faster than an int8 scan
 CHUNK = 65_536  # number of vectors per block
 COLUMN_TYPES = {float: "REAL", int: "INTEGER", str: "TEXT"}
 # `location` is a serialised `ImageRef`, and `max_abs` is the largest absolute value in a vector.
@@ -84,7 +84,7 @@ INSERT OR REPLACE INTO images (content, {", ".join(IMAGE_COLUMNS)})
 VALUES ((SELECT id FROM contents WHERE hash = :hash), {", ".join(f":{name}" for name in IMAGE_COLUMNS)})
 """
 # SQL condition for images inside the path :glob. In names, "/" (folder), "!" (tar) or "[" (table) follows the path.
-# File names may also contain "!" and "[", so the tar or table that contains the image must match :basename.
+# File names may also contain "!" and "[", so the name of the tar file or table must match :basename.
 INSIDE_PATH = """(images.name GLOB :glob OR images.name GLOB :glob || '/*'
   OR (images.name GLOB :glob || '[![]*' AND location NOT LIKE '["FileImage"%'
       AND '/' || json_extract(location, '$[1].path') GLOB '*/' || :basename))"""
@@ -114,10 +114,10 @@ class SqliteBackend(IndexBackend):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # thumbnails and captions may be private
         self.folder, self._db = folder, SqliteDatabase(folder, write)
         self._may_have_orphans = True  # an interrupted run may have left contents that belong to no image
-        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached_or_compute`
-        self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # database state and its vectors
+        self._cache: dict[str, tuple[Any, Any]] = {}  # see `_get_cached_value`
+        self._vectors: tuple[tuple[Any, ...], QuantizedVectors] | None = None  # (database state, vectors)
         self._vectors_lock = threading.Lock()
-        if not write and (self._db.is_empty or not self.metadata()):
+        if not write and (self._db.is_empty or not self.read_metadata()):
             raise FileNotFoundError(
                 f"{folder} is an incomplete index without images. To complete it, run `llm2clip index` again"
             )
@@ -127,7 +127,7 @@ class SqliteBackend(IndexBackend):
     def lock(self) -> AbstractContextManager[None]:
         return hold_folder_lock(self.folder)
 
-    def metadata(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in self._db.query("SELECT key, value FROM metadata")}
 
     def initialize(self, metadata: Mapping[str, Any]) -> None:
@@ -149,13 +149,13 @@ class SqliteBackend(IndexBackend):
                 if added is not None:
                     connection.execute("INSERT INTO thumbnails VALUES (?, ?)", (added[0], content.thumbnail))
             remove_image_texts(connection, [image.name for image, _ in images])
-            rows = [{**self._image_to_row(image), "hash": digest} for image, digest in images]
+            rows = [{**self._convert_image_to_row(image), "hash": digest} for image, digest in images]
             connection.executemany(INSERT_IMAGE, rows)
             add_image_texts(connection, {image.name: image for image, _ in images}.values())
 
     def remove_images(self, names: Sequence[str]) -> None:
         if not names and not self._may_have_orphans:
-            return  # an unnecessary write would make all readers look for changes
+            return  # an unnecessary write would invalidate the caches of all readers
         with self._db.open_transaction() as connection:
             remove_image_texts(connection, names)
             connection.executemany("DELETE FROM images WHERE name = ?", [(name,) for name in names])
@@ -171,7 +171,7 @@ class SqliteBackend(IndexBackend):
 
     # ---- statements
 
-    def _run_read_only(self, function: Callable[[SqlRunner], Result]) -> Result:
+    def _run_with_read_access(self, function: Callable[[SqlRunner], Result]) -> Result:
         return function(self._db.query)
 
     @contextmanager
@@ -184,7 +184,7 @@ class SqliteBackend(IndexBackend):
         return f"(source = :source OR {INSIDE_PATH})", parameters
 
     def _make_path_condition(self, path: str) -> tuple[str, dict[str, Any]]:
-        # File names often contain brackets, so brackets are matched literally. The pattern of the root folder is empty.
+        # File names often contain brackets, so brackets are matched literally. The root folder has an empty pattern.
         pattern = path.rstrip("/").replace("[", "[[]")
         is_absolute = path.startswith("/") or not pattern
         return INSIDE_PATH, _make_path_parameters(pattern if is_absolute else f"*/{pattern}")
@@ -195,7 +195,7 @@ class SqliteBackend(IndexBackend):
     # ---- searching
 
     def count_matches(self, image_filter: Filter) -> int:
-        return len(self._get_matching_ids(image_filter)) if image_filter else self.count()[1]
+        return len(self._get_matching_ids(image_filter)) if image_filter else self.count_images()[1]
 
     def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
         ids = self._get_matching_ids(image_filter, newest_first=True)
@@ -204,8 +204,8 @@ class SqliteBackend(IndexBackend):
     def _find_nearest_contents(
         self, run: SqlRunner, vector: np.ndarray, depth: int, image_filter: Filter
     ) -> tuple[np.ndarray, np.ndarray]:
-        # The last ranking is cached, because the relevance of the next page depends on the top hits of the query.
-        # The state is read first, so that it is not newer than the ranking.
+        # The last ranking is cached, because each page of a query also requires the top hits of the query.
+        # The database state is read before the ranking, so that it cannot be newer than the ranking.
         key = self._db.read_database_state(), vector.tobytes(), image_filter
         cached = self._cache.get("nearest")
         if cached is None or cached[0][0] != key or cached[0][1] < depth:
@@ -219,7 +219,7 @@ class SqliteBackend(IndexBackend):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (int64) and cosine similarities (float32) of the nearest vectors, best first, then by id.
 
-        Candidates are re-scored in stages, and each stage appends hits to the hits of the previous stage. The order of
+        Candidates are re-scored in stages, and each stage only appends hits to the ranking. The order of
         the hits therefore does not depend on `count`, so the pages of a query neither repeat nor skip images.
 
         Args:
@@ -233,8 +233,8 @@ class SqliteBackend(IndexBackend):
         stages = [MIN_CANDIDATES]
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
-        # The number of candidates determines which of several equal codes a scan returns, hence MIN_SCANNED.
-        ids = self._get_quantized_vectors().find_nearest(query, max(stages[-1], MIN_SCANNED), allowed_ids)
+        # If int8 codes are equal, the number of candidates determines which of them a scan returns, hence MIN_SCANNED.
+        ids = self._get_quantized_vectors().find_nearest_ids(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:
             vectors = self._fetch_vector_array(ids[len(scores) : size]).astype(np.float32)
@@ -249,7 +249,7 @@ class SqliteBackend(IndexBackend):
             with self._db.open_snapshot() as db:
                 return find_word_matches(db, query, allowed_ids)
 
-        ids: np.ndarray = self._get_cached_or_compute(
+        ids: np.ndarray = self._get_cached_value(
             "word matches", (self._db.read_database_state(), query, image_filter), find_word_match_ids
         )
         return ids
@@ -258,7 +258,7 @@ class SqliteBackend(IndexBackend):
         self, run: SqlRunner, query: WordQuery, ids: Sequence[int]
     ) -> list[tuple[int, dict[str, str]]]:
         with self._db.open_snapshot() as db:
-            return read_searchable_fields(db, query, ids)
+            return read_matching_text_fields(db, query, ids)
 
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
@@ -268,7 +268,7 @@ class SqliteBackend(IndexBackend):
         def select_images(content_id: int, where: Sequence[str]) -> list[IndexedImage]:
             statement = f"SELECT {columns} FROM images WHERE {' AND '.join(where)} ORDER BY id LIMIT :limit"
             rows = run(statement, {**conditions.parameters, "content": content_id, "limit": MAX_LOCATIONS})
-            return sorted(map(self._image_from_row, rows), key=lambda image: image.name)
+            return sorted(map(self._convert_row_to_image, rows), key=lambda image: image.name)
 
         images = {}
         for content_id in ids:
@@ -283,11 +283,9 @@ class SqliteBackend(IndexBackend):
     def _get_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         key = self._db.read_database_state(), image_filter
         slot = "newest ids" if newest_first else "ids"
-        ids: np.ndarray = self._get_cached_or_compute(
-            slot, key, lambda: self._find_matching_ids(image_filter, newest_first)
-        )
+        ids: np.ndarray = self._get_cached_value(slot, key, lambda: self._find_matching_ids(image_filter, newest_first))
         if newest_first:
-            self._get_cached_or_compute("ids", key, lambda: np.sort(ids))  # for `count_matches`
+            self._get_cached_value("ids", key, lambda: np.sort(ids))  # for `count_matches`
         return ids
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
@@ -308,7 +306,7 @@ class SqliteBackend(IndexBackend):
 
     def _get_quantized_vectors(self) -> QuantizedVectors:
         """Return all quantised vectors. Read only vectors added since the last call, unless the scale must change."""
-        with self._vectors_lock:  # only one of several concurrent searches reads the vectors
+        with self._vectors_lock:  # of several concurrent searches, only one reads the vectors
             state = self._db.read_database_state()
             if self._vectors is not None and self._vectors[0] == state:
                 return self._vectors[1]
@@ -334,13 +332,13 @@ class SqliteBackend(IndexBackend):
         """Return the vectors with the given ids, of shape (N, D), float16. Removed ids have zero vectors."""
         statement = f"SELECT id, vector FROM contents WHERE id {self.IN_IDS}"
         vectors: dict[int, bytes] = dict(self._db.query(statement, {"ids": json.dumps(ids.tolist())}))
-        dim = int(self.metadata()["embed_dim"])
+        dim = int(self.read_metadata()["embed_dim"])
         zeros = bytes(2 * dim)
         joined = b"".join(vectors.get(content_id, zeros) for content_id in ids.tolist())
         return np.frombuffer(joined, "<f2").reshape(-1, dim)
 
-    def _get_cached_or_compute(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
-        """Return the cached value of a name. If the state has changed since the last call, compute the value again."""
+    def _get_cached_value(self, name: str, state: Any, compute: Callable[[], Any]) -> Any:
+        """Return the cached value of a name. If `state` has changed since the last call, compute the value again."""
         cached = self._cache.get(name)
         if cached is None or cached[0] != state:
             cached = self._cache[name] = state, compute()
@@ -399,7 +397,7 @@ class QuantizedVectors:
         blocks = [_select_vectors_from_block(block, ids) for block in self.blocks]
         return QuantizedVectors(self.scale, [block for block in blocks if len(block[0])])
 
-    def find_nearest(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
+    def find_nearest_ids(self, query: np.ndarray, count: int, allowed_ids: np.ndarray | None = None) -> np.ndarray:
         """Return the ids of the vectors with the largest dot products with the quantised query, largest first."""
         # The query may have a different scale, because a constant factor does not change the ranking.
         query_code = np.rint(query * (127 / max(float(np.abs(query).max()), 1e-6))).astype(np.int8)
@@ -420,7 +418,7 @@ class QuantizedVectors:
 
 
 def _select_vectors_from_block(block: Block, allowed_ids: np.ndarray) -> Block:
-    """Return the allowed vectors of a block, or the block itself if all are allowed. `allowed_ids` is sorted."""
+    """Return the allowed vectors of a block, or the block itself if all are allowed. `allowed_ids` must be sorted."""
     ids, codes = block
     first, end = np.searchsorted(allowed_ids, (ids[0], ids[-1] + 1))
     allowed = np.isin(ids, allowed_ids[first:end], assume_unique=True)
@@ -451,7 +449,7 @@ class SqliteDatabase:
             if version:
                 check_format_version(self.file, version, FORMAT_VERSION, NEW_INDEX_ADVICE)
             if write:
-                # Affects only new databases. A page should hold several vectors of about 2 KB each.
+                # No effect on existing databases. A page should have space for several vectors of about 2 KB each.
                 self.connection.execute("PRAGMA page_size = 16384")
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 self.connection.execute("PRAGMA foreign_keys = ON")
@@ -487,7 +485,7 @@ class SqliteDatabase:
 
     def read_database_state(self) -> tuple[Any, ...]:
         """Return a value that changes with every write to the database."""
-        ((version,),) = self.query("PRAGMA data_version")  # changes when another connection writes
+        ((version,),) = self.query("PRAGMA data_version")  # data_version changes when another connection writes
         with self._lock:
             return version, self.connection.total_changes, self.file_id
 
@@ -536,8 +534,8 @@ class SqliteDatabase:
     def _read_file_id(self) -> tuple[int, ...]:
         """Return an identifier that changes if the database file is replaced, or () if the file does not exist.
 
-        Connections to a file on a disk mounted read-only do not notice that another machine changes the file. For such
-        a file, the identifier therefore changes with each modification, too.
+        A connection to a file on a read-only disk does not notice that another machine changes the file. The identifier
+        of such a file therefore also changes with each modification.
         """
         try:
             stat = self.file.stat()
@@ -549,7 +547,7 @@ class SqliteDatabase:
 
     @contextmanager
     def _convert_sqlite_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk, to OSErrors whose message contains the file name and advice."""
+        """Convert SQLite errors, such as a full disk, to OSErrors whose messages contain the file name and advice."""
         try:
             yield
         except sqlite3.Error as error:

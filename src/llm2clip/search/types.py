@@ -14,9 +14,9 @@ import numpy as np
 
 from llm2clip.data.image_refs import FileImage, ImageRef, ParquetImage, TarImage
 from llm2clip.io_utils import to_valid_unicode
-from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, Detail, ImageMetadata, list_metadata_details
+from llm2clip.search.metadata import TIME_OFFSET, ContentMetadata, ImageMetadata, MetadataLine, describe_metadata
 
-# These keys are stored in every index, so they must not change when a class is renamed.
+# These keys are stored in every index, so a key must not change when its class is renamed.
 REF_TYPES: dict[str, type[ImageRef]] = {"FileImage": FileImage, "TarImage": TarImage, "ParquetImage": ParquetImage}
 MAX_LOCATIONS = 100  # maximum number of locations per hit; web datasets contain some images over 100,000 times
 
@@ -28,23 +28,23 @@ class IndexedImage(ImageMetadata):
     name: str  # canonical path: `FILE`, `TAR!MEMBER` or `TABLE[ROW].COLUMN`; unique within an index
     ref: ImageRef
     source: str  # source in the format of `open_records`, with an absolute path
-    file_version: str  # size and modification time of the file, to detect changes
+    file_version: str  # size and modification time of the file, used to detect changes
     captions: tuple[str, ...] = ()
 
     @property
     def container(self) -> str:
-        """Path of the image file, or of the tar file or table that contains it."""
+        """Path of the image file, or of the tar file or table that contains the image."""
         if isinstance(self.ref, FileImage):
             return self.name
         name = self.name
         if isinstance(self.ref, TarImage):
-            name = name.removesuffix(f"@{self.ref.offset}")  # the offset distinguishes tar members of the same name
+            name = name.removesuffix(f"@{self.ref.offset}")  # the offset distinguishes tar members with the same name
         path_length = len(self.ref.container_path or "")
         return name.removesuffix(to_valid_unicode(str(self.ref)[path_length:]))
 
     @property
     def file_name(self) -> str:
-        """File name without folders, which may be private. For an image in a table, `TABLE[ROW].COLUMN`."""
+        """File name without folder names, which may be private, or `TABLE[ROW].COLUMN` for an image in a table."""
         name = self.name
         if isinstance(self.ref, TarImage):
             name = name[len(self.container) + len("!") :].removesuffix(f"@{self.ref.offset}")
@@ -58,7 +58,7 @@ class IndexedImage(ImageMetadata):
 
 
 class ImageState(NamedTuple):
-    """File version and captions of an indexed image, to detect changes."""
+    """File version and captions of an indexed image, used to detect changes."""
 
     file_version: str
     captions: tuple[str, ...]
@@ -75,38 +75,38 @@ class IndexedContent(ContentMetadata):
 
 @dataclass(frozen=True)
 class SimilarHit:
-    """A hit that was grouped with a similar hit of a better rank."""
+    """Hit that was grouped with a similar, better-ranked hit."""
 
     id: str
-    name: str  # name of the first image
-    file_name: str  # file name of the first image
+    name: str  # `name` of the first location
+    file_name: str  # `file_name` of the first location
 
 
 @dataclass(frozen=True)
 class Hit(ContentMetadata):
-    """A search result and the metadata of its content."""
+    """Search result: an image, its metadata and its locations."""
 
     id: str  # identifier of the image content; unique within an index
     score: float | None  # cosine similarity to the query vector, or None without a query
-    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS; images that match the filter come first
-    image_count: int  # total number of images with this content
-    # Fields (`caption`, `text`, `name`, `camera`, `date`) with query words, if the image contains all query words.
+    images: tuple[IndexedImage, ...]  # at most MAX_LOCATIONS locations; locations that match the filter come first
+    image_count: int  # total number of locations
+    # Fields (`caption`, `text`, `name`, `camera`, `date`) with query words. Empty unless the image has all query words.
     matched: tuple[str, ...] = ()
     text: str = ""  # text recognised in the image
-    relevance: float | None = None  # estimated probability of being an answer (see `search.relevance`), or None
+    relevance: float | None = None  # probability that the image is an answer (see `search.relevance`), or None
     similar: tuple[SimilarHit, ...] = ()  # hits that were grouped with this hit, best first
 
     @property
-    def details(self) -> list[Detail]:
+    def details(self) -> list[MetadataLine]:
         """Lines of metadata about the image and its first location, for display."""
-        return list_metadata_details(self, self.images[0])
+        return describe_metadata(self, self.images[0])
 
 
-def image_ref_to_json(ref: ImageRef) -> str:
+def serialize_image_ref(ref: ImageRef) -> str:
     return json.dumps([type(ref).__name__, asdict(ref)])  # type: ignore[call-overload]
 
 
-def image_ref_from_json(text: str) -> ImageRef:
+def parse_image_ref(text: str) -> ImageRef:
     name, values = json.loads(text)
     if name not in REF_TYPES:
         raise ValueError(f"unknown image reference type: {name}")
@@ -121,7 +121,7 @@ class NotFoundError(LookupError):
 
 
 class UnsupportedQuery(ValueError):
-    """Raised when an operation does not support a valid query."""
+    """Raised when a query is valid, but not supported by the operation."""
 
 
 class IndexUnavailableError(OSError):
@@ -136,13 +136,13 @@ class DeadlineExceeded(TimeoutError):
 
 
 class Deadline(NamedTuple):
-    """Deadline of a request."""
+    """Time at which a request is cancelled."""
 
-    end: float = math.inf  # on the clock of `time.monotonic`
+    end: float = math.inf  # value of `time.monotonic` at the deadline
     limit: float = math.inf  # time limit of the request, in seconds
 
     @property
-    def remaining(self) -> float | None:
+    def remaining_seconds(self) -> float | None:
         return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
 
     def make_error(self) -> DeadlineExceeded:
@@ -154,7 +154,7 @@ current_deadline: ContextVar[Deadline] = ContextVar("current_deadline", default=
 
 
 class FairSemaphore:
-    """Semaphore that waiting threads acquire in the order of their arrival.
+    """Semaphore that threads acquire in first-in, first-out order.
 
     With `threading.Semaphore`, a request that acquires and releases the semaphore in a loop could block other requests.
     Acquiring the semaphore raises DeadlineExceeded after the deadline of the request.
@@ -171,13 +171,13 @@ class FairSemaphore:
             self._waiting.append(turn)
             self._wake_waiting_threads()
         deadline = current_deadline.get()
-        if turn.acquire(timeout=deadline.remaining):
+        if turn.acquire(timeout=deadline.remaining_seconds):
             return
         with self._lock:
             if turn in self._waiting:
                 self._waiting.remove(turn)
                 raise deadline.make_error()
-        # Another thread woke this thread just after the timeout, so the semaphore is acquired.
+        # If another thread has woken this thread just after the timeout, this thread has acquired the semaphore.
 
     def __exit__(self, *_: object) -> None:
         with self._lock:

@@ -1,8 +1,8 @@
 """Word search over the texts of indexed images: queries, rank fusion, and SQLite's full-text tables (FTS5).
 
-In SQLite, the table `texts` has one row per image, with the same id as in `images`, and is indexed by two full-text
-tables. `words` finds words, ignoring case and diacritics. `trigrams` finds substrings, for languages such as Chinese
-that do not separate words with spaces. All texts are stored as returned by `normalize_text`.
+In SQLite, the table `texts` has one row per image, with the id from the table `images`. Two full-text tables index
+`texts`: `words` finds words, ignoring case and diacritics, and `trigrams` finds substrings, for languages such as
+Chinese that do not separate words with spaces. All texts are stored as returned by `normalize_text`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llm2clip.io_utils import UNSPACED, to_valid_unicode
 from llm2clip.search.metadata import convert_to_local_time, normalize_text
 from llm2clip.search.types import IndexedImage
 
-# Name in search results of each text field of an image. The fields are the columns of the full-text table `words`.
+# Text fields of an image (the columns of the full-text table `words`), and their names in search results.
 FIELDS = {"captions": "caption", "text": "text", "name": "name", "camera": "camera", "date": "date"}
 SUBSTRING_COLUMNS = ("captions", "text", "name")  # columns of `trigrams`
 FULL_TEXT_TABLES = {"words": tuple(FIELDS), "trigrams": SUBSTRING_COLUMNS}
@@ -39,13 +39,13 @@ CREATE VIRTUAL TABLE words USING fts5(
 CREATE VIRTUAL TABLE trigrams USING fts5(
   captions, text, name, content='texts', content_rowid='id', tokenize='trigram case_sensitive 1');
 """
-SEPARATOR = "\x1f"  # precedes each caption in `texts` and does not occur in normalised texts
+SEPARATOR = "\x1f"  # character before each caption in `texts`; does not occur in normalised texts
 TRIGRAM_LENGTH = 3  # the full-text table `trigrams` cannot find shorter texts
-UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w excludes vowel signs and tone marks
+UNSPACED_PARTS = re.compile(rf"(?:[^\W_]|{UNSPACED.pattern})+")  # \w does not match vowel signs and tone marks
 # Longer queries are descriptions, which are searched by embedding only.
 MAX_QUERY_WORDS, MAX_QUERY_LENGTH = 32, 500
-# If too many images contain all words of a query, such as the file name prefix IMG, only the embedding is used.
-# The limit is MAX_MATCHED_FRACTION of the index, at least MIN_COMMON and at most MAX_MATCHES (30 ms of scoring).
+# If too many images contain all query words, such as IMG in file names, the search uses only the embedding.
+# The limit is MAX_MATCHED_FRACTION of the index, but at least MIN_COMMON and at most MAX_MATCHES (30 ms of scoring).
 MIN_COMMON, MAX_MATCHED_FRACTION, MAX_MATCHES = 100, 0.1, 20_000
 MATCHED_LOCATIONS = 5  # number of locations per hit that are searched for matching fields
 MAX_FUSED = 1000  # number of top ids of each ranking that are merged by rank fusion
@@ -53,7 +53,7 @@ RRF_K = 60  # constant of reciprocal rank fusion (Cormack et al., 2009)
 
 
 def make_text_fields(image: IndexedImage, text: str = "") -> dict[str, str]:
-    """Return the normalised texts of an image, with the keys of FIELDS. `text` is the text recognised in the image."""
+    """Return the normalised texts of an image, keyed as in FIELDS. `text` is the text recognised in the image."""
     taken = convert_to_local_time(image.taken)
     folder = image.source
     while folder not in ("", "/") and not image.name.startswith(os.path.join(folder, "")):
@@ -87,7 +87,7 @@ class WordQuery:
     """Normalised query words, which must all occur in the texts of an image.
 
     Attributes:
-        words: Whole words. A word with punctuation, such as `img_1234.jpg`, is a sequence of words.
+        words: Whole words. A word with punctuation, such as `img_1234.jpg`, is matched as a sequence of words.
         substrings: Words in scripts without spaces between words.
     """
 
@@ -122,7 +122,7 @@ def quote_fts5_text(text: str) -> str:
 
 
 def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
-    """Return the SQL condition of a caption filter, and its parameters."""
+    """Return the SQL condition and parameters of a caption filter."""
     text = normalize_text(caption)
     if not text:
         return "images.id IN (SELECT id FROM texts WHERE captions != :caption)", {"caption": ""}
@@ -133,7 +133,7 @@ def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
 
 
 def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.ndarray | None) -> np.ndarray:
-    """Return the ids of at most MAX_FUSED contents with all words, sorted by BM25 score, or none if too many match."""
+    """Return at most MAX_FUSED ids of contents with all query words, sorted by BM25, or no ids if too many match."""
     tables, conditions, parameters = _make_word_match_condition(query)
     ranks = [f"{table}.rank" for table in FULL_TEXT_TABLES if table in tables]
     source = f"FROM {tables} WHERE {' AND '.join(conditions)}"
@@ -149,7 +149,7 @@ def find_word_matches(db: sqlite3.Connection, query: WordQuery, allowed_ids: np.
         return np.empty(0, np.int64)
     if allowed_ids is not None:
         rows = rows[np.isin(rows["content"], allowed_ids)]
-    return sort_distinct_ids(rows["content"], rows["rank"])[:MAX_FUSED]  # a lower rank is better
+    return sort_distinct_ids(rows["content"], rows["rank"])[:MAX_FUSED]  # FTS5 ranks are negative BM25 scores
 
 
 def sort_distinct_ids(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -159,10 +159,10 @@ def sort_distinct_ids(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return ids[np.sort(first)]
 
 
-def read_searchable_fields(
+def read_matching_text_fields(
     db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]
 ) -> list[tuple[int, dict[str, str]]]:
-    """Return pairs of content id and text fields, for the images of the given contents that contain all words."""
+    """Return (content id, text fields) pairs for the images of the contents that contain all query words."""
     tables, conditions, parameters = _make_word_match_condition(query)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")
@@ -179,7 +179,7 @@ def read_searchable_fields(
 def find_matched_fields(
     query: WordQuery, images: Sequence[tuple[int, Mapping[str, str]]]
 ) -> dict[int, tuple[str, ...]]:
-    """Return the names of the fields that contain words of a query, keyed by content id."""
+    """Return the names of the fields that contain query words, keyed by content id."""
     phrases = [f" {' '.join(words)} " for words in split_words(query.words) if words]
     matched: dict[int, set[str]] = {}
     for (content, fields), field_words in zip(images, split_text_fields([fields for _, fields in images]), strict=True):
@@ -220,7 +220,7 @@ def compute_word_match_limit(total: int) -> int:
 
 
 def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Merge two rankings by reciprocal rank fusion. The score of an id is the sum of 1 / (RRF_K + rank) over both.
+    """Merge two rankings by reciprocal rank fusion: the score of an id is the sum of 1 / (RRF_K + rank).
 
     Only the top MAX_FUSED ids of each ranking are fused. The remaining ids of the first ranking follow in their
     original order, so a longer first ranking does not change the order of the top ids.
@@ -229,7 +229,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     for ranking in (first, second):
         for rank, content in enumerate(ranking[:MAX_FUSED].tolist(), 1):
             scores[content] = scores.get(content, 0.0) + 1 / (RRF_K + rank)
-    fused = sorted(scores, key=lambda content: -scores[content])  # ties keep the order of the first ranking
+    fused = sorted(scores, key=lambda content: -scores[content])  # tied ids keep the order of the first ranking
     rest = [content for content in first[MAX_FUSED:].tolist() if content not in scores]
     return np.array([*fused, *rest], np.int64)
 
@@ -238,7 +238,7 @@ def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def add_image_texts(connection: sqlite3.Connection, images: Iterable[IndexedImage]) -> None:
-    """Add the texts of images that have just been added to the table `images`."""
+    """Index the texts of images that have just been added to the table `images`."""
     ((last,),) = connection.execute("SELECT coalesce(max(id), 0) FROM texts")
     for image in images:
         connection.execute(
@@ -253,23 +253,23 @@ def add_image_texts(connection: sqlite3.Connection, images: Iterable[IndexedImag
         connection.execute(
             "UPDATE texts SET text = ? WHERE content = ? AND id > ?", (normalize_text(text), content, last)
         )
-    _add_to_full_text(connection, f"id > {int(last)}")
+    _index_texts(connection, f"id > {int(last)}")
 
 
 def remove_image_texts(connection: sqlite3.Connection, names: Iterable[str]) -> None:
-    """Remove the texts of images that will be removed from the table `images` or replaced."""
-    _remove_from_full_text(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
+    """Remove the texts of images that are about to be removed from the table `images` or replaced."""
+    _unindex_texts(connection, "SELECT id FROM images WHERE name = ?", [(name,) for name in names])
     connection.execute("DELETE FROM texts WHERE id IN removed_texts")
 
 
 def set_recognized_text(connection: sqlite3.Connection, content: int, text: str) -> None:
-    _remove_from_full_text(connection, "SELECT id FROM texts WHERE content = ?", [(content,)])
+    _unindex_texts(connection, "SELECT id FROM texts WHERE content = ?", [(content,)])
     connection.execute("INSERT OR REPLACE INTO recognized_texts VALUES (?, ?)", (content, to_valid_unicode(text)))
     connection.execute("UPDATE texts SET text = ? WHERE content = ?", (normalize_text(text), content))
-    _add_to_full_text(connection, "id IN removed_texts")
+    _index_texts(connection, "id IN removed_texts")
 
 
-def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
+def _index_texts(connection: sqlite3.Connection, condition: str) -> None:
     # Triggers would be slower, because FTS5 would write to the disk after each row.
     for table, columns in FULL_TEXT_TABLES.items():
         listed = ", ".join(columns)
@@ -277,7 +277,7 @@ def _add_to_full_text(connection: sqlite3.Connection, condition: str) -> None:
         connection.execute(f"INSERT INTO {table} (rowid, {listed}) {rows}")
 
 
-def _remove_from_full_text(connection: sqlite3.Connection, statement: str, parameters: Sequence[tuple[Any]]) -> None:
+def _unindex_texts(connection: sqlite3.Connection, statement: str, parameters: Sequence[tuple[Any]]) -> None:
     """Select ids with `statement`, store the ids in `removed_texts` and remove their rows from the full-text tables."""
     connection.execute("CREATE TEMP TABLE IF NOT EXISTS removed_texts (id INTEGER PRIMARY KEY)")
     connection.execute("DELETE FROM removed_texts")
