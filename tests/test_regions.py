@@ -79,7 +79,7 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
     ("part", "changes", "message"),
     [
         ("", {"images": []}, "lists no images"),
-        ("", {"annotations": []}, "contains no boxes that can be classified"),
+        ("", {"annotations": []}, "contains no boxes except crowds"),
         ("", {"categories": [{"id": 1, "name": "_ "}]}, "category 1 has no name"),
         ("", {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "several categories have the id 1"),
         ("images", {"id": 11}, "several images have the id 11"),
@@ -90,7 +90,7 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
         ("annotations", {"image_id": 7}, "annotation 100 refers to image 7, which does not exist"),
         ("annotations", {"image_id": "10"}, "annotation 100 refers to image '10', which does not exist"),
         ("annotations", {"category_id": 2}, "annotation 100 refers to category 2, which does not exist"),
-        ("annotations", {"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\], but .* \[left, top, width"),
+        ("annotations", {"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\]. .* \[left, top, width"),
         ("annotations", {"bbox": [1, 2, 3, float("nan")]}, "annotation 100 has the bbox"),
         ("annotations", {"bbox": [1, 2, 3, "4"]}, "annotation 100 has the bbox"),
         ("annotations", {"bbox": [1, 2, -3, 4]}, "annotation 100 has the bbox"),
