@@ -30,7 +30,7 @@ from llm2clip.evaluate.detection import (
     classify_boxes,
     compute_detection_metrics,
     detect_objects,
-    drop_images_and_objects,
+    exclude_images,
 )
 from llm2clip.evaluate.proposals import Proposals, get_object_boxes, open_proposals
 from llm2clip.evaluate.regions import encode_boxes
@@ -221,7 +221,7 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
     assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6], [2, 2, 4, 4]]
     assert proposals.scores.tolist() == [0.25, 0.75, 0.5]
     assert len(find(11, IMAGE).boxes) == 0
-    assert "1 of 4 boxes belong to images that are not in the benchmark" in note
+    assert "1 of 4 boxes refer to images that are not in the benchmark" in note
     assert "1 of 2 images have no boxes" in note
     ground_truth, _ = open_proposals("ground-truth", DATA, CPU)
     assert ground_truth(10, IMAGE).boxes.tolist() == [[1, 2, 4, 6]], "crowds are omitted"
@@ -233,7 +233,7 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
     [
         ({"image_id": 10, "score": 0.5}, "'bbox'"),
         ({"image_id": 10, "bbox": [1, 2, 3, 4]}, "'score'"),
-        ({"image_id": [10], "bbox": [1, 2, 3, 4], "score": 0.5}, r"\[10\] is neither an integer nor a string"),
+        ({"image_id": [10], "bbox": [1, 2, 3, 4], "score": 0.5}, r"\[10\] must be an integer or a string"),
         ({"image_id": 10, "bbox": [1, 2, 3], "score": 0.5}, r"\[1, 2, 3\]"),
         ({"image_id": 10, "bbox": [1, 2, -3, 4], "score": 0.5}, r"\[1, 2, -3, 4\]"),
         ({"image_id": 10, "bbox": [1, 2, float("nan"), 4], "score": 0.5}, "in pixels"),
@@ -256,7 +256,7 @@ def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any
         ("gone.json", MissingFileError, r"gone\.json does not exist"),
         ("dict.json", DataFormatError, r"dict\.json must be a list"),
         ("ids.json", DataFormatError, r"ids\.json has no boxes for .* check the image_id values"),
-        ("nothing", ValueError, "not a transformers object detection model"),
+        ("nothing", ValueError, "cannot load a transformers object detection model"),
     ],
 )
 def test_invalid_sources_of_proposals_are_rejected(
@@ -345,7 +345,7 @@ def test_ov_coco_rejects_files_without_objects_categories_or_images(
         with pytest.raises(error, match=message):
             BENCHMARKS["ov-coco"].load(tmp_path)
 
-    load(DataFormatError, "val2017.json contains only crowds, so the average precision is undefined", iscrowd=1)
+    load(DataFormatError, "val2017.json contains only crowds, so average precision is undefined", iscrowd=1)
     load(DataFormatError, "contains no objects of the selected classes", bbox=[70, 4, 20, 20])
     ov_coco_file(tmp_path)
     (tmp_path / "val2017/0.png").unlink()
@@ -468,7 +468,7 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     embeddings = colour_embeddings(max_skipped=0.5)
     results = detect_objects(data, embeddings, "ground-truth", ["plain"])
     assert set(results.by_method["plain"]) == {10, 11} and results.num_objects == 4
-    remaining = drop_images_and_objects(data, results.failures)
+    remaining = exclude_images(data, results.failures)
     assert remaining.image_ids == [10, 11] and remaining.images == data.images[:2] and len(remaining.sizes) == 2
     assert [row["image_id"] for row in remaining.annotations] == [10, 10, 11, 11]
     assert embeddings.log.skipped == {"unusable image": 2}
@@ -541,7 +541,7 @@ def test_evaluate_command_reports_detection(
     assert "<summary>AP50 per class, %</summary>" in page and "  100.0  100.0  dog\n" in page
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
     assert "| colours (upper bound) | plain | 100.0 |" in output
-    assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output
+    assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "The AP is an upper bound" in output
     assert main(command) == 1
     assert "pass --proposals" in capsys.readouterr().err
     own = ["evaluate", "colours", "--benchmarks", f"boxes:{file}", "--templates", "a {}!", "--out"]

@@ -367,7 +367,7 @@ def test_unusable_images_and_labels_are_skipped(tmp_path: Path) -> None:
     embeddings = colour_embeddings(max_skipped=1.0)
     result = segment_images(data, embeddings, ["plain"])
     assert result.images == [0] and embeddings.log.skipped == {"unusable image": 2}
-    assert "the label map is 64 x 10 pixels, but the image is 64 x 48 pixels" in embeddings.log.examples[1]
+    assert "the label map has 64 x 10 pixels, but the image has 64 x 48 pixels" in embeddings.log.examples[1]
 
 
 def test_segmentation_intervals_match_a_naive_bootstrap() -> None:

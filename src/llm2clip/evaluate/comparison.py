@@ -354,10 +354,10 @@ def _describe_difference(
 
 
 def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
-    """Describe the caption retrieval accuracy in a sentence. `metrics` is a result of `caption_retrieval_accuracy`."""
+    """Describe the result of `caption_retrieval_accuracy` in a sentence."""
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
-        return f"Too few images to judge the encoder: only {images} with two captions. Use at least {MIN_IMAGES} images."
+        return f"Too few images to judge the encoder: only {images} with two captions. Use at least {MIN_IMAGES}."
     share = describe_percentage_in_words(metrics["CRA"])
     return f"{encoder} retrieves the other caption of the same image for {share} captions ({images})."
 

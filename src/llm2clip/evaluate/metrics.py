@@ -95,7 +95,7 @@ def two_way_ranks(
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
         raise ValueError(
-            f"each of the {len(images)} images must have at least one text, and each text must refer to one of the images"
+            f"each of the {len(images)} images must have a text, and each text must refer to one of the images"
         )
     check_embeddings_are_finite(images, texts)
     order = owner.argsort(stable=True)
@@ -333,7 +333,7 @@ class BootstrapMetrics:
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Resample the images. `compute(weights)` must count image i `weights[i]` times and return the metrics `names`."""
+        """Compute metrics and resamples. `compute(weights)` must count image i `weights[i]` times."""
         samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
