@@ -26,13 +26,13 @@ from llm2clip.evaluate.benchmarks.coco_instances import load_ov_coco_classes
 from llm2clip.evaluate.detection import (
     DetectionResults,
     Detections,
-    build_detection_blocks,
+    build_detection_section,
     classify_boxes,
     compute_detection_metrics,
     detect_objects,
     exclude_images,
 )
-from llm2clip.evaluate.proposals import Proposals, get_object_boxes, open_proposals
+from llm2clip.evaluate.proposals import Proposals, get_object_boxes, open_proposal_source
 from llm2clip.evaluate.regions import encode_boxes
 from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.io_utils import DataFormatError, MissingFileError
@@ -216,14 +216,14 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
         {"image_id": "10", "bbox": [0, 0, 5, 6], "score": 0.75},
         {"image_id": 10.0, "bbox": [2, 2, 2, 2], "score": 0.5},
     ]
-    find, note = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
+    find, note = open_proposal_source(write_proposals(tmp_path, rows), DATA, CPU)
     proposals = find(10, IMAGE)
     assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6], [2, 2, 4, 4]]
     assert proposals.scores.tolist() == [0.25, 0.75, 0.5]
     assert len(find(11, IMAGE).boxes) == 0
     assert "1 of 4 boxes refer to images that are not in the benchmark" in note
     assert "1 of 2 images have no boxes" in note
-    ground_truth, _ = open_proposals("ground-truth", DATA, CPU)
+    ground_truth, _ = open_proposal_source("ground-truth", DATA, CPU)
     assert ground_truth(10, IMAGE).boxes.tolist() == [[1, 2, 4, 6]], "crowds are omitted"
     assert ground_truth(11, IMAGE).scores.tolist() == [1]
 
@@ -247,7 +247,7 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
 def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any, message: str) -> None:
     good = {"image_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
     with pytest.raises(DataFormatError, match=f"proposals.json, row 2: .*{message}"):
-        open_proposals(write_proposals(tmp_path, [good, row]), DATA, CPU)
+        open_proposal_source(write_proposals(tmp_path, [good, row]), DATA, CPU)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_invalid_sources_of_proposals_are_rejected(
     Path("ids.json").write_text('[{"image_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]')
     Path("nothing").mkdir()
     with pytest.raises(error, match=message):
-        open_proposals(name, DATA, CPU)
+        open_proposal_source(name, DATA, CPU)
 
 
 def test_top_proposals_are_clipped_sorted_and_limited() -> None:
@@ -291,7 +291,7 @@ def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     YolosImageProcessor(size={"height": 32, "width": 48}, do_pad=False).save_pretrained(tmp_path)
     image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
-    detect, _ = open_proposals(str(tmp_path), DATA, CPU)
+    detect, _ = open_proposal_source(str(tmp_path), DATA, CPU)
     found = detect(10, image)
     pixels = YolosImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")
     outputs = model(**pixels)
@@ -491,7 +491,7 @@ def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_
 def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
     data = draw_data(tmp_path)
     results = detect(data)
-    blocks = build_detection_blocks(data, "plain", results.by_method["plain"], count=2)
+    blocks = build_detection_section(data, "plain", results.by_method["plain"], count=2)
     [images] = [block for block in blocks if isinstance(block, ReportImageGroup)]
     assert len(images.images) == 2
     assert images.images[0].caption in ("red 1.00, green 1.00", "green 1.00, red 1.00")  # one name per box

@@ -256,7 +256,7 @@ def test_conversation_dataset_lengths_correlate_with_token_counts(
 ) -> None:
     dataset = ConversationDataset(conversations, load_model(tiny_llava)[1], num_image_tokens=4, max_length=512)
     token_counts = [len(dataset[n]["ids"]) for n in range(len(dataset))]
-    assert np.corrcoef(token_counts, dataset.estimate_lengths())[0, 1] > 0.9
+    assert np.corrcoef(token_counts, dataset.estimate_token_counts())[0, 1] > 0.9
 
 
 def test_length_grouped_sampler_reduces_padding() -> None:

@@ -14,7 +14,7 @@ from llm2clip.evaluate.comparison import (
     build_recall_table,
     describe_benchmark_results,
     describe_caption_retrieval,
-    describe_percentage_in_words,
+    describe_percentage,
     get_informative_recalls,
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
@@ -22,7 +22,7 @@ from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_interval_
 from llm2clip.evaluate.training_report import (
     _build_caption_retrieval_section,
     _build_retrieval_section,
-    describe_distillation,
+    describe_distillation_result,
     describe_failed_tuning,
 )
 from llm2clip.reports import (
@@ -153,7 +153,7 @@ def test_text_report_is_aligned_and_has_no_control_characters() -> None:
     ],
 )  # fmt: skip
 def test_share_in_words_never_claims_more_than_the_percentage(percent: float, text: str) -> None:
-    assert describe_percentage_in_words(percent) == text
+    assert describe_percentage(percent) == text
 
 
 def make_retrieval_result(model: str, recall: float, images: int = 1000, **row: Any) -> BenchmarkResult:
@@ -186,9 +186,7 @@ def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[Be
 
 
 def test_verdict_says_that_too_few_images_were_evaluated() -> None:
-    assert "only 1 image evaluated" in describe_benchmark_results(
-        "data", [make_retrieval_result("M", 100.0, images=1)]
-    )
+    assert "only 1 image evaluated" in describe_benchmark_results("data", [make_retrieval_result("M", 100.0, images=1)])
     rough = describe_benchmark_results("data", [make_retrieval_result("M", 62.0, images=30)])
     assert "of 30 for 6 of 10" in rough and rough.endswith("recall is imprecise (95% interval 50 to 71%).")
     assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
@@ -282,8 +280,9 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
     speed = "encodes 12 times as many queries per second as the teacher on one CPU core"
     assert (
-        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
+        describe_distillation_result(result)
+        == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
     )
-    assert describe_distillation({**result, "fields": []}).endswith("because no images were held out.")
-    few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
+    assert describe_distillation_result({**result, "fields": []}).endswith("because no images were held out.")
+    few = describe_distillation_result({**result, "fields": [{**field, "images": 4}]})
     assert "98%" not in few and few.endswith("there are fewer than 50 held-out images (4).")

@@ -22,7 +22,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
 from llm2clip.evaluate.metrics import draw_bootstrap_counts
 from llm2clip.evaluate.segmentation import (
-    build_segmentation_blocks,
+    build_segmentation_section,
     compute_class_iou,
     compute_segmentation_metrics,
     segment_images,
@@ -403,7 +403,7 @@ def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: P
     result.examples = {0: {"labels": np.where(np.arange(64) < 32, 0, 1).repeat(48).reshape(64, 48).T.astype(np.uint8)}}
     for has_background in (False, True):
         shown = dataclasses.replace(data, has_background=has_background)
-        *_, examples = build_segmentation_blocks(shown, result)
+        *_, examples = build_segmentation_section(shown, result)
         assert isinstance(examples, ReportImageGroup)
         image, overlay = (load_image(item.jpeg).float() for item in examples.images)
         change = (overlay - image).abs().sum(0)

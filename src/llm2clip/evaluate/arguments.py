@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llm2clip.config import EvaluateOptions
-from llm2clip.evaluate.benchmarks import get_benchmarks, has_user_data
+from llm2clip.evaluate.benchmarks import get_benchmarks, is_user_benchmark
 from llm2clip.models.prompts import check_prompt_templates
 
 
@@ -18,7 +18,7 @@ def check_evaluation_arguments(models: Sequence[str], data: Sequence[str], optio
         )
     if options.short_queries and not has_images:
         raise ValueError("--short_queries requires images with captions: pass data or --benchmarks")
-    has_class_names = any(map(has_user_data, options.benchmarks))
+    has_class_names = any(map(is_user_benchmark, options.benchmarks))
     if options.templates is not None and not options.short_queries and not has_class_names:
         raise ValueError(
             "--templates applies only to short queries and to your own images with class names: add --short_queries, "

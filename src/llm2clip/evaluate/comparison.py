@@ -7,7 +7,7 @@ from typing import Any
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.metrics import KS
-from llm2clip.evaluate.retrieval import build_error_analysis_blocks
+from llm2clip.evaluate.retrieval import build_error_analysis_section
 from llm2clip.io_utils import format_count
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_recalls
 from llm2clip.reports import (
@@ -32,7 +32,7 @@ MIN_ROUGH_IMAGES = 20  # with fewer images, there is no verdict, because even a 
 K = 10  # verdicts report R@K
 
 
-def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
+def build_benchmark_section(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return the report section on a benchmark. The models are listed in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_benchmark(benchmark, results[0].summary)}")]
     notes = [Paragraph(note) for note in get_published_notes(benchmark.name)]
@@ -58,8 +58,8 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
         blocks.append(build_recall_table(rows, published if n == 0 and not is_mean else {}))
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
-            blocks += build_error_analysis_blocks(analyses)
-    return [*blocks, *build_dimension_blocks(results), *notes]
+            blocks += build_error_analysis_section(analyses)
+    return [*blocks, *build_truncation_section(results), *notes]
 
 
 def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
@@ -85,7 +85,7 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
     return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
 
 
-def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
+def build_caption_retrieval_section(name: str, metrics: dict[str, Any]) -> list[Block]:
     """Return the report section on caption retrieval. `metrics` is a result of `caption_retrieval_accuracy`."""
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
     rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"]), metrics["images"]])
@@ -144,7 +144,7 @@ def build_recall_table(
             is_trivial = get_informative_recalls(row, direction)[0] is None
             intervals.append(None if is_trivial else format_interval(row[f"{direction} interval"]["R@1"]))
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
-        truncated = _format_truncated_share(row["truncated"], row["texts"])
+        truncated = _format_truncated_fraction(row["truncated"], row["texts"])
         rows.append(_make_recall_row(model, recalls[model], intervals, median_ranks, truncated))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
     for name, values in _subtract_recalls(recalls, published).items():
@@ -156,7 +156,7 @@ def build_recall_table(
     return Table([*header, "truncated"], rows, highlight)
 
 
-def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
+def build_truncation_section(results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return a section on R@1 by embedding dimension, or [] if no truncated embeddings were evaluated."""
     recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and dimension
     for result in results:
@@ -216,7 +216,7 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
         is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
         name = f"{result.model} (upper bound)" if is_upper_bound else result.model
         cells = [_format_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
-        truncated = _format_truncated_share(summary["truncated"], summary["texts"])
+        truncated = _format_truncated_fraction(summary["truncated"], summary["texts"])
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
         if "difference" in row:
@@ -251,7 +251,7 @@ def build_class_metrics_section(results: Sequence[BenchmarkResult]) -> list[Bloc
     return [CollapsibleSection(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
-def _format_truncated_share(truncated: int | None, texts: int) -> str:
+def _format_truncated_fraction(truncated: int | None, texts: int) -> str:
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
@@ -305,7 +305,7 @@ def get_informative_recalls(row: Mapping[str, Any], direction: str, suffix: str 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def describe_percentage_in_words(percent: float) -> str:
+def describe_percentage(percent: float) -> str:
     """Convert a percentage to a phrase, such as "6 of 10" or "3 of 100"."""
     if percent in (0, 100):
         return "0 of 100" if percent == 0 else "all"
@@ -328,8 +328,8 @@ def describe_text_to_image_recall(model: str, row: Mapping[str, Any], captions: 
         low, high = row["T2I interval"][f"R@{K}"]
         note = f" With fewer than {MIN_IMAGES} images, the recall is imprecise (95% interval {low:.0f} to {high:.0f}%)."
     share, chance = (
-        describe_percentage_in_words(row["T2I"][f"R@{K}"]),
-        describe_percentage_in_words(row["T2I chance"][f"R@{K}"]),
+        describe_percentage(row["T2I"][f"R@{K}"]),
+        describe_percentage(row["T2I chance"][f"R@{K}"]),
     )
     return (
         f"{model} ranks the correct image in the top {K} of {images:,} for {share} {captions} "
@@ -358,7 +358,7 @@ def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
         return f"Too few images to judge the encoder: only {images} with two captions. Use at least {MIN_IMAGES}."
-    share = describe_percentage_in_words(metrics["CRA"])
+    share = describe_percentage(metrics["CRA"])
     return f"{encoder} retrieves the other caption of the same image for {share} captions ({images})."
 
 
@@ -377,7 +377,7 @@ def describe_benchmark_results(benchmark: str, results: Sequence[BenchmarkResult
         verdict = f"{first.model} reaches {metrics[metric]:.1f}% {metric} on {benchmark}."
         if metric == "top-1":
             things = "boxes" if "regions" in first.summary else "images"
-            share = describe_percentage_in_words(metrics[metric])
+            share = describe_percentage(metrics[metric])
             verdict = f"{first.model} predicts the correct class for {share} {things} in {benchmark}."
     differences = []
     for result in results[1:]:

@@ -29,12 +29,12 @@ from llm2clip.evaluate.benchmarks.base import BenchmarkResult, DetectionData, Im
 from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics, draw_bootstrap_counts
-from llm2clip.evaluate.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposals
+from llm2clip.evaluate.proposals import GROUND_TRUTH, Proposals, get_object_boxes, open_proposal_source
 from llm2clip.evaluate.regions import (
     CROP,
     decode_images,
     encode_boxes,
-    gather_results_from_ranks,
+    gather_results,
     get_logit_scales,
     require_dual_encoder,
     select_dense_variants,
@@ -76,7 +76,7 @@ class DetectionResults:
     num_proposals: int
     num_covered: int  # number of objects covered by a proposal (see `RECALL_IOU`)
     num_objects: int  # number of objects, excluding crowds
-    note: str  # see `open_proposals`
+    note: str  # see `open_proposal_source`
     failures: dict[int, str]  # error messages for unusable images, keyed by image index
 
     def describe_proposals(self, source: str) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
         "proposals": description,
         "rows": rows,
     }
-    draw_examples = partial(build_detection_blocks, usable, first_method, first_detections)
+    draw_examples = partial(build_detection_section, usable, first_method, first_detections)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
@@ -135,7 +135,7 @@ def detect_objects(
     """
     model = require_dual_encoder(embeddings)
     methods = select_dense_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])
-    find_proposals, note = open_proposals(proposals, data, process_state().device)
+    find_proposals, note = open_proposal_source(proposals, data, process_state().device)
     classes = encode_class_names(embeddings, data.names, data.templates)
     objects = get_object_boxes(data)
     scales = get_logit_scales(model, LOGIT_SCALE)
@@ -157,7 +157,7 @@ def detect_objects(
             true_boxes = objects.get(data.image_ids[index], torch.zeros(0, 4))
             is_covered = (box_iou(true_boxes, boxes[index].boxes) >= RECALL_IOU).any(1)
             results[index] = detections[index], (len(boxes[index].boxes), int(is_covered.sum()), len(true_boxes))
-    results = gather_results_from_ranks(results, failures, data.images, embeddings.log)
+    results = gather_results(results, failures, data.images, embeddings.log)
     num_proposals, num_covered, num_objects = np.array([counts for _, counts in results.values()]).sum(0).tolist()
     scale_of_method = {method + suffix: scale for method in methods for suffix, scale in scales.items()}
     by_method: dict[str, dict[ImageId, Detections]] = {method: {} for method in scale_of_method}
@@ -200,7 +200,7 @@ def classify_boxes(
     return Detections(boxes[remaining], scores[remaining], labels[remaining])
 
 
-def build_detection_blocks(
+def build_detection_section(
     data: DetectionData, method: str, detections: Mapping[ImageId, Detections], count: int = 6
 ) -> list[Block]:
     images = []

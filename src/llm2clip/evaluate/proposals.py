@@ -40,7 +40,7 @@ ProposalFinder = Callable[[ImageId, Tensor], Proposals]
 """Function that takes an image id and a uint8 image of shape (3, H, W), and returns box proposals."""
 
 
-def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
+def open_proposal_source(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
     """Open a source of box proposals: "ground-truth", a JSON file in COCO's results format, or a detector.
 
     A detector is specified by the folder or hub id of a transformers object detection model. Its labels are ignored.

@@ -122,7 +122,7 @@ def decode_images(
         yield images
 
 
-def gather_results_from_ranks(
+def gather_results(
     results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
 ) -> dict[int, T]:
     """Return the results of all ranks, sorted by image index. Log all unusable images.
@@ -209,7 +209,7 @@ def classify_regions(
             regions = torch.cat(encode_boxes(model, list(images.values()), boxes, method))
             predictions = batches.setdefault(min(images), {})
             predictions[method] = _predict_classes(regions, list(images), data, classes)
-    batches = gather_results_from_ranks(batches, failures, data.images, embeddings.log)
+    batches = gather_results(batches, failures, data.images, embeddings.log)
     return {method: RegionPredictions.concatenate([batch[method] for batch in batches.values()]) for method in methods}
 
 

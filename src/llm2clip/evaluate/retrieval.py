@@ -297,7 +297,7 @@ def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> ReportImageGro
     return ReportImageGroup(images, ranks.captions[text])
 
 
-def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
+def build_error_analysis_section(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
     """Return a plot of all models' recall by caption length, and example searches with the first model."""
     name, first = next(iter(analyses.items()))
     blocks: list[Block] = []

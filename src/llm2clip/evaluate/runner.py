@@ -25,8 +25,8 @@ from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
 from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositional
 from llm2clip.evaluate.comparison import (
-    build_benchmark_blocks,
-    build_caption_retrieval_blocks,
+    build_benchmark_section,
+    build_caption_retrieval_section,
     describe_benchmark_results,
     describe_caption_retrieval,
 )
@@ -35,7 +35,7 @@ from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.regions import evaluate_regions
 from llm2clip.evaluate.retrieval import analyse_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
-from llm2clip.evaluate.short_queries import build_short_query_blocks, evaluate_short_queries
+from llm2clip.evaluate.short_queries import build_short_query_sections, evaluate_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_file_name
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates
@@ -182,7 +182,7 @@ class _EvaluationRun:
             num_mistakes=NUM_MISTAKES,
         )
         self._save_results("caption retrieval", metrics)
-        blocks = build_caption_retrieval_blocks(name, metrics)
+        blocks = build_caption_retrieval_section(name, metrics)
         self._add_report_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
@@ -210,8 +210,8 @@ class _EvaluationRun:
         self._collect_report_messages(missing)
         blocks: list[Block] = []
         for run in with_results:
-            blocks += build_benchmark_blocks(run.benchmark, run.results)
-        blocks += build_short_query_blocks([(run.benchmark, run.results) for run in self._runs])
+            blocks += build_benchmark_section(run.benchmark, run.results)
+        blocks += build_short_query_sections([(run.benchmark, run.results) for run in self._runs])
         first = with_results[0]
         self._add_report_section("Results", describe_benchmark_results(first.benchmark.name, first.results), blocks)
 
@@ -263,7 +263,7 @@ class _EvaluationRun:
                 source.log = run.log
                 result = self._evaluate_embedding_source(run, source, source_name, training_images)
                 if result is not None:
-                    self._analyse_result(result, is_baseline or n > 0)
+                    self._analyse_benchmark_result(result, is_baseline or n > 0)
                     if self._options.dims:
                         result.summary |= {"full model": name, "dimensions": source.embed_dim}
                     run.results.append(result)
@@ -312,7 +312,7 @@ class _EvaluationRun:
                 row["short queries with templates"] = [length.to_dict() for length in scores.with_templates]
                 row["query templates"] = dataclasses.asdict(templates)
 
-    def _analyse_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
+    def _analyse_benchmark_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
         """Analyse errors and draw examples for the report. Then free the memory of images and embeddings."""
         if self.out is not None and process_state().is_main_process:
             for n, (caption_field, ranks) in enumerate(result.ranks.items()):

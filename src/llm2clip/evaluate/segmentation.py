@@ -22,7 +22,7 @@ from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.evaluate.regions import (
     decode_image_batches,
-    gather_results_from_ranks,
+    gather_results,
     get_logit_scales,
     require_dual_encoder,
     select_dense_variants,
@@ -66,7 +66,7 @@ def evaluate_segmentation(
         rows.append(row)
     all_names = [name for names in data.names for name in names]
     summary = {"images": len(result.images), **count_prompts(embeddings, all_names, data.templates), "rows": rows}
-    draw_examples = partial(build_segmentation_blocks, data, result)
+    draw_examples = partial(build_segmentation_section, data, result)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
@@ -109,7 +109,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
                 maps = {}
             step = -(-max(labels.shape) // EXAMPLE_SIDE)
             results[index] = counts, {name: label_map[::step, ::step].copy() for name, label_map in maps.items()}
-    results = gather_results_from_ranks(results, failures, data.images, embeddings.log)
+    results = gather_results(results, failures, data.images, embeddings.log)
     return SegmentationResult(
         images=list(results),
         counts={method: np.stack([counts[method] for counts, _ in results.values()]) for method in scale_of_method},
@@ -154,7 +154,7 @@ def compute_class_iou(counts: np.ndarray) -> list[float | None]:
     return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
 
 
-def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
+def build_segmentation_section(data: SegmentationData, result: SegmentationResult) -> list[Block]:
     colours = _make_class_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
     text = "Images at regular intervals in the dataset. Background and unlabelled pixels are not coloured."

@@ -119,7 +119,7 @@ class ShortQueryResult:
     def describe_templates(self) -> str:
         """Describe in one line which templates were chosen, and by how much they increase the mAP."""
         if self.with_templates is None:
-            return "Short queries are encoded without templates, because no templates improve the mAP on held-out images"
+            return "Short queries are encoded without templates, because no templates improve mAP on held-out images"
         gains = []
         for before, after in zip(self.plain, self.with_templates, strict=True):
             if int(before.words) <= self.templates.max_words:
@@ -324,7 +324,7 @@ Curves = Mapping[str, Sequence[QueryLengthResult]]
 """Results for each query length, keyed by model name. The suffix ", with templates" marks results with templates."""
 
 
-def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
+def build_short_query_sections(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
     """Return report sections on short queries, one per caption field, with accuracies on classification benchmarks."""
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []

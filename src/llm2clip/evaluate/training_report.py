@@ -21,12 +21,12 @@ from llm2clip.evaluate.comparison import (
     MIN_IMAGES,
     K,
     describe_caption_retrieval,
-    describe_percentage_in_words,
+    describe_percentage,
     describe_text_to_image_recall,
     get_informative_recalls,
 )
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.encoder_choice import describe_encoder_choice, describe_encoder
+from llm2clip.evaluate.encoder_choice import describe_encoder, describe_encoder_choice
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, compute_field_ranks, read_example_searches
 from llm2clip.evaluate.short_queries import evaluate_short_queries
@@ -86,7 +86,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         ),
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
-        Paragraph("Caption retrieval accuracy (CRA): how often the first two captions of an image retrieve each other."),
+        Paragraph("Caption retrieval accuracy (CRA): how often an image's first two captions retrieve each other."),
         *_build_caption_retrieval_section(cra, describe_encoder(encoder)),
         *([Paragraph(describe_encoder_choice(choice))] if choice else []),
         Heading("Training"),
@@ -102,7 +102,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     ]
     verdict = describe_text_to_image_recall("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
-        verdict += f" Before training: {describe_percentage_in_words(untrained[0]['T2I'][f'R@{K}'])}."
+        verdict += f" Before training: {describe_percentage(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate the model on other images, pass their sources to `--evaluate.data`."
     verdict += describe_failed_tuning(cra)
@@ -281,12 +281,12 @@ def write_distill_report(
             result["fields"].append(compare_text_embeddings(name, ranks, student_source.encode_texts(ranks.captions)))
         first = next(iter(ranked.values()))
         captions = first.captions
-        result["short queries"] = _compare_short_queries(teacher_source, student_source, first)
+        result["short queries"] = _compare_short_query_results(teacher_source, student_source, first)
     queries = captions[:SPEED_QUERIES] or ["a dog", "two children play in the snow while a man watches them"]
     for name, model_folder in (("teacher", teacher_folder), ("student", folder / "model")):
-        result[name] = measure_text_encoder(model_folder, queries)
+        result[name] = measure_text_encoder_cost(model_folder, queries)
     atomic_write_text(folder / "report.json", json.dumps(result, indent=1))
-    tables, verdict = _build_comparison_section(result), describe_distillation(result)
+    tables, verdict = _build_comparison_section(result), describe_distillation_result(result)
     page = folder / "report.html"
     run_section = build_run_section(describe_run(seconds))
     blocks = [*tables, *_build_usage_section(folder), *run_section]
@@ -294,7 +294,7 @@ def write_distill_report(
     print_once(render_markdown("Teacher and student", tables, verdict), f"Report: {page}")
 
 
-def describe_distillation(result: Mapping[str, Any]) -> str:
+def describe_distillation_result(result: Mapping[str, Any]) -> str:
     """Describe how much of the teacher's recall the student retains, and how much faster it encodes queries."""
     speedup = result["student"]["queries per second"] / result["teacher"]["queries per second"]
     speed = f"{speedup:.0f} times" if speedup >= 10 else f"{speedup:.1f} times"
@@ -344,7 +344,7 @@ def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> 
     }
 
 
-def _compare_short_queries(
+def _compare_short_query_results(
     teacher: ModelEmbeddings, student: ModelEmbeddings, ranks: RetrievalRanks
 ) -> list[dict[str, Any]]:
     """Return each model's mAP by query length, using its own templates, or [] if no queries can be built."""
@@ -363,7 +363,7 @@ def _compare_short_queries(
     return entries
 
 
-def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
+def measure_text_encoder_cost(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
     """Measure the speed of a model's text encoder on one CPU core, and its size.
 
     Queries are encoded one at a time in fp32 for at least three seconds. "bytes of weights" is the size of the weights

@@ -48,7 +48,7 @@ def _load_benchmarks() -> dict[str, Benchmark]:
 BENCHMARKS = _load_benchmarks()
 
 
-def has_user_data(name: str) -> bool:
+def is_user_benchmark(name: str) -> bool:
     """Return True if a benchmark name has the form PREFIX:PATH. See `get_benchmarks`."""
     return name.startswith(USER_PREFIXES)
 
@@ -61,7 +61,7 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
     """
     user_benchmarks = []
     for name in names:
-        if has_user_data(name):
+        if is_user_benchmark(name):
             user_benchmarks.append(_make_user_benchmark(name, templates))
         elif name not in BENCHMARKS and name != "all":
             choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_PREFIXES)]
