@@ -186,10 +186,11 @@ def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[Be
 
 
 def test_verdict_says_that_too_few_images_were_evaluated() -> None:
-    assert "only 1 image evaluated" in describe_benchmark_results("data", [make_retrieval_result("M", 100.0, images=1)])
+    few = describe_benchmark_results("data", [make_retrieval_result("M", 100.0, images=1)])
+    assert "cannot be judged from 1 image." in few
     rough = describe_benchmark_results("data", [make_retrieval_result("M", 62.0, images=30)])
     assert "of 30 for 6 of 10" in rough and rough.endswith("recall is imprecise (95% interval 50 to 71%).")
-    assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
+    assert "from 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
     metrics = {"images": 5000, "CRA": 27.3}
     assert (
         describe_caption_retrieval("E", metrics)
@@ -279,10 +280,8 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
     field = {"images": 100, "teacher": {"T2I": {"R@1": 20.0}}, "student": {"T2I": {"R@1": 19.6}}}
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
     speed = "encodes 12 times as many queries per second as the teacher on one CPU core"
-    assert (
-        describe_distillation_result(result)
-        == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
-    )
+    expected = f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
+    assert describe_distillation_result(result) == expected
     assert describe_distillation_result({**result, "fields": []}).endswith("because no images were held out.")
     few = describe_distillation_result({**result, "fields": [{**field, "images": 4}]})
     assert "98%" not in few and few.endswith("there are fewer than 50 held-out images (4).")

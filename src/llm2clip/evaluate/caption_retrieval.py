@@ -86,7 +86,7 @@ def caption_retrieval_accuracy(
     """
     pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:
-        raise ValueError("caption retrieval requires images with two distinct captions, but no image has two")
+        raise ValueError("cannot measure caption retrieval, because no image has two distinct captions")
     texts = list(dict.fromkeys(caption for captions in pairs for caption in captions))
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)

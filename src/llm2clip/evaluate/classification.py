@@ -40,7 +40,7 @@ def encode_class_names(embeddings: EmbeddingSource, names: Sequence[str], templa
 def count_prompts(
     embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str] = ("{}",)
 ) -> dict[str, int | None]:
-    """Return the numbers of all prompts ("texts") and of truncated prompts ("truncated", or None if unknown)."""
+    """Return the number of prompts ("texts") and the number of truncated prompts ("truncated", None if unknown)."""
     texts = fill_prompt_templates(names, templates)
     return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
 
@@ -52,7 +52,7 @@ def compute_classification_accuracy(
 
     Args:
         images, classes: L2-normalised embeddings of shape (N, D) and (classes, D).
-        indices: Index of each image in the benchmark. Differences between models require equal indices.
+        indices: Index of each image in the benchmark. Paired intervals require equal indices for both models.
         chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
@@ -70,7 +70,7 @@ def bootstrap_accuracy(
     image_indices: Sequence[int],
     subsets: Mapping[str, np.ndarray] | None = None,
 ) -> BootstrapMetrics:
-    """Compute accuracies in percent. Images are resampled as a whole, because items in an image are correlated.
+    """Compute accuracies in percent. Images are resampled with all their items, because items are correlated.
 
     The metrics are "top-1", "top-5", the top-1 accuracy in each subset, and "mean per class" (top-1 accuracy averaged
     over all classes with at least one item).
@@ -79,7 +79,7 @@ def bootstrap_accuracy(
         ranks: Zero-based rank of the correct class for each item, int64 of shape (N,).
         labels: Class index of each item, int64 of shape (N,).
         image_of_item: Position of each item's image in `image_indices`, int64 of shape (N,).
-        image_indices: Index of each image in the benchmark. Differences between models require equal indices.
+        image_indices: Index of each image in the benchmark. Paired intervals require equal indices for both models.
         subsets: Boolean masks of shape (N,), keyed by subset name.
     """
     top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
@@ -110,7 +110,7 @@ def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 # ---- compositional benchmarks ----------------------------------------------------------------------------------------
 
 
-def evaluate_compositional(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
+def evaluate_compositionality(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
     """Compute the accuracy on all examples whose images can be decoded. See `compute_compositional_accuracy`."""
     refs = list({example.image.key: example.image for example in examples}.values())
     texts = list(dict.fromkeys(caption for example in examples for caption in (example.caption, example.wrong)))

@@ -59,11 +59,11 @@ def build_benchmark_section(benchmark: Benchmark, results: Sequence[BenchmarkRes
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
             blocks += build_error_analysis_section(analyses)
-    return [*blocks, *build_truncation_section(results), *notes]
+    return [*blocks, *build_truncated_embeddings_section(results), *notes]
 
 
 def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
-    """Return a description of a benchmark. State how much of the benchmark was evaluated if it was not all."""
+    """Return a benchmark's description or, after a partial evaluation, the size of the evaluated part."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
         return f"{benchmark.description}: {format_count(summary['images'], 'image')}{regions}"
@@ -156,7 +156,7 @@ def build_recall_table(
     return Table([*header, "truncated"], rows, highlight)
 
 
-def build_truncation_section(results: Sequence[BenchmarkResult]) -> list[Block]:
+def build_truncated_embeddings_section(results: Sequence[BenchmarkResult]) -> list[Block]:
     """Return a section on R@1 by embedding dimension, or [] if no truncated embeddings were evaluated."""
     recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and dimension
     for result in results:
@@ -274,7 +274,7 @@ def _make_recall_row(
 def _subtract_recalls(
     recalls: Mapping[str, Sequence[float | None]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Subtract each other model's recalls, and those of `REFERENCE_MODELS`, from the first model's recalls."""
+    """Subtract the recalls of all other models and of `REFERENCE_MODELS` from those of the first model."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
@@ -321,7 +321,7 @@ def describe_text_to_image_recall(model: str, row: Mapping[str, Any], captions: 
     images, note = row["images"], ""
     if images < MIN_ROUGH_IMAGES:
         return (
-            f"Too few images to judge the model: only {format_count(images, 'image')} evaluated. "
+            f"The model cannot be judged from {format_count(images, 'image')}. "
             f"Use at least {MIN_IMAGES} images that are not in the training data."
         )
     if images < MIN_IMAGES:
@@ -357,7 +357,7 @@ def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
     """Describe the result of `caption_retrieval_accuracy` in a sentence."""
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
-        return f"Too few images to judge the encoder: only {images} with two captions. Use at least {MIN_IMAGES}."
+        return f"The encoder cannot be judged from {images} with two captions. Use at least {MIN_IMAGES} images."
     share = describe_percentage(metrics["CRA"])
     return f"{encoder} retrieves the other caption of the same image for {share} captions ({images})."
 

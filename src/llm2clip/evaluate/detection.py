@@ -168,7 +168,7 @@ def detect_objects(
 
 
 def exclude_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return a copy of the data without the images with indices `excluded`, and without their annotations."""
+    """Return a copy of the data without the images whose indices are in `excluded`, and their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -336,7 +336,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
 
     def build_coco_dataset(rows: Sequence[Mapping[str, Any]]) -> COCO:
         annotations = []
-        for number, row in enumerate(rows, 1):  # ids start at 1, because COCOeval treats a match with id 0 as no match
+        for number, row in enumerate(rows, 1):  # COCOeval treats objects with id 0 as unmatched
             _, _, width, height = row["bbox"]
             ids = {"image_id": image_ids[row["image_id"]], "category_id": category_ids[row["category_id"]]}
             annotations.append({"iscrowd": 0, "area": width * height, **row, **ids, "id": number})

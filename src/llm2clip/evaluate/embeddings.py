@@ -51,7 +51,7 @@ def open_embedding_source(
 
 
 class ModelEmbeddings:
-    """Source of embeddings that are computed by a model. The model's `query_templates` are not applied to texts."""
+    """Source of embeddings computed by a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
         self.model, self.log, self.progress = model, log, progress
@@ -162,7 +162,7 @@ class PrecomputedEmbeddings:
             raise ValueError(f"{file} contains duplicate image_names: use longer paths")
         self._row_of_text: dict[str, int] = {}
         for row, caption in enumerate(captions):
-            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # `Record.captions` are also stripped
+            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # records also strip captions
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
@@ -183,7 +183,7 @@ class PrecomputedEmbeddings:
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image_row(self, ref: ImageRef) -> int | None:
-        """Return the row of an image, or None. Images in tar files may be named FILE.tar!MEMBER or MEMBER."""
+        """Return the row of an image, or None. An image in a tar file may be named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

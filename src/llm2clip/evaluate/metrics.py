@@ -152,7 +152,7 @@ def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
 def check_embeddings_are_finite(*embeddings: Tensor) -> None:
     """Raise ValueError if an embedding contains NaN or infinity.
 
-    Otherwise, a model that returns NaN would get perfect ranks, because comparisons with NaN are always false.
+    A model that returns NaN would get perfect ranks, because comparisons with NaN are always false.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
@@ -273,7 +273,7 @@ def compute_mean_interval(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.
 def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the means of K quantities over all elements.
 
-    Groups of elements are resampled as a whole. For example, a group consists of all captions of an image.
+    Groups of elements, such as all captions of an image, are resampled as a whole.
 
     Args:
         sums: Sum of each quantity within each group, of shape (groups, K).
@@ -326,14 +326,14 @@ class BootstrapMetrics:
     """Index or id of each evaluated image. Used to check that two models were evaluated on the same images."""
     values: Mapping[str, float]
     resamples: Mapping[str, np.ndarray]
-    """Value of each metric in each resample, float64 of shape (resamples,). NaN if undefined. Metrics that are missing
-    here have no confidence interval."""
+    """Value of each metric in each resample, float64 of shape (resamples,). Undefined values are NaN.
+    Metrics that are not in `resamples` have no confidence interval."""
 
     @classmethod
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics and resamples. `compute(weights)` must count image i `weights[i]` times."""
+        """Compute metrics on all images and on resamples. `compute(weights)` must count image i `weights[i]` times."""
         samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))

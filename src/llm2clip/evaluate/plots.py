@@ -55,7 +55,7 @@ def plot_interval_curves(
 
 
 def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, ylabel: str) -> str | None:
-    """Plot histograms of positive integers with a logarithmic axis. Return an SVG, or None without Matplotlib.
+    """Plot histograms of positive integers on a log axis. Return an SVG, or None if Matplotlib is not installed.
 
     `histograms` contains the number of occurrences of each integer, keyed by histogram name.
     """

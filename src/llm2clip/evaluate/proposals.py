@@ -46,8 +46,8 @@ def open_proposal_source(name: str, data: DetectionData, device: torch.device) -
     A detector is specified by the folder or hub id of a transformers object detection model. Its labels are ignored.
 
     Returns:
-        A function that returns the proposals for an image, and a warning about unused boxes and images without boxes,
-        or an empty string.
+        A function that returns the proposals for an image, and a warning about unused boxes and images without boxes
+        (may be empty).
 
     Raises:
         MissingFileError: The JSON file does not exist.

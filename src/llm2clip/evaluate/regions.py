@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 def require_dual_encoder(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
-        raise ValueError("precomputed embeddings cannot be used, because a model must encode regions or pixels")
+        raise ValueError("precomputed embeddings cannot be used, because regions and pixels must be encoded by a model")
     return embeddings.model
 
 
@@ -106,8 +106,8 @@ def decode_images(
 ) -> Iterator[dict[int, Tensor]]:
     """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_image_batches`.
 
-    If the size of an image differs from the (width, height) in `sizes`, the boxes would be wrong. The image is added to
-    `failures` instead.
+    Images whose size differs from the annotated (width, height) in `sizes` are added to `failures`, because their boxes
+    would be wrong.
     """
     for images in decode_image_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
@@ -161,7 +161,7 @@ class RegionPredictions:
     region: np.ndarray  # index of each region among the regions of its image
     rank: np.ndarray  # zero-based rank of each region's correct class (see `compute_class_ranks`)
     predicted: np.ndarray  # index of each region's highest-scoring class
-    margin: np.ndarray  # predicted class's score minus correct class's score, float32
+    margin: np.ndarray  # score of the predicted class minus score of the correct class, float32
 
     @classmethod
     def concatenate(cls, parts: Sequence[RegionPredictions]) -> RegionPredictions:
@@ -201,7 +201,7 @@ def classify_regions(
     model = require_dual_encoder(embeddings)
     methods = [CROP, *select_dense_variants(model, variants, required=False)]
     classes = encode_class_names(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # keyed by the lowest image index in a batch, then by method
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # keyed by lowest image index in a batch, then by method
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -274,7 +274,7 @@ def build_misclassified_region_section(
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return, for each image, the L2-normalised embeddings of its R boxes, float32 of shape (R, D), on the CPU.
+    """Return the L2-normalised embeddings of the boxes in each image, float32 of shape (R, D) on the CPU.
 
     Args:
         images: uint8 tensors of shape (3, H, W).

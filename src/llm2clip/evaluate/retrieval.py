@@ -61,7 +61,7 @@ def evaluate_caption_fields(embeddings: EmbeddingSource, fields: CaptionFields) 
 
 
 def compute_field_ranks(embeddings: EmbeddingSource, fields: CaptionFields) -> dict[str, RetrievalRanks]:
-    """Compute retrieval ranks for each caption field that has captions. Each image is encoded only once.
+    """Compute retrieval ranks for each non-empty caption field. Each image is encoded only once.
 
     Images that cannot be decoded are excluded and recorded in `embeddings.log`.
 
@@ -182,11 +182,11 @@ class ErrorAnalysis:
     length_unit: str  # "words" or "characters"
     length_bins: list[tuple[int, int]]  # (minimum, maximum) caption length of each bin
     recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
-    examples: list[ReportImageGroup]  # captions at regular intervals, with retrieved images
-    failures: list[ReportImageGroup]  # captions with the worst ranks, with retrieved images
+    examples: list[ReportImageGroup]  # evenly spaced captions and their top images
+    failures: list[ReportImageGroup]  # captions with the worst ranks and their top images
 
 
-def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
+def analyse_retrieval_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
     """Analyse a model's errors. Include up to `num_queries` example queries and up to `num_queries` failed queries."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_caption_length_bins(lengths)
@@ -213,7 +213,7 @@ def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict
 
 
 def read_example_searches(searches: Sequence[Mapping[str, Any]]) -> list[ReportImageGroup]:
-    """Convert the result of `collect_example_searches` to blocks of a report."""
+    """Convert the result of `collect_example_searches` to groups of images for a report."""
     blocks = []
     for search in searches:
         images = []

@@ -23,7 +23,7 @@ from llm2clip.evaluate.arguments import check_evaluation_arguments
 from llm2clip.evaluate.benchmarks import get_benchmarks
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
-from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositional
+from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositionality
 from llm2clip.evaluate.comparison import (
     build_benchmark_section,
     build_caption_retrieval_section,
@@ -33,7 +33,7 @@ from llm2clip.evaluate.comparison import (
 from llm2clip.evaluate.detection import evaluate_detection
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.regions import evaluate_regions
-from llm2clip.evaluate.retrieval import analyse_errors, compute_retrieval_difference, evaluate_retrieval
+from llm2clip.evaluate.retrieval import analyse_retrieval_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
 from llm2clip.evaluate.short_queries import build_short_query_sections, evaluate_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_file_name
@@ -130,7 +130,7 @@ class _BenchmarkRun:
 
 
 class _EvaluationRun:
-    """Results and report of an evaluation. Files are only written, and errors only analysed, if `options.out` is set.
+    """Results and report of an evaluation. Files are written and errors are analysed only if `options.out` is set.
 
     If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and all other evaluations
     continue.
@@ -202,7 +202,7 @@ class _EvaluationRun:
             self._runs.append(_BenchmarkRun(benchmark, folder, benchmark_log))
         for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
-                # Save the results after each benchmark, so that a later failure does not lose them.
+                # Save the results after each benchmark, so that they are not lost if a later benchmark fails.
                 self._save_results("results", self._get_result_summaries())
         with_results = [run for run in self._runs if run.results]
         if not with_results:
@@ -317,8 +317,8 @@ class _EvaluationRun:
         if self.out is not None and process_state().is_main_process:
             for n, (caption_field, ranks) in enumerate(result.ranks.items()):
                 # Examples in all 36 languages of Crossmodal-3600 would add 2,000 images to the report.
-                with_examples = not is_baseline and n == 0
-                result.error_analysis[caption_field] = analyse_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
+                num_queries = EXAMPLE_QUERIES if n == 0 and not is_baseline else 0
+                result.error_analysis[caption_field] = analyse_retrieval_errors(ranks, num_queries)
             if result.draw_examples is not None and not is_baseline:
                 result.examples = result.draw_examples()
         result.draw_examples = None
@@ -336,7 +336,7 @@ def _evaluate_benchmark(
     if benchmark.kind == "retrieval":
         result = evaluate_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
-        result = evaluate_compositional(data, embeddings)
+        result = evaluate_compositionality(data, embeddings)
     elif benchmark.kind == "classification":
         result = evaluate_classification(data, embeddings)
     elif benchmark.kind == "regions":

@@ -37,7 +37,7 @@ OVERLAY_OPACITY = 0.6  # opacity of class colours that are drawn over example im
 
 @dataclass
 class SegmentationResult:
-    """Result of a segmentation benchmark, for each method.
+    """Result of a model on a segmentation benchmark, for each method.
 
     A method is a dense feature variant, combined with a logit scale (see `get_logit_scales`). The model's learned scale
     is only used if the logit scale affects the predictions.

@@ -146,7 +146,7 @@ def evaluate_short_queries(
     embedding of the query and its prompts (see `build_query_prompts`).
 
     Raises:
-        ValueError: No queries can be built from the captions, or `embeddings` lacks the embedding of a query.
+        ValueError: No queries can be built from the captions, or a query has no embedding.
     """
     queries = build_short_queries([record.captions for record in ranks.records])
     if not queries:
@@ -186,7 +186,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
 def _measure_template_gain(
     plain: Sequence[QueryLengthResult], scores: Sequence[QueryLengthResult]
 ) -> tuple[int, float]:
-    """Return the maximum query length for templates, and the total mAP gain at all lengths up to the maximum."""
+    """Return the maximum query length at which templates help, and the total mAP gain at lengths up to the maximum."""
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
@@ -255,7 +255,7 @@ def build_short_queries(
         max_queries: Maximum number of queries per length. If there are more queries, a random sample is used.
 
     Returns:
-        Queries, keyed by number of words: "1", "2", "3", "4–7" and "8+". Keys without queries are omitted.
+        Queries, keyed by number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
 
     Raises:
         ValueError: The language of the captions does not use spaces between words.

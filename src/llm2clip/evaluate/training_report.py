@@ -1,4 +1,4 @@
-"""Reports on `fit` runs, which compare metrics before and after training, and on `distill` runs."""
+"""Reports on `fit` runs (metrics before and after training) and on `distill` runs (teacher and student)."""
 
 import dataclasses
 import itertools
@@ -66,7 +66,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         encoder: Caption encoder before tuning.
     """
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
-    cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # only the first exists if `tune` is skipped
+    cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # without tuning, only the first file exists
     cra = [read_json(file) for file in cra_files if file.exists()]
     losses = {stage: read_metrics(run_dir / stage / "metrics.jsonl") for stage in ("tune", "align")}
     choice_file = run_dir / ENCODER_CHOICE_FILE
@@ -264,7 +264,7 @@ def write_distill_report(
     Args:
         encode_teacher_texts: Function that encodes N texts as L2-normalised embeddings of shape (N, D).
         held_out: Held-out records, keyed by caption field. May be empty.
-        seconds: Duration of the run in seconds.
+        seconds: Duration of the run.
     """
     student = LLM2CLIP.from_pretrained(folder / "model", teacher.device)
     result: dict[str, Any] = {"fields": [], "short queries": []}
@@ -317,7 +317,7 @@ def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> 
 
     Args:
         ranks: Retrieval ranks of the teacher on the caption field `name`.
-        texts: L2-normalised embeddings of `ranks.captions` by the student, of shape (T, D).
+        texts: Student's embeddings of `ranks.captions`, L2-normalised, of shape (T, D).
 
     Returns:
         A dict with the following keys:

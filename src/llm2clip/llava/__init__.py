@@ -8,7 +8,7 @@ from llm2clip.config import require_at_least, require_fraction
 
 @dataclass
 class LlavaConfig:
-    """Settings for both training stages: training of the projector, then of the projector and the LLM.
+    """Settings of both training stages. The first stage trains the projector, and the second also trains the LLM.
 
     The defaults follow LLaVA-1.5 (arXiv 2310.03744).
     """

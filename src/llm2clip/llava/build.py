@@ -206,7 +206,7 @@ def _create_llava_model(vision: Any, llm: Any, tokenizer: Any, *, num_image_toke
         if isinstance(vision, modeling_patches.PatchTower):
             config_class, model_class = modeling_patches.PatchLlavaConfig, modeling_patches.PatchLlava
     config = config_class(**arguments)
-    with torch.device("meta"):  # avoids allocating weights that are replaced below
+    with torch.device("meta"):  # avoids allocating weights that will be replaced
         model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()

@@ -81,14 +81,14 @@ def read_conversations(
         from_records: Function that converts captioned images to conversations: `make_captioning_conversations` or
             `make_instruction_conversations`.
         images: Folder with the images for files in LLaVA's format. See `read_llava_file`.
-        columns: Column names of captioned images, keyed by record field.
+        columns: Column names in sources of captioned images, keyed by record field.
     """
     conversations: list[Conversation] = []
     for source in sources:
         if is_llava_file(source):
             conversations += read_llava_file(source, images, log)
         else:
-            # Merge rows with the same image, because objects mentioned in any row are present.
+            # Merge rows with the same image, because each row can mention other objects.
             try:
                 records = build_record_table([source], columns or {}, log)
             except DataFormatError as error:
@@ -111,7 +111,7 @@ def read_llava_file(file: str | Path, images: str | Path | None, log: SkipLog) -
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
     Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. "image"
-    is optional, and relative to the folder `images` or, by default, to the folder of the file. Invalid rows, and rows
+    is optional. It is relative to the folder `images` or, by default, to the folder of the file. Invalid rows, and rows
     whose image file does not exist, are skipped and logged.
 
     Raises:
@@ -319,8 +319,8 @@ def clean_conversation_text(text: str) -> str:
 def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabelledTokens:
     """Tokenize a conversation and label its answers, including end-of-turn tokens.
 
-    The chat template is first rendered with numbered placeholders instead of answers, which reveal the exact span of
-    each answer. An image is represented by `num_image_tokens` tokens.
+    To find the exact span of each answer, the chat template is first rendered with numbered placeholders instead of the
+    answers. An image is represented by `num_image_tokens` tokens.
 
     Raises:
         ValueError: The chat template omits an answer, or has no special token after an answer.

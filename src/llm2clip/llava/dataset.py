@@ -117,7 +117,7 @@ class PatchFeatureEncoder:
 
 
 class PrecomputedVisionTower(nn.Module):
-    """Replacement for a vision tower. It returns precomputed patch features in the output format of vision towers.
+    """Replacement for a vision tower that returns precomputed patch features.
 
     Model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is True, features
     are returned channels-first, as FastVLM requires.

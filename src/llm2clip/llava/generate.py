@@ -1,4 +1,4 @@
-"""Batched generation of answers, and scoring of answers, with LLaVA models."""
+"""Answer generation and answer scoring with LLaVA models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

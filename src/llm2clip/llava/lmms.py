@@ -1,4 +1,4 @@
-"""LLaVA model class for lmms-eval, which discovers it through an entry point. Example:
+"""LLaVA model class for lmms-eval, registered through an entry point. Example:
 
 lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """
@@ -29,10 +29,9 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Generate an answer for each request, and truncate each answer before the first of its `until` strings.
+        """Generate an answer for each request, truncated before the first occurrence of any of its `until` strings.
 
-        Of the generation settings of a task, only `max_new_tokens`, `num_beams` and `until` are used. Answers are not
-        sampled.
+        The only other generation settings used are `max_new_tokens` and `num_beams`. Answers are never sampled.
         """
         answers = [""] * len(requests)
         requests_by_settings: dict[tuple[int, int], list[int]] = {}

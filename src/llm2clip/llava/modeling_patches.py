@@ -1,6 +1,6 @@
 """Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
-The wrapper for timm models in transformers returns feature maps of shape (N, channels, rows, columns), but its LLaVA
+In transformers, the wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but the LLaVA
 class requires patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies this file to the model
 folder. To load such a model without llm2clip, use
 `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
@@ -47,7 +47,7 @@ class PatchTower(PreTrainedModel):
         """Do nothing, because timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Return the output of each block (N, patches, width), without the final norm, for pixels (N, 3, S, S)."""
+        """Return the outputs of all blocks, of shape (N, patches, width), without the final norm."""
         states = self.timm_model.forward_intermediates(
             pixel_values.to(self.dtype), norm=False, output_fmt="NLC", intermediates_only=True
         )
@@ -77,4 +77,4 @@ def register_llava_classes() -> None:
 
 
 if not __name__.startswith("llm2clip."):
-    register_llava_classes()  # transformers imports the copy of this file in a model folder
+    register_llava_classes()  # this copy was imported from a model folder

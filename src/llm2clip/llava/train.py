@@ -58,7 +58,7 @@ def train_llava(
     out: Path,
     log: SkipLog,
 ) -> Path:
-    """Train both stages, or resume training. Save the model to `out/model` and return that folder.
+    """Train both stages, or resume training. Save the model to `out/model` and return the path of the folder.
 
     Args:
         source: Folder or hub id of a LLaVA model, such as a folder written by `build_llava`.

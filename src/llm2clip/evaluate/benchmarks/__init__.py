@@ -57,7 +57,7 @@ def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[
     """Return the benchmarks with the given names. Raise ValueError if a name is unknown.
 
     The name "all" selects every public benchmark. A name of the form PREFIX:PATH, with a prefix from
-    `USER_PREFIXES`, creates a benchmark from the user's data. `templates` are its prompt templates.
+    `USER_PREFIXES`, creates a benchmark from the user's data with the prompt templates `templates`.
     """
     user_benchmarks = []
     for name in names:

@@ -70,7 +70,7 @@ class SegmentationData:
 
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
-    """Function that takes an image index and returns class indices or `IGNORED`, uint8 of shape (H, W)."""
+    """Function that takes an image index and returns class indices (or `IGNORED`), uint8 of shape (H, W)."""
     names: Sequence[Sequence[str]]  # names of each class (the score of a class is the maximum over its names)
     templates: Sequence[str]
     has_background: bool = False  # True if class 0 is the background
@@ -87,7 +87,7 @@ class SegmentationData:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images with annotated objects, and the class names that the detector must distinguish."""
+    """Images with annotated objects, and the names of the classes to detect."""
 
     images: Sequence[ImageRef]
     image_ids: Sequence[ImageId]
@@ -166,11 +166,11 @@ class BenchmarkResult:
     model: str = ""
     error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)  # keyed by caption field
     short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)  # keyed by caption field
-    examples: list[Block] = field(default_factory=list)  # result of `draw_examples`, or [] if none are shown
+    examples: list[Block] = field(default_factory=list)  # result of `draw_examples`, or [] if no examples are shown
 
     @property
     def first_summary_row(self) -> Mapping[str, Any]:
-        """First of the "rows" in `summary`, or `summary` itself if it has no "rows"."""
+        """First row of `summary["rows"]`, or `summary` itself if it has no rows."""
         rows: Sequence[Mapping[str, Any]] = self.summary.get("rows", [self.summary])
         return rows[0]
 
@@ -210,7 +210,7 @@ def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], sour
     for image, captions in pairs:
         texts = tuple(caption.strip() for caption in captions)
         if not texts or not all(texts):
-            raise DataFormatError(f"{source}: {image} must have captions, none of which may be empty")
+            raise DataFormatError(f"{source}: {image} must have at least one caption, and no caption may be empty")
         record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
         records.append(Record(record_id, image, texts))
     check_image_files_exist([record.image for record in records if record.image is not None], source)

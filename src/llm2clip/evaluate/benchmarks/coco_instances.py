@@ -43,7 +43,7 @@ class CocoAnnotations:
     file: Path
     images: dict[ImageId, dict[str, Any]]
     sizes: dict[ImageId, tuple[int, int]]  # width and height of each image in pixels
-    annotations: list[dict[str, Any]]  # their "image_id" and "category_id" are keys of `images` and `names`
+    annotations: list[dict[str, Any]]  # "image_id" and "category_id" are keys of `images` and `names`
     names: dict[Any, str]  # keyed by category id, in ascending order
 
 
@@ -87,7 +87,7 @@ def _parse_category_names(file: Path, categories: Sequence[Mapping[str, Any]]) -
         names[category["id"]] = name
     for name, count in Counter(names.values()).items():
         if count > 1:
-            from llm2clip.runs.ranks import print_once  # imported late because it imports PyTorch
+            from llm2clip.runs.ranks import print_once  # imports PyTorch, which is slow
 
             print_once(
                 f"{file}: {count} categories have the name {name!r}, so the model cannot distinguish them and "
@@ -152,7 +152,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         from pycocotools import mask
 
         coordinates = np.concatenate([np.asarray(polygon, np.float64) for polygon in segmentation])
-        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # NaN also fails this check
+        if not (np.abs(coordinates) <= 2 * max(height, width)).all():  # also raise an error for NaN
             raise ValueError(f"a polygon is far outside the image ({width} x {height} pixels)")
         decoded: np.ndarray = mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) > 0
         return decoded
