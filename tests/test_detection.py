@@ -255,7 +255,7 @@ def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any
     [
         ("gone.json", MissingFileError, r"gone\.json does not exist"),
         ("dict.json", DataFormatError, r"dict\.json must be a list"),
-        ("ids.json", DataFormatError, r"ids\.json has no boxes for .* check the image_id values"),
+        ("ids.json", DataFormatError, r"ids\.json contains no boxes for .* check the image_id values"),
         ("nothing", ValueError, "cannot load a transformers object detection model"),
     ],
 )

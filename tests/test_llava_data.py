@@ -88,7 +88,7 @@ def test_tokenize_and_label_rejects_unusable_templates(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="drops an answer"):
+    with pytest.raises(ValueError, match="omits an answer"):
         tokenize_and_label(DIALOG, tokenizer, 1)
 
 

@@ -116,7 +116,7 @@ def test_categories_with_the_same_name_are_reported(tmp_path: Path, capsys: pyte
     content["categories"][2]["name"] = " red_"
     file.write_text(json.dumps(content))
     assert list(BENCHMARKS["coco-boxes"].load(tmp_path / "coco").names) == ["red", "green", "red"]
-    assert "2 categories have the name 'red'. The model cannot distinguish the categories" in capsys.readouterr().out
+    assert "2 categories have the name 'red', so the model cannot distinguish them" in capsys.readouterr().out
 
 
 def test_files_without_images_and_malformed_files_are_reported(tmp_path: Path) -> None:

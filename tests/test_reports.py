@@ -268,8 +268,8 @@ def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None
 def test_fit_report_says_if_tuning_did_not_help() -> None:
     raw, worse, better = ({"images": 50, "CRA": accuracy} for accuracy in (42.0, 41.0, 43.0))
     assert describe_failed_tuning([raw, worse]) == (
-        " Tuning did not improve the caption encoder: the CRA was 42.0 before and 41.0 after tuning. Use "
-        "`--tune.steps 0`, or lower `--tune.lr`."
+        " Tuning did not improve the caption encoder: the CRA was 42.0 before tuning and 41.0 after "
+        "tuning. Use `--tune.steps 0`, or lower `--tune.lr`."
     )
     assert describe_failed_tuning([raw, raw])
     assert describe_failed_tuning([raw, better]) == describe_failed_tuning([raw]) == describe_failed_tuning([]) == ""

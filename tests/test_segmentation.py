@@ -160,7 +160,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ([[4, 4, 9, 4, 9, 1e12]], "a polygon is far outside the image of 64 x 48 pixels"),
+        ([[4, 4, 9, 4, 9, 1e12]], r"a polygon is far outside the image \(64 x 48 pixels\)"),
         ([[4, 4, 9, 4, 9, float("nan")]], "a polygon is far outside the image"),
         ([[4, 4]], "input type is not supported"),
         ([], "need at least one array"),

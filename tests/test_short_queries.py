@@ -226,7 +226,7 @@ def test_evaluate_short_queries_with_and_without_templates() -> None:
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "without spaces between words"),
+        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "no spaces between words"),
         (["red", "blue sky", "green"], "captions must have four or more words.* at most a third of all images"),
     ],
 )
