@@ -205,7 +205,7 @@ def test_cifar_reads_the_binary_form(tmp_path: Path) -> None:
     fine: ClassificationData = read("cifar100", tmp_path)
     assert list(fine.labels) == [1, 0] and fine.names[1] == "aquarium fish"
     (tmp_path / "cifar10/test_batch.bin").write_bytes(rows[0][:-1])
-    with pytest.raises(DataFormatError, match="not a multiple"):
+    with pytest.raises(DataFormatError, match="must be a multiple"):
         read("cifar10", tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_read_class_folders_reads_names_and_templates(tmp_path: Path) -> None:
     data = read_class_folders(tmp_path)
     assert list(data.names) == ["a large dog", "a cat"] and list(data.templates) == ["here is {}"]
     write(tmp_path / "templates.txt", "here it is\n")
-    with pytest.raises(DataFormatError, match=r"no \{\} for the class name"):
+    with pytest.raises(DataFormatError, match=r"must contain \{\} for the class name"):
         read_class_folders(tmp_path)
 
 

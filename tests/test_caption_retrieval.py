@@ -151,7 +151,7 @@ def test_evaluate_captions_command_prints_metrics_and_mistakes(
     command = ["evaluate", "--captions", str(image_folder / "captions.jsonl"), "--encoder.path", str(folder)]
     assert main(command) == 0
     output = capsys.readouterr().out
-    for words in ("CRA, %", "first to second", "Mean cosine", "retrieved", "Captions truncated"):
+    for words in ("CRA, %", "first to second", "mean cosine similarity", "retrieved", "Captions truncated"):
         assert words in output, words
     assert main([*command, "--encoder.layers", "1"]) == 1
     assert "remove --encoder.layers" in capsys.readouterr().err

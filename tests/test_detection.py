@@ -26,13 +26,13 @@ from llm2clip.evaluate.benchmarks.coco_instances import load_ov_coco_classes
 from llm2clip.evaluate.detection import (
     DetectionResults,
     Detections,
-    build_detection_blocks,
+    build_detection_section,
     classify_boxes,
     compute_detection_metrics,
     detect_objects,
-    drop_images_and_objects,
+    exclude_images,
 )
-from llm2clip.evaluate.proposals import Proposals, get_object_boxes, open_proposals
+from llm2clip.evaluate.proposals import Proposals, get_object_boxes, open_proposal_source
 from llm2clip.evaluate.regions import encode_boxes
 from llm2clip.evaluate.runner import evaluate_models
 from llm2clip.io_utils import DataFormatError, MissingFileError
@@ -216,14 +216,14 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
         {"image_id": "10", "bbox": [0, 0, 5, 6], "score": 0.75},
         {"image_id": 10.0, "bbox": [2, 2, 2, 2], "score": 0.5},
     ]
-    find, note = open_proposals(write_proposals(tmp_path, rows), DATA, CPU)
+    find, note = open_proposal_source(write_proposals(tmp_path, rows), DATA, CPU)
     proposals = find(10, IMAGE)
     assert proposals.boxes.tolist() == [[1, 2, 4, 6], [0, 0, 5, 6], [2, 2, 4, 4]]
     assert proposals.scores.tolist() == [0.25, 0.75, 0.5]
     assert len(find(11, IMAGE).boxes) == 0
-    assert "1 of 4 boxes belong to images that are not in the benchmark" in note
+    assert "1 of 4 boxes refer to images that are not in the benchmark" in note
     assert "1 of 2 images have no boxes" in note
-    ground_truth, _ = open_proposals("ground-truth", DATA, CPU)
+    ground_truth, _ = open_proposal_source("ground-truth", DATA, CPU)
     assert ground_truth(10, IMAGE).boxes.tolist() == [[1, 2, 4, 6]], "crowds are omitted"
     assert ground_truth(11, IMAGE).scores.tolist() == [1]
 
@@ -233,7 +233,7 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
     [
         ({"image_id": 10, "score": 0.5}, "'bbox'"),
         ({"image_id": 10, "bbox": [1, 2, 3, 4]}, "'score'"),
-        ({"image_id": [10], "bbox": [1, 2, 3, 4], "score": 0.5}, r"\[10\] is neither an integer nor a string"),
+        ({"image_id": [10], "bbox": [1, 2, 3, 4], "score": 0.5}, r"\[10\] must be an integer or a string"),
         ({"image_id": 10, "bbox": [1, 2, 3], "score": 0.5}, r"\[1, 2, 3\]"),
         ({"image_id": 10, "bbox": [1, 2, -3, 4], "score": 0.5}, r"\[1, 2, -3, 4\]"),
         ({"image_id": 10, "bbox": [1, 2, float("nan"), 4], "score": 0.5}, "in pixels"),
@@ -247,7 +247,7 @@ def test_proposals_are_read_from_files_and_annotations(tmp_path: Path) -> None:
 def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any, message: str) -> None:
     good = {"image_id": 10, "bbox": [1, 2, 3, 4], "score": 0.5}
     with pytest.raises(DataFormatError, match=f"proposals.json, row 2: .*{message}"):
-        open_proposals(write_proposals(tmp_path, [good, row]), DATA, CPU)
+        open_proposal_source(write_proposals(tmp_path, [good, row]), DATA, CPU)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +255,8 @@ def test_proposal_file_with_a_malformed_row_is_rejected(tmp_path: Path, row: Any
     [
         ("gone.json", MissingFileError, r"gone\.json does not exist"),
         ("dict.json", DataFormatError, r"dict\.json must be a list"),
-        ("ids.json", DataFormatError, r"ids\.json has no boxes for .* check the image_id values"),
-        ("nothing", ValueError, "not a transformers object detection model"),
+        ("ids.json", DataFormatError, r"ids\.json contains no boxes for .* check the image_id values"),
+        ("nothing", ValueError, "cannot load a transformers object detection model"),
     ],
 )
 def test_invalid_sources_of_proposals_are_rejected(
@@ -267,7 +267,7 @@ def test_invalid_sources_of_proposals_are_rejected(
     Path("ids.json").write_text('[{"image_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}]')
     Path("nothing").mkdir()
     with pytest.raises(error, match=message):
-        open_proposals(name, DATA, CPU)
+        open_proposal_source(name, DATA, CPU)
 
 
 def test_top_proposals_are_clipped_sorted_and_limited() -> None:
@@ -291,7 +291,7 @@ def test_transformers_detector_returns_its_boxes(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     YolosImageProcessor(size={"height": 32, "width": 48}, do_pad=False).save_pretrained(tmp_path)
     image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
-    detect, _ = open_proposals(str(tmp_path), DATA, CPU)
+    detect, _ = open_proposal_source(str(tmp_path), DATA, CPU)
     found = detect(10, image)
     pixels = YolosImageProcessor.from_pretrained(tmp_path)(images=image, return_tensors="pt")
     outputs = model(**pixels)
@@ -345,7 +345,7 @@ def test_ov_coco_rejects_files_without_objects_categories_or_images(
         with pytest.raises(error, match=message):
             BENCHMARKS["ov-coco"].load(tmp_path)
 
-    load(DataFormatError, "val2017.json contains only crowds, so the average precision is undefined", iscrowd=1)
+    load(DataFormatError, "val2017.json contains only crowds, so average precision is undefined", iscrowd=1)
     load(DataFormatError, "contains no objects of the selected classes", bbox=[70, 4, 20, 20])
     ov_coco_file(tmp_path)
     (tmp_path / "val2017/0.png").unlink()
@@ -468,7 +468,7 @@ def test_unusable_images_are_recorded(tmp_path: Path) -> None:
     embeddings = colour_embeddings(max_skipped=0.5)
     results = detect_objects(data, embeddings, "ground-truth", ["plain"])
     assert set(results.by_method["plain"]) == {10, 11} and results.num_objects == 4
-    remaining = drop_images_and_objects(data, results.failures)
+    remaining = exclude_images(data, results.failures)
     assert remaining.image_ids == [10, 11] and remaining.images == data.images[:2] and len(remaining.sizes) == 2
     assert [row["image_id"] for row in remaining.annotations] == [10, 10, 11, 11]
     assert embeddings.log.skipped == {"unusable image": 2}
@@ -491,7 +491,7 @@ def test_learned_logit_scale_is_evaluated_next_to_the_scale_of_the_protocol(tmp_
 def test_detection_blocks_show_the_names(tmp_path: Path) -> None:
     data = draw_data(tmp_path)
     results = detect(data)
-    blocks = build_detection_blocks(data, "plain", results.by_method["plain"], count=2)
+    blocks = build_detection_section(data, "plain", results.by_method["plain"], count=2)
     [images] = [block for block in blocks if isinstance(block, ReportImageGroup)]
     assert len(images.images) == 2
     assert images.images[0].caption in ("red 1.00, green 1.00", "green 1.00, red 1.00")  # one name per box
@@ -541,7 +541,7 @@ def test_evaluate_command_reports_detection(
     assert "<summary>AP50 per class, %</summary>" in page and "  100.0  100.0  dog\n" in page
     assert "cat 1.00" in page and "Proposals from ground-truth: 4 boxes" in page
     assert "| colours (upper bound) | plain | 100.0 |" in output
-    assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "the AP is an upper bound" in output
+    assert "ov-coco: Proposals from ground-truth: 4 boxes" in output and "The AP is an upper bound" in output
     assert main(command) == 1
     assert "pass --proposals" in capsys.readouterr().err
     own = ["evaluate", "colours", "--benchmarks", f"boxes:{file}", "--templates", "a {}!", "--out"]

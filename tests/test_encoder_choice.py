@@ -23,7 +23,7 @@ from llm2clip.evaluate import encoder_choice
 from llm2clip.evaluate.encoder_choice import (
     choose_caption_encoder,
     compute_mutual_knn_alignment,
-    describe_choice,
+    describe_encoder_choice,
     resolve_auto_encoder,
 )
 from llm2clip.models.pretrained import AssetUnavailableError
@@ -169,8 +169,8 @@ def test_too_few_images_are_not_compared(
 ) -> None:
     choice = choose_caption_encoder(train[:4], vision_tower, candidates)
     assert (choice["encoder"], choice["images"], choice["scores"]) == (asdict(candidates[0]), 4, {})
-    description = describe_choice(choice)
-    assert "No other encoder was evaluated" in description and "within a minute (4)" in description
+    description = describe_encoder_choice(choice)
+    assert "only 4 images could be encoded within a minute" in description
     assert choose_caption_encoder(train[:0], vision_tower, candidates)["images"] == 0
     monkeypatch.setattr(encoder_choice, "MAX_SECONDS", -1)  # as with a slow tower
     assert choose_caption_encoder(train, vision_tower, candidates)["images"] == 0
@@ -187,11 +187,11 @@ def test_candidates_that_cannot_be_downloaded_are_skipped(
         return name
 
     monkeypatch.setattr(encoder_choice, "resolve_pretrained_name", resolve)
-    assert encoder_choice.find_available_candidates() == [EncoderConfig("smollm2-135m", layers=4)]
-    assert "Skipped all-minilm-l6-v2 as a candidate for the caption encoder: no network" in capsys.readouterr().out
+    assert encoder_choice.download_candidate_encoders() == [EncoderConfig("smollm2-135m", layers=4)]
+    assert "Skipped the candidate encoder all-minilm-l6-v2: no network" in capsys.readouterr().out
     missing.add("smollm2-135m")
     with pytest.raises(AssetUnavailableError, match=r"set --encoder\.path to a local folder"):
-        encoder_choice.find_available_candidates()
+        encoder_choice.download_candidate_encoders()
 
 
 def test_settings_that_auto_would_ignore_are_errors() -> None:
@@ -206,7 +206,7 @@ def test_settings_that_auto_would_ignore_are_errors() -> None:
     assert resolve_auto_encoder(named) is named and named.tune.steps > 0
 
 
-def test_describe_choice_with_a_single_candidate() -> None:
+def test_describe_encoder_choice_with_a_single_candidate() -> None:
     choice = {"encoder": {"path": "x"}, "images": 1000, "scores": {"x": 0.125}}
     sentence = "Nearest-neighbour agreement between images and captions: 12.5%."
-    assert describe_choice(choice) == f"Caption encoder: x (not tuned). {sentence}"
+    assert describe_encoder_choice(choice) == f"Caption encoder: x (not tuned). {sentence}"

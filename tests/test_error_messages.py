@@ -132,8 +132,8 @@ ERRORS = {
     "benchmark not downloaded": ("evaluate {model} --benchmarks docci --root {tmp}", "docci", "Required files"),
     "nothing to evaluate": ("evaluate {model}", "--benchmarks", "--captions"),
     "CRA of precomputed embeddings": ("evaluate {tmp}/v.npz {data} --captions {data}", "v.npz", "remove --captions"),
-    "splits for some sources only": ("evaluate {model} {data}@val {folder}", "for all sources or for none"),
-    "short queries without data": ("evaluate --captions {data} --short_queries", "--short_queries needs images"),
+    "splits for some sources only": ("evaluate {model} {data}@val {folder}", "for all sources (PATH@test) or for none"),
+    "short queries without data": ("evaluate --captions {data} --short_queries", "--short_queries requires images"),
     "templates without short queries": ("evaluate {model} {data} --templates a{{}}", "add --short_queries"),
     "template without a placeholder": (
         "evaluate {model} {data} --short_queries --templates photo", "--templates: template 0 ('photo') has no {}",

@@ -175,9 +175,9 @@ def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
     )
     for names, texts, captions, message in (
         (["1.jpg"], np.eye(2, 3), [" x ", "x"], "'x' has two different embeddings"),
-        (["1.jpg", "1.jpg"], np.ones((1, 3)), ["x"], "duplicates among its 2 image_names"),
+        (["1.jpg", "1.jpg"], np.ones((1, 3)), ["x"], "contains duplicate image_names"),
         (["1.jpg"], np.full((1, 3), np.nan), ["x"], "NaN or infinity"),
-        (["1.jpg"], np.ones((1, 2)), ["x"], r"dimensions of images \(3\) and texts \(2\) differ"),
+        (["1.jpg"], np.ones((1, 2)), ["x"], r"dimensions of images \(3\) and texts \(2\) must be equal"),
     ):
         with pytest.raises(ValueError, match=message):
             save(names, texts, captions)

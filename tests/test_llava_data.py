@@ -88,7 +88,7 @@ def test_tokenize_and_label_rejects_unusable_templates(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="drops an answer"):
+    with pytest.raises(ValueError, match="omits an answer"):
         tokenize_and_label(DIALOG, tokenizer, 1)
 
 
@@ -256,7 +256,7 @@ def test_conversation_dataset_lengths_correlate_with_token_counts(
 ) -> None:
     dataset = ConversationDataset(conversations, load_model(tiny_llava)[1], num_image_tokens=4, max_length=512)
     token_counts = [len(dataset[n]["ids"]) for n in range(len(dataset))]
-    assert np.corrcoef(token_counts, dataset.estimate_lengths())[0, 1] > 0.9
+    assert np.corrcoef(token_counts, dataset.estimate_token_counts())[0, 1] > 0.9
 
 
 def test_length_grouped_sampler_reduces_padding() -> None:

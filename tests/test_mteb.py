@@ -117,6 +117,6 @@ def test_caption_encoder_is_chosen_by_the_full_path(tmp_path: Path, monkeypatch:
 
 def test_checkpoint_with_an_unknown_caption_encoder_is_explained(tmp_path: Path) -> None:
     write_checkpoint("openai", tmp_path)
-    message = r"the caption encoder of .* is not known \(candidates: none\)\. Pass the encoder with which the"
+    message = r"the caption encoder of .* is unknown \(candidates: none\)\. Pass the encoder with which the"
     with pytest.raises(ValueError, match=message):
         get_model_meta(str(tmp_path)).load_model(device="cpu")

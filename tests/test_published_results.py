@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult
-from llm2clip.evaluate.comparison import build_benchmark_blocks, build_caption_retrieval_blocks
+from llm2clip.evaluate.comparison import build_benchmark_section, build_caption_retrieval_section
 from llm2clip.models.export.model_card import render_model_card
 from llm2clip.published_results import (
     CRA,
@@ -82,7 +82,7 @@ def retrieval_row(field: str, i2t: float, t2i: float) -> dict[str, Any]:
 
 def test_report_shows_published_rows_and_their_sources() -> None:
     result = BenchmarkResult({"rows": [retrieval_row("captions", 80.0, 70.0)]}, model="mine")
-    report = render_markdown("x", build_benchmark_blocks(BENCHMARKS["flickr30k"], [result]))
+    report = render_markdown("x", build_benchmark_section(BENCHMARKS["flickr30k"], [result]))
     assert "| paper 2024: Llama3-8B-CC | 92.0 |" in report and "| paper 2026: Llama-3.1-8B-CC | 92.2 |" in report
     assert "| mine minus paper 2026: Llama-3.1-8B-CC | -12.2 |" in report
     notes = get_published_notes("flickr30k")
@@ -92,7 +92,7 @@ def test_report_shows_published_rows_and_their_sources() -> None:
 
 def test_report_compares_the_mean_over_languages_with_the_published_xm3600_rows() -> None:
     rows = [retrieval_row("captions_de", 60.0, 50.0), retrieval_row("captions_zh", 30.0, 20.0)]
-    blocks = build_benchmark_blocks(BENCHMARKS["xm3600"], [BenchmarkResult({"rows": rows}, model="mine")])
+    blocks = build_benchmark_section(BENCHMARKS["xm3600"], [BenchmarkResult({"rows": rows}, model="mine")])
     mean, german, _ = [block for block in blocks if isinstance(block, Table)]
     assert ["mine", 45.0, 55.0, 65.0, 35.0, 45.0, 55.0] in mean.rows
     assert ["paper 2026: SigLIP2 + LLM2CLIP", 69.1, None, None, 56.3, None, None] in mean.rows
@@ -105,7 +105,7 @@ def test_model_card_with_cra_explains_the_corrected_values(tmp_path: Path) -> No
         "CRA": 30.0, "CRA interval": (29.0, 31.0), "chance": 0.1, "images": 10, "excluded": 0, "truncated": 0,
         "positive cosine": 0.5, "negative cosine": 0.1, "first to second": recalls(30), "second to first": recalls(30),
     }  # fmt: skip
-    report = render_markdown("Caption retrieval", build_caption_retrieval_blocks("mine", metrics))
+    report = render_markdown("Caption retrieval", build_caption_retrieval_section("mine", metrics))
     (tmp_path / "report.md").write_text(report)
     model = tmp_path / "model"
     model.mkdir()

@@ -57,5 +57,5 @@ def test_auto_chooses_the_encoder_that_reads_the_language(
     source = [f"{real_data}/flickr8k/captions.jsonl"]
     train = read_data_splits(source, EvaluateConfig(), {"captions": column}, SkipLog(), "unchecked").train
     tower = VisionTower.from_pretrained("efficientnet-lite0", image_size=96)
-    choice = encoder_choice.choose_caption_encoder(train, tower, encoder_choice.find_available_candidates())
+    choice = encoder_choice.choose_caption_encoder(train, tower, encoder_choice.download_candidate_encoders())
     assert choice["encoder"]["path"] == chosen

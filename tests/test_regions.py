@@ -79,7 +79,7 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
     ("part", "changes", "message"),
     [
         ("", {"images": []}, "lists no images"),
-        ("", {"annotations": []}, "contains no boxes that can be classified"),
+        ("", {"annotations": []}, "contains no boxes except crowds"),
         ("", {"categories": [{"id": 1, "name": "_ "}]}, "category 1 has no name"),
         ("", {"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "several categories have the id 1"),
         ("images", {"id": 11}, "several images have the id 11"),
@@ -90,7 +90,7 @@ def test_boxes_prefix_reads_a_file_beside_its_images(tmp_path: Path) -> None:
         ("annotations", {"image_id": 7}, "annotation 100 refers to image 7, which does not exist"),
         ("annotations", {"image_id": "10"}, "annotation 100 refers to image '10', which does not exist"),
         ("annotations", {"category_id": 2}, "annotation 100 refers to category 2, which does not exist"),
-        ("annotations", {"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\], but .* \[left, top, width"),
+        ("annotations", {"bbox": [1, 2, 3]}, r"annotation 100 has the bbox \[1, 2, 3\]. .* \[left, top, width"),
         ("annotations", {"bbox": [1, 2, 3, float("nan")]}, "annotation 100 has the bbox"),
         ("annotations", {"bbox": [1, 2, 3, "4"]}, "annotation 100 has the bbox"),
         ("annotations", {"bbox": [1, 2, -3, 4]}, "annotation 100 has the bbox"),
@@ -116,7 +116,7 @@ def test_categories_with_the_same_name_are_reported(tmp_path: Path, capsys: pyte
     content["categories"][2]["name"] = " red_"
     file.write_text(json.dumps(content))
     assert list(BENCHMARKS["coco-boxes"].load(tmp_path / "coco").names) == ["red", "green", "red"]
-    assert "2 categories have the name 'red'. The model cannot distinguish the categories" in capsys.readouterr().out
+    assert "2 categories have the name 'red', so the model cannot distinguish them" in capsys.readouterr().out
 
 
 def test_files_without_images_and_malformed_files_are_reported(tmp_path: Path) -> None:
@@ -228,13 +228,13 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     predictions = classify_regions(data, embeddings, ["plain"])["plain"]
     assert predictions.image.tolist() == [0, 0] and embeddings.log.skipped == {"unusable image": 2}
     assert "not an image" in embeddings.log.examples[0]
-    assert "the image is 64 x 48 pixels, but the boxes are for an image of 70 x 48 pixels" in embeddings.log.examples[1]
+    assert "64 x 48 pixels, but its annotations are for an image with 70 x 48" in embeddings.log.examples[1]
     metrics = compute_region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
     with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
         classify_regions(data, colour_embeddings(), ["plain"])
     (tmp_path / "coco/val2017/0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the 3 images can be used: for example, .*0.png \(not an image"):
+    with pytest.raises(ValueError, match=r"none of the 3 images can be used, e.g. .*0.png \(not an image"):
         classify_regions(data, colour_embeddings(max_skipped=1.0), ["plain"])
 
 

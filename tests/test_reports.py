@@ -14,7 +14,7 @@ from llm2clip.evaluate.comparison import (
     build_recall_table,
     describe_benchmark_results,
     describe_caption_retrieval,
-    describe_percentage_in_words,
+    describe_percentage,
     get_informative_recalls,
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
@@ -22,7 +22,7 @@ from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_interval_
 from llm2clip.evaluate.training_report import (
     _build_caption_retrieval_section,
     _build_retrieval_section,
-    describe_distillation,
+    describe_distillation_result,
     describe_failed_tuning,
 )
 from llm2clip.reports import (
@@ -153,7 +153,7 @@ def test_text_report_is_aligned_and_has_no_control_characters() -> None:
     ],
 )  # fmt: skip
 def test_share_in_words_never_claims_more_than_the_percentage(percent: float, text: str) -> None:
-    assert describe_percentage_in_words(percent) == text
+    assert describe_percentage(percent) == text
 
 
 def make_retrieval_result(model: str, recall: float, images: int = 1000, **row: Any) -> BenchmarkResult:
@@ -177,7 +177,7 @@ FINDS = "M ranks the correct image in the top 10 of 1,000 for 6 of 10 captions (
         ([make_baseline(-2.0, -3.4, -0.8)], " M is 2.0 points of R@10 worse than B (95% interval 0.8 to 3.4)."),
         (
             [make_baseline(9.0, 8.0, 9.9), make_baseline(0.5, -1.0, 2.0)],  # the better baseline counts
-            " The difference from B may be chance: +0.5 points of R@10 (95% interval -1.0 to +2.0).",
+            " The difference from B may be due to chance: +0.5 points of R@10 (95% interval -1.0 to +2.0).",
         ),
     ],
 )
@@ -186,12 +186,11 @@ def test_retrieval_verdict_names_the_share_and_the_best_baseline(others: list[Be
 
 
 def test_verdict_says_that_too_few_images_were_evaluated() -> None:
-    assert "Only 1 image evaluated: too few" in describe_benchmark_results(
-        "data", [make_retrieval_result("M", 100.0, images=1)]
-    )
+    few = describe_benchmark_results("data", [make_retrieval_result("M", 100.0, images=1)])
+    assert "cannot be judged from 1 image." in few
     rough = describe_benchmark_results("data", [make_retrieval_result("M", 62.0, images=30)])
     assert "of 30 for 6 of 10" in rough and rough.endswith("recall is imprecise (95% interval 50 to 71%).")
-    assert "Only 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
+    assert "from 3 images with two captions" in describe_caption_retrieval("E", {"images": 3, "CRA": 100.0})
     metrics = {"images": 5000, "CRA": 27.3}
     assert (
         describe_caption_retrieval("E", metrics)
@@ -269,8 +268,8 @@ def test_fit_report_of_an_untuned_encoder_has_no_row_for_the_tuned_one() -> None
 def test_fit_report_says_if_tuning_did_not_help() -> None:
     raw, worse, better = ({"images": 50, "CRA": accuracy} for accuracy in (42.0, 41.0, 43.0))
     assert describe_failed_tuning([raw, worse]) == (
-        " Tuning did not improve the caption encoder: the CRA was 42.0 before and 41.0 after tuning. Use "
-        "`--tune.steps 0`, or lower `--tune.lr`."
+        " Tuning did not improve the caption encoder: the CRA was 42.0 before tuning and 41.0 after "
+        "tuning. Use `--tune.steps 0`, or lower `--tune.lr`."
     )
     assert describe_failed_tuning([raw, raw])
     assert describe_failed_tuning([raw, better]) == describe_failed_tuning([raw]) == describe_failed_tuning([]) == ""
@@ -281,9 +280,8 @@ def test_distillation_verdict_states_quality_and_speed() -> None:
     field = {"images": 100, "teacher": {"T2I": {"R@1": 20.0}}, "student": {"T2I": {"R@1": 19.6}}}
     result = {"fields": [field], "teacher": {"queries per second": 10.0}, "student": {"queries per second": 123.0}}
     speed = "encodes 12 times as many queries per second as the teacher on one CPU core"
-    assert (
-        describe_distillation(result) == f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
-    )
-    assert describe_distillation({**result, "fields": []}).endswith("measure the recall of the student.")
-    few = describe_distillation({**result, "fields": [{**field, "images": 4}]})
-    assert "98%" not in few and few.endswith("50 held-out images (4), the recall of the student cannot be judged.")
+    expected = f"The student retains 98% of the teacher's T2I R@1 (19.6 of 20.0) and {speed}."
+    assert describe_distillation_result(result) == expected
+    assert describe_distillation_result({**result, "fields": []}).endswith("because no images were held out.")
+    few = describe_distillation_result({**result, "fields": [{**field, "images": 4}]})
+    assert "98%" not in few and few.endswith("there are fewer than 50 held-out images (4).")

@@ -18,7 +18,7 @@ from llm2clip.evaluate.metrics import (
 )
 from llm2clip.evaluate.retrieval import (
     RetrievalRanks,
-    analyse_errors,
+    analyse_retrieval_errors,
     compute_recall_by_length,
     find_worst_captions,
     make_caption_length_bins,
@@ -195,7 +195,7 @@ def test_worst_captions_are_of_different_images(ranks: RetrievalRanks) -> None:
 
 
 def test_analyse_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRanks) -> None:
-    analysis = analyse_errors(ranks, num_queries=3)
+    analysis = analyse_retrieval_errors(ranks, num_queries=3)
     assert [example.title for example in analysis.examples] == [ranks.captions[t] for t in (0, 29, 59)]
     scores = ranks.images @ ranks.texts[29]
     best = scores.argsort(descending=True)[:5].tolist()
@@ -209,4 +209,4 @@ def test_analyse_errors_shows_top_images_and_the_correct_one(ranks: RetrievalRan
     last = analysis.failures[0].images[-1]  # the correct image, after the top five
     assert len(analysis.failures) == 3 and len(analysis.failures[0].images) == 6 and last.is_correct
     assert last.caption.startswith(f"{int(ranks.text_ranks.max()) + 1}. cosine ")
-    assert analyse_errors(ranks, num_queries=0).examples == []
+    assert analyse_retrieval_errors(ranks, num_queries=0).examples == []

@@ -22,7 +22,7 @@ from llm2clip.evaluate.benchmarks.coco_instances import decode_mask
 from llm2clip.evaluate.benchmarks.segmentation import read_class_names
 from llm2clip.evaluate.metrics import draw_bootstrap_counts
 from llm2clip.evaluate.segmentation import (
-    build_segmentation_blocks,
+    build_segmentation_section,
     compute_class_iou,
     compute_segmentation_metrics,
     segment_images,
@@ -136,10 +136,10 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
     VOC.save(root, [1, 21])
     benchmark = BENCHMARKS["voc20"]
     file = root / VOC.labels
-    with pytest.raises(DataFormatError, match=r"2007_1.png contains the label 21, which does not exist"):
+    with pytest.raises(DataFormatError, match=r"2007_1.png contains the pixel value 21, which is not assigned"):
         benchmark.load(root).read_labels(0)
     Image.new("RGB", LABEL_SIZE).save(file)
-    with pytest.raises(DataFormatError, match=r"2007_1.png: label files must have one 8-bit channel \(got mode RGB\)"):
+    with pytest.raises(DataFormatError, match=r"2007_1.png: a label file must have a single 8-bit channel .*RGB"):
         benchmark.load(root).read_labels(0)
     VOC.save(root, [1])
     content = file.read_bytes()
@@ -160,16 +160,16 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ([[4, 4, 9, 4, 9, 1e12]], "a polygon is far outside the image of 64 x 48 pixels"),
+        ([[4, 4, 9, 4, 9, 1e12]], r"a polygon is far outside the image \(64 x 48 pixels\)"),
         ([[4, 4, 9, 4, 9, float("nan")]], "a polygon is far outside the image"),
         ([[4, 4]], "input type is not supported"),
         ([], "need at least one array"),
         ({"counts": [5, 6], "size": [48, 64]}, "the run lengths cover 11 pixels, but the image has 3072"),
-        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask size is \[64, 48\], but the image size is"),
+        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask has the size \[64, 48\], but the image has the size"),
         ({"counts": [5, 3067.0], "size": [48, 64]}, "run lengths must be non-negative integers"),
         ({"counts": [-1, 3073], "size": [48, 64]}, "run lengths must be non-negative integers"),
         ({"counts": "5", "size": [48, 64]}, "the run lengths cover 5 pixels, but the image has 3072"),
-        ({"counts": "5X", "size": [48, 64]}, "the compressed run lengths end in the middle of a number"),
+        ({"counts": "5X", "size": [48, 64]}, "the compressed run lengths are truncated"),
         ({"counts": "5 ", "size": [48, 64]}, "the compressed run lengths contain the invalid character ' '"),
         ({"counts": "o" * 99, "size": [48, 64]}, "the compressed run lengths contain a number that is too large"),
         (None, "'NoneType' object is not subscriptable"),
@@ -367,7 +367,7 @@ def test_unusable_images_and_labels_are_skipped(tmp_path: Path) -> None:
     embeddings = colour_embeddings(max_skipped=1.0)
     result = segment_images(data, embeddings, ["plain"])
     assert result.images == [0] and embeddings.log.skipped == {"unusable image": 2}
-    assert "the label map is 64 x 10 pixels, but the image is 64 x 48 pixels" in embeddings.log.examples[1]
+    assert "the label map has 64 x 10 pixels, but the image has 64 x 48 pixels" in embeddings.log.examples[1]
 
 
 def test_segmentation_intervals_match_a_naive_bootstrap() -> None:
@@ -403,7 +403,7 @@ def test_pictures_show_labels_and_predictions_without_the_background(tmp_path: P
     result.examples = {0: {"labels": np.where(np.arange(64) < 32, 0, 1).repeat(48).reshape(64, 48).T.astype(np.uint8)}}
     for has_background in (False, True):
         shown = dataclasses.replace(data, has_background=has_background)
-        *_, examples = build_segmentation_blocks(shown, result)
+        *_, examples = build_segmentation_section(shown, result)
         assert isinstance(examples, ReportImageGroup)
         image, overlay = (load_image(item.jpeg).float() for item in examples.images)
         change = (overlay - image).abs().sum(0)
@@ -446,7 +446,7 @@ def test_folder_of_masks_is_read_with_its_class_names(tmp_path: Path) -> None:
 def test_invalid_folders_of_masks_are_reported(tmp_path: Path) -> None:
     make_mask_folder(tmp_path, classes="red\ngreen\n")
     [benchmark] = get_benchmarks([f"segmentation:{tmp_path}"], ["a {}"])
-    with pytest.raises(DataFormatError, match=r"2.png contains the label 2, which does not exist in the dataset"):
+    with pytest.raises(DataFormatError, match=r"2.png contains the pixel value 2, which is not assigned to any class"):
         benchmark.load(tmp_path).read_labels(2)
     for classes in ("red\n, x\n", "red\n\nblue\n", "".join(f"c{n}\n" for n in range(256)), ""):
         (tmp_path / "classes.txt").write_text(classes)

@@ -226,8 +226,8 @@ def test_evaluate_short_queries_with_and_without_templates() -> None:
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "without spaces between words"),
-        (["red", "blue sky", "green"], "no caption has four or more words.* at most a third of all images"),
+        (["一只狗在雪地里奔跑", "两个孩子在沙滩上玩耍", "一只猫坐在窗台上"], "no spaces between words"),
+        (["red", "blue sky", "green"], "captions must have four or more words.* at most a third of all images"),
     ],
 )
 def test_captions_without_queries_are_rejected(captions: list[str], message: str) -> None:
@@ -266,8 +266,8 @@ def test_choose_query_templates_compares_the_candidates_on_the_images() -> None:
     for length, expected in zip(choice.with_templates, results[best][1], strict=True):
         assert length.words == expected.words and torch.allclose(length.scores, expected.scores)
     assert QueryTemplates.from_dict(choice.to_dict()) == choice.templates
-    assert repr(best[0]) in choice.describe_choice()
+    assert repr(best[0]) in choice.describe_templates()
 
     bad = choose_query_templates(NoisyEmbeddings(""), ranks)  # no noise: templates only add misleading words
     assert bad.templates == NO_TEMPLATES and bad.with_templates is None
-    assert "encoded without templates" in bad.describe_choice()
+    assert "encoded without templates" in bad.describe_templates()

@@ -47,8 +47,8 @@ from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.evaluate.encoder_choice import (
     choose_caption_encoder,
-    describe_choice,
-    find_available_candidates,
+    describe_encoder_choice,
+    download_candidate_encoders,
     resolve_auto_encoder,
 )
 from llm2clip.evaluate.retrieval import (
@@ -138,7 +138,7 @@ class Run:
             self.parts = load_pretrained_parts(self.config.align)
         if self.command in ("fit", "tune") and not (self.get_stage_folder("tune") / "encoder").exists():
             if self.config.encoder.path == AUTO:
-                self.encoders = find_available_candidates()
+                self.encoders = download_candidate_encoders()
             else:
                 check_encoder_exists(self.config.encoder)
 
@@ -271,12 +271,12 @@ def choose_encoder(run: Run) -> None:
         parts = run.parts or load_pretrained_parts(config)
         return {
             **tower,
-            **choose_caption_encoder(run.data.train, parts.tower, run.encoders or find_available_candidates()),
+            **choose_caption_encoder(run.data.train, parts.tower, run.encoders or download_candidate_encoders()),
         }
 
     choice = load_or_compute_json(file, compute_choice)
     run.config = resolve_auto_encoder(run.config, EncoderConfig(**choice["encoder"]))
-    print_once(describe_choice(choice))
+    print_once(describe_encoder_choice(choice))
 
 
 def tune(run: Run) -> Path:
@@ -542,7 +542,7 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
     except ValueError as error:
         print_once(f"Short queries are encoded without prompt templates: {error}")
         return ShortQueryResult(NO_TEMPLATES, []).to_dict()
-    print_once(choice.describe_choice())
+    print_once(choice.describe_templates())
     return choice.to_dict()
 
 

@@ -1,6 +1,6 @@
 """Caption retrieval accuracy (CRA) of a text encoder (arXiv 2411.04997, section 3.1).
 
-The first caption of each image retrieves its second caption, and vice versa. A tie between a correct and a wrong
+The first caption of each image must retrieve the second caption of that image, and vice versa. A tie with a wrong
 caption counts as an error.
 """
 
@@ -28,15 +28,15 @@ TextEncoder = CaptionEncoder | ClipTextEncoder
 
 
 def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_code: bool) -> TextEncoder:
-    """Load the text encoder of a model. If `model` is None, load the caption encoder that `encoder` describes.
+    """Load the text encoder of a model. If `model` is None, load the caption encoder specified by `encoder`.
 
     Raises:
-        ValueError: The model has no separate text encoder, or a CLIP text tower does not support settings of `encoder`.
+        ValueError: The model has no separate text encoder, or a setting in `encoder` is not supported by a CLIP tower.
     """
     device = process_state().device
     if model is not None:
         if model.endswith(PRECOMPUTED_SUFFIX) or model.startswith(SENTENCE_TRANSFORMERS_PREFIX):
-            raise ValueError(f"{model} has no separate caption encoder: remove --captions")
+            raise ValueError(f"{model} has no separate text encoder: remove --captions")
         if has_text_tower(model, trust_remote_code):
             return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
         if Path(model).is_dir() and not is_model_folder(model):
@@ -50,7 +50,7 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
-        raise ValueError(f"the CLIP text tower {path} does not support some settings: remove {', '.join(changed)}")
+        raise ValueError(f"some settings are not supported by the CLIP text tower {path}: remove {', '.join(changed)}")
     return load_clip_text_encoder(path, trust_remote_code=trust_remote_code)
 
 
@@ -62,31 +62,31 @@ def caption_retrieval_accuracy(
     return_hits: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure how often the first two captions of an image retrieve each other, in percent.
+    """Compute how often the first two captions of an image retrieve each other, in percent.
 
     Args:
         images: Captions of each image. Images with fewer than two distinct captions are excluded.
-        return_hits: Also return the accuracy of each image.
+        return_hits: Add "hits" to the result.
 
     Returns:
         A dict with the following keys:
             "CRA": Top-1 accuracy, averaged over both directions.
             "CRA interval": 95% bootstrap confidence interval of the CRA over images.
-            "chance": Chance level of the CRA.
+            "chance": Expected CRA of a random ranking.
             "first to second", "second to first": R@1, R@5 and R@10 in each direction.
             "positive cosine": Mean cosine similarity between captions of the same image.
             "negative cosine": Mean cosine similarity between captions of different images.
             "images", "excluded": Number of evaluated images, and number of excluded images.
             "truncated": Number of truncated captions.
-            "hits": With `return_hits`, the accuracy of each image: 0, 0.5 or 1.
-            "mistakes": With `num_mistakes` > 0, the result of `find_worst_retrieval_mistakes`.
+            "hits": Accuracy of each image (0, 0.5 or 1), if `return_hits` is True.
+            "mistakes": Result of `find_worst_retrieval_mistakes`, if `num_mistakes` is greater than 0.
 
     Raises:
         ValueError: No image has two distinct captions.
     """
     pairs = [captions[:2] for captions in map(list, map(dict.fromkeys, images)) if len(captions) > 1]
     if not pairs:
-        raise ValueError("no image has two distinct captions, which caption retrieval requires")
+        raise ValueError("cannot measure caption retrieval, because no image has two distinct captions")
     texts = list(dict.fromkeys(caption for captions in pairs for caption in captions))
     row_of_text = {text: row for row, text in enumerate(texts)}
     embeddings = F.normalize(encoder.encode(texts, progress=progress), dim=-1)
@@ -115,7 +115,7 @@ def caption_retrieval_accuracy(
 
 
 def compute_mean_cosine_similarities(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Return the mean of first[i] · second[i] over all i, and the mean of first[i] · second[j] over all i != j."""
+    """Return the mean of first[i] · second[i], and the mean of first[i] · second[j] over all pairs with i != j."""
     a, b = first.double(), second.double()
     diagonal_sum = float((a * b).sum())
     total_sum = float(a.sum(0) @ b.sum(0))
@@ -129,7 +129,7 @@ def find_worst_retrieval_mistakes(
     """Return the queries for which a wrong caption is at least as similar as the correct caption, worst first.
 
     Each mistake has "caption" (the query), "correct" (the correct caption), "retrieved" (the wrong caption), and the
-    cosine similarities "correct cosine" and "retrieved cosine". `chunk_size` is the number of queries per matmul.
+    cosine similarities "correct cosine" and "retrieved cosine". `chunk_size` is the number of queries in each matmul.
     """
     correct_scores = (first * second).sum(1)
     wrong_scores, wrong_indices = torch.empty(len(first)), torch.empty(len(first), dtype=torch.int64)

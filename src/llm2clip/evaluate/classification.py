@@ -1,6 +1,6 @@
-"""Evaluation of zero-shot classification and of compositional benchmarks.
+"""Evaluation of zero-shot image classification and of compositional benchmarks.
 
-In compositional benchmarks, a tie between the correct and the wrong caption counts as an error.
+In compositional benchmarks, a tie between the correct caption and the wrong caption counts as an error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from llm2clip.models.prompts import average_prompt_embeddings, fill_prompt_templ
 
 
 def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSource) -> BenchmarkResult:
-    """Measure how often the most similar class embedding of an image belongs to the correct class."""
+    """Compute how often the class embedding that is most similar to an image embedding belongs to the correct class."""
     images, indices = embeddings.encode_images(data.images)
     labels = [data.labels[i] for i in indices]
     classes = encode_class_names(embeddings, data.names, data.templates)
@@ -31,7 +31,7 @@ def evaluate_classification(data: ClassificationData, embeddings: EmbeddingSourc
 
 
 def encode_class_names(embeddings: EmbeddingSource, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the mean prompt embedding of each class, of shape (classes, D), float32."""
+    """Return the mean prompt embedding of each class, float32 of shape (classes, D)."""
     prompts = fill_prompt_templates(names, templates)
     averages = average_prompt_embeddings(embeddings.encode_texts(prompts).numpy(), [len(templates)] * len(names))
     return torch.from_numpy(averages)
@@ -48,11 +48,11 @@ def count_prompts(
 def compute_classification_accuracy(
     images: Tensor, labels: Sequence[int], classes: Tensor, indices: Sequence[int], chunk_size: int = 4096
 ) -> BootstrapMetrics:
-    """Return accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
+    """Compute accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
 
     Args:
         images, classes: L2-normalised embeddings of shape (N, D) and (classes, D).
-        indices: Index of each image in the benchmark, used to match the images of different models.
+        indices: Index of each image in the benchmark. Paired intervals require equal indices for both models.
         chunk_size: Number of images per matmul.
     """
     targets = torch.tensor(labels)
@@ -70,25 +70,25 @@ def bootstrap_accuracy(
     image_indices: Sequence[int],
     subsets: Mapping[str, np.ndarray] | None = None,
 ) -> BootstrapMetrics:
-    """Return accuracies in percent, bootstrapped over images because items in the same image are correlated.
+    """Compute accuracies in percent. Images are resampled with all their items, because items are correlated.
 
-    The metrics are "top-1", "top-5", the top-1 accuracy of each subset, and "mean per class" (top-1 accuracy averaged
-    over the classes that have items).
+    The metrics are "top-1", "top-5", the top-1 accuracy in each subset, and "mean per class" (top-1 accuracy averaged
+    over all classes with at least one item).
 
     Args:
-        ranks: Zero-based rank of each item's class, int64 of shape (N,).
+        ranks: Zero-based rank of the correct class for each item, int64 of shape (N,).
         labels: Class index of each item, int64 of shape (N,).
         image_of_item: Position of each item's image in `image_indices`, int64 of shape (N,).
-        image_indices: Index of each image in the benchmark, used to match the images of different models.
-        subsets: Masks that select the items of each subset, bool of shape (N,), keyed by subset name.
+        image_indices: Index of each image in the benchmark. Paired intervals require equal indices for both models.
+        subsets: Boolean masks of shape (N,), keyed by subset name.
     """
     top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
     subsets = subsets or {}
 
     def compute_metrics(image_weights: np.ndarray) -> list[float]:
-        weights = image_weights[image_of_item]  # weight of each item
+        weights = image_weights[image_of_item]
         values = [weights @ top1 / weights.sum(), weights @ top5 / weights.sum()]
-        with np.errstate(invalid="ignore"):  # a resample may lack items of a subset or class (0 / 0)
+        with np.errstate(invalid="ignore"):  # 0 / 0 if a resample has no items in a subset or class
             values += [(weights * mask) @ top1 / (weights @ mask) for mask in subsets.values()]
             class_accuracy = np.bincount(labels, weights * top1) / np.bincount(labels, weights)
         return [100.0 * float(value) for value in (*values, np.nanmean(class_accuracy))]
@@ -100,8 +100,7 @@ def bootstrap_accuracy(
 def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Return the zero-based rank of each item's correct class, int64 of shape (N,). `scores` has shape (N, classes).
 
-    Classes with equal scores are ranked by index, as in argmax. Classes can have equal scores, because some ImageNet
-    classes have the same name.
+    Some ImageNet classes share a name and therefore a score. As in argmax, equal scores are ranked by class index.
     """
     correct_score = scores.gather(1, labels[:, None])
     is_earlier_class = torch.arange(scores.shape[1]) < labels[:, None]
@@ -111,8 +110,8 @@ def compute_class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 # ---- compositional benchmarks ----------------------------------------------------------------------------------------
 
 
-def evaluate_compositional(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
-    """Evaluate a model on all examples whose images can be decoded. See `compute_compositional_accuracy`."""
+def evaluate_compositionality(examples: Sequence[CompositionalExample], embeddings: EmbeddingSource) -> BenchmarkResult:
+    """Compute the accuracy on all examples whose images can be decoded. See `compute_compositional_accuracy`."""
     refs = list({example.image.key: example.image for example in examples}.values())
     texts = list(dict.fromkeys(caption for example in examples for caption in (example.caption, example.wrong)))
     images, indices = embeddings.encode_images(refs)
@@ -129,10 +128,10 @@ def compute_compositional_accuracy(
     image_embeddings: Mapping[str, Tensor],
     text_embeddings: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """Return the accuracy on each kind of example, and "mean" (the average over all kinds), in percent.
+    """Return the accuracy on each kind of example, and the average over all kinds ("mean"), in percent.
 
-    The chance level is 50%. The embeddings are L2-normalised and of shape (D,). Image embeddings are keyed by
-    `ImageRef.key`, and text embeddings by caption.
+    All embeddings are L2-normalised vectors of shape (D,). Image embeddings are keyed by `ImageRef.key`, and text
+    embeddings by caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:

@@ -7,7 +7,7 @@ from typing import Any
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.benchmarks.coco_instances import DEGENERATE
 from llm2clip.evaluate.metrics import KS
-from llm2clip.evaluate.retrieval import build_error_analysis_blocks
+from llm2clip.evaluate.retrieval import build_error_analysis_section
 from llm2clip.io_utils import format_count
 from llm2clip.published_results import CRA, CRA_NOTE, get_published_metrics, get_published_notes, get_published_recalls
 from llm2clip.reports import (
@@ -22,18 +22,18 @@ from llm2clip.reports import (
 )
 
 DIRECTIONS = ("I2T", "T2I")
-# Published LLM2CLIP models with which the first evaluated model is compared. See `get_published_recalls`.
+# Published LLM2CLIP models to which the first evaluated model is compared.
 REFERENCE_MODELS = ("2024: Llama3-8B-CC", "2024: EVA02 + LLM2CLIP", "2026: Llama-3.1-8B-CC", "2026: SigLIP2 + LLM2CLIP")
-CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in the rows of `BenchmarkResult.summary`
-MEAN_BENCHMARKS = ("xm3600",)  # published results are means over all languages
+CLASS_METRICS = ("class top-1", "IoU", "class AP50")  # per-class metrics in `BenchmarkResult.summary`
+MEAN_BENCHMARKS = ("xm3600",)  # benchmarks whose published results are means over all languages
 BYTES_PER_VALUE = 2  # search indexes store vectors in float16
-MIN_IMAGES = 50  # with fewer images, verdicts describe the recall as imprecise
-MIN_ROUGH_IMAGES = 20  # no verdict with fewer images, because even a random order has a high recall
+MIN_IMAGES = 50  # with fewer images, verdicts say that the recall is imprecise
+MIN_ROUGH_IMAGES = 20  # with fewer images, there is no verdict, because even a random order has a high recall
 K = 10  # verdicts report R@K
 
 
-def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return the report section for a benchmark, with models in the order of `results`."""
+def build_benchmark_section(benchmark: Benchmark, results: Sequence[BenchmarkResult]) -> list[Block]:
+    """Return the report section on a benchmark. The models are listed in the order of `results`."""
     blocks: list[Block] = [Heading(f"{benchmark.name}: {_describe_benchmark(benchmark, results[0].summary)}")]
     notes = [Paragraph(note) for note in get_published_notes(benchmark.name)]
     if benchmark.kind != "retrieval":
@@ -58,12 +58,12 @@ def build_benchmark_blocks(benchmark: Benchmark, results: Sequence[BenchmarkResu
         blocks.append(build_recall_table(rows, published if n == 0 and not is_mean else {}))
         analyses = {r.model: r.error_analysis[field_name] for r in results if field_name in r.error_analysis}
         if analyses:
-            blocks += build_error_analysis_blocks(analyses)
-    return [*blocks, *build_dimension_blocks(results), *notes]
+            blocks += build_error_analysis_section(analyses)
+    return [*blocks, *build_truncated_embeddings_section(results), *notes]
 
 
 def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str:
-    """Return a benchmark's description, or the size of the evaluated part if only a part was evaluated."""
+    """Return a benchmark's description or, after a partial evaluation, the size of the evaluated part."""
     if benchmark.size is None and "images" in summary:
         regions = f", {summary['regions']:,} boxes" if "regions" in summary else ""
         return f"{benchmark.description}: {format_count(summary['images'], 'image')}{regions}"
@@ -85,11 +85,8 @@ def _describe_benchmark(benchmark: Benchmark, summary: Mapping[str, Any]) -> str
     return f"part of the benchmark, {count:,} of {total:,} {unit}{note}"
 
 
-def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[Block]:
-    """Return the report section on caption retrieval, including the CRA published in the paper (5,000 COCO images).
-
-    `metrics` is a result of `caption_retrieval_accuracy`.
-    """
+def build_caption_retrieval_section(name: str, metrics: dict[str, Any]) -> list[Block]:
+    """Return the report section on caption retrieval. `metrics` is a result of `caption_retrieval_accuracy`."""
     rows: list[list[Any]] = [[f"paper: {model}, COCO", cra, None, 5000] for model, cra in CRA.items()]
     rows.append([name, metrics["CRA"], format_interval(metrics["CRA interval"]), metrics["images"]])
     rows.append(["chance", metrics["chance"], None, metrics["images"]])
@@ -103,12 +100,12 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
         Paragraph(CRA_NOTE),
         Table(["direction", *(f"R@{k}, %" for k in KS), "chance R@1"], direction_rows),
         Paragraph(
-            f"Mean cosine similarity: {metrics['positive cosine']:.3f} between captions of the same image, "
+            f"The mean cosine similarity is {metrics['positive cosine']:.3f} between captions of the same image, and "
             f"{metrics['negative cosine']:.3f} between captions of different images."
         ),
         Paragraph(
-            f"Excluded images (fewer than two distinct captions): {metrics['excluded']:,}. Captions truncated to the "
-            f"encoder's maximum length: {truncated}."
+            f"Images excluded because they do not have two distinct captions: {metrics['excluded']:,}. Captions "
+            f"truncated to the encoder's maximum length: {truncated}."
         ),
     ]
     mistakes: list[list[Any]] = []
@@ -123,15 +120,15 @@ def build_caption_retrieval_blocks(name: str, metrics: dict[str, Any]) -> list[B
 def build_recall_table(
     results: Mapping[str, dict[str, Any]], published: Mapping[str, tuple[float | None, ...]]
 ) -> Table:
-    """Return a recall table with rows for the published results, the chance level and the evaluated models.
+    """Return a table of the recall of published models, a random ranking and the evaluated models.
 
-    The last rows are the differences between the first model and each baseline, with paired confidence intervals, and
-    between the first model and each published model in `REFERENCE_MODELS`.
+    The last rows show the differences between the first model and each baseline, with paired confidence intervals, and
+    the differences between the first model and each published model in `REFERENCE_MODELS`.
 
     Args:
-        results: Rows of `compute_field_metrics`, keyed by model name. Baselines also have "difference" (see
-            `compute_retrieval_difference`).
-        published: Result of `get_published_recalls`, keyed by model name.
+        results: Rows of `compute_field_metrics`, keyed by model name. Rows of baselines also contain "difference", the
+            result of `compute_retrieval_difference`.
+        published: Result of `get_published_recalls`.
     """
     header = ["model"]
     for direction in DIRECTIONS:
@@ -147,7 +144,7 @@ def build_recall_table(
             is_trivial = get_informative_recalls(row, direction)[0] is None
             intervals.append(None if is_trivial else format_interval(row[f"{direction} interval"]["R@1"]))
         median_ranks = [f"{row[direction]['median rank']:g}" for direction in DIRECTIONS]
-        truncated = _format_truncated_share(row["truncated"], row["texts"])
+        truncated = _format_truncated_fraction(row["truncated"], row["texts"])
         rows.append(_make_recall_row(model, recalls[model], intervals, median_ranks, truncated))
     paired = {f"{first_model} minus {model}": row.get("difference") for model, row in results.items()}
     for name, values in _subtract_recalls(recalls, published).items():
@@ -159,8 +156,8 @@ def build_recall_table(
     return Table([*header, "truncated"], rows, highlight)
 
 
-def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a table of R@1 by embedding dimension, or [] if no truncated embeddings were evaluated."""
+def build_truncated_embeddings_section(results: Sequence[BenchmarkResult]) -> list[Block]:
+    """Return a section on R@1 by embedding dimension, or [] if no truncated embeddings were evaluated."""
     recalls: dict[str, dict[int, list[float]]] = {}  # (I2T R@1, T2I R@1), keyed by model and dimension
     for result in results:
         if "dimensions" in result.summary:
@@ -177,14 +174,14 @@ def build_dimension_blocks(results: Sequence[BenchmarkResult]) -> list[Block]:
             rows.append([model, dim, BYTES_PER_VALUE * dim, *values, *fractions])
     header = ["model", "dimensions", "bytes per image", *(f"{direction} R@1" for direction in DIRECTIONS)]
     header += [f"{direction} R@1, % of full size" for direction in DIRECTIONS]
-    note = "Sizes are for float16 embeddings, as stored in search indexes."
+    note = "Sizes in bytes are for float16 embeddings, which search indexes store."
     return [Heading("Truncated embeddings", 3), Table(header, rows), Paragraph(note)]
 
 
 def build_mean_recall_table(
     results: Sequence[BenchmarkResult], published: Mapping[str, tuple[float | None, ...]]
 ) -> Table:
-    """Return a table of recall averaged over caption fields, without chance levels."""
+    """Return a table of the recall averaged over all caption fields."""
     means = {}
     for result in results:
         recalls = [  # (fields, 6)
@@ -199,10 +196,10 @@ def build_mean_recall_table(
 
 
 def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[str, Mapping[str, float]]) -> Table:
-    """Return a metrics table for a benchmark of any kind except "retrieval".
+    """Return a table of the metrics on a benchmark of any kind except "retrieval".
 
-    The table has rows for the published results, the chance level (unless it is a metric), each model and method, and
-    the differences between the first model and each baseline. Unused columns "method" and "logit scale" are omitted.
+    The table contains the published results, the chance level, the results of each model and method, and the
+    differences between the first model and each baseline.
     """
     metric_rows = [(result, row) for result in results for row in result.summary.get("rows", [result.summary])]
     names = list(dict.fromkeys(name for _, row in metric_rows for name in row["metrics"]))
@@ -219,7 +216,7 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
         is_upper_bound = summary.get("proposals", {}).get("is_upper_bound", False)
         name = f"{result.model} (upper bound)" if is_upper_bound else result.model
         cells = [_format_metric_cell(row["metrics"], row.get("intervals", {}), metric) for metric in names]
-        truncated = _format_truncated_share(summary["truncated"], summary["texts"])
+        truncated = _format_truncated_fraction(summary["truncated"], summary["texts"])
         rows.append([name, *map(row.get, settings), summary["images"], *cells, truncated])
     for result, row in metric_rows:
         if "difference" in row:
@@ -241,7 +238,7 @@ def format_metric_difference(difference: Mapping[str, Any], name: str) -> str | 
 
 
 def build_class_metrics_section(results: Sequence[BenchmarkResult]) -> list[Block]:
-    """Return a collapsed section with the metrics of each class, or [] if the benchmark has no per-class metrics."""
+    """Return a collapsible section with per-class metrics, or [] if the benchmark has no per-class metrics."""
     columns = [(result.model, row) for result in results for row in result.summary.get("rows", ())]
     metric = next((name for name in CLASS_METRICS if columns and name in columns[0][1]), None)
     if metric is None:
@@ -254,7 +251,7 @@ def build_class_metrics_section(results: Sequence[BenchmarkResult]) -> list[Bloc
     return [CollapsibleSection(f"{metric.removeprefix('class ')} per class, %", "\n".join(lines))]
 
 
-def _format_truncated_share(truncated: int | None, texts: int) -> str:
+def _format_truncated_fraction(truncated: int | None, texts: int) -> str:
     if truncated is None:
         return "unknown"
     return f"{100 * truncated / max(1, texts):.1f}% of the texts" if truncated else "none"
@@ -277,7 +274,7 @@ def _make_recall_row(
 def _subtract_recalls(
     recalls: Mapping[str, Sequence[float | None]], published: Mapping[str, tuple[float | None, ...]]
 ) -> dict[str, list[str | None]]:
-    """Return the recalls of the first model minus the recalls of each other model and published reference model."""
+    """Subtract the recalls of all other models and of `REFERENCE_MODELS` from those of the first model."""
     (first_model, first_recalls), *other_models = recalls.items()
     others: dict[str, Sequence[float | None]] = dict(other_models)
     others |= {f"paper {model}": published[model] for model in REFERENCE_MODELS if model in published}
@@ -291,25 +288,25 @@ def _subtract_recalls(
 
 
 def _get_recalls_in_both_directions(row: dict[str, Any], suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10 for I2T, followed by R@1, R@5 and R@10 for T2I. See `get_informative_recalls`."""
+    """Return R@1, R@5 and R@10 for I2T, then for T2I. See `get_informative_recalls`."""
     return [recall for direction in DIRECTIONS for recall in get_informative_recalls(row, direction, suffix)]
 
 
 def get_informative_recalls(row: Mapping[str, Any], direction: str, suffix: str = "") -> list[float | None]:
-    """Return R@1, R@5 and R@10. A value is None if a random order also reaches 100.0, because there are so few items.
+    """Return R@1, R@5 and R@10. A recall is None if there are so few items that a random order also reaches 100%.
 
-    `row` is a row of `compute_field_metrics`. The suffix " chance" selects the chance levels.
+    `row` is a row of `compute_field_metrics`. The suffix " chance" selects the recalls of a random order.
     """
     chances = row[f"{direction} chance"]
-    is_trivial = [chances[f"R@{k}"] >= 99.95 for k in KS]  # tables would show 100.0
+    is_trivial = [chances[f"R@{k}"] >= 99.95 for k in KS]  # 99.95 is rounded to 100.0 in tables
     return [None if trivial else row[direction + suffix][f"R@{k}"] for k, trivial in zip(KS, is_trivial, strict=True)]
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
 
-def describe_percentage_in_words(percent: float) -> str:
-    """Express a percentage as a fraction in words, such as "6 of 10" or "3 of 100"."""
+def describe_percentage(percent: float) -> str:
+    """Convert a percentage to a phrase, such as "6 of 10" or "3 of 100"."""
     if percent in (0, 100):
         return "0 of 100" if percent == 0 else "all"
     if percent < 0.5:
@@ -320,19 +317,19 @@ def describe_percentage_in_words(percent: float) -> str:
 
 
 def describe_text_to_image_recall(model: str, row: Mapping[str, Any], captions: str = "captions") -> str:
-    """Describe the T2I recall of a model in words. `row` is a row of `compute_field_metrics`."""
+    """Describe a model's T2I recall in a sentence. `row` is a row of `compute_field_metrics`."""
     images, note = row["images"], ""
     if images < MIN_ROUGH_IMAGES:
         return (
-            f"Only {format_count(images, 'image')} evaluated: too few to judge the model. "
+            f"The model cannot be judged from {format_count(images, 'image')}. "
             f"Use at least {MIN_IMAGES} images that are not in the training data."
         )
     if images < MIN_IMAGES:
         low, high = row["T2I interval"][f"R@{K}"]
         note = f" With fewer than {MIN_IMAGES} images, the recall is imprecise (95% interval {low:.0f} to {high:.0f}%)."
     share, chance = (
-        describe_percentage_in_words(row["T2I"][f"R@{K}"]),
-        describe_percentage_in_words(row["T2I chance"][f"R@{K}"]),
+        describe_percentage(row["T2I"][f"R@{K}"]),
+        describe_percentage(row["T2I chance"][f"R@{K}"]),
     )
     return (
         f"{model} ranks the correct image in the top {K} of {images:,} for {share} {captions} "
@@ -353,22 +350,22 @@ def _describe_difference(
         limits = format_interval((-high, -low))
         return f"{model} is {-difference:.1f} points of {metric} worse than {baseline} (95% interval {limits})."
     size = f"{difference:+.1f} points of {metric} (95% interval {format_interval(interval, '+.1f')})"
-    return f"The difference from {baseline} may be chance: {size}."
+    return f"The difference from {baseline} may be due to chance: {size}."
 
 
 def describe_caption_retrieval(encoder: str, metrics: Mapping[str, Any]) -> str:
-    """Describe the caption retrieval accuracy in words. `metrics` is a result of `caption_retrieval_accuracy`."""
+    """Describe the result of `caption_retrieval_accuracy` in a sentence."""
     images = format_count(metrics["images"], "image")
     if metrics["images"] < MIN_IMAGES:
-        return f"Only {images} with two captions: too few to judge the encoder. Use at least {MIN_IMAGES} images."
-    share = describe_percentage_in_words(metrics["CRA"])
+        return f"The encoder cannot be judged from {images} with two captions. Use at least {MIN_IMAGES} images."
+    share = describe_percentage(metrics["CRA"])
     return f"{encoder} retrieves the other caption of the same image for {share} captions ({images})."
 
 
 def describe_benchmark_results(benchmark: str, results: Sequence[BenchmarkResult]) -> str:
-    """Describe the first model's main result on a benchmark in words, and compare the result with the best baseline.
+    """Describe the first model's main result on a benchmark, and compare the result with that of the best baseline.
 
-    Truncated embeddings of the first model do not count as baselines.
+    The first model's truncated embeddings are not used as baselines.
     """
     first = results[0]
     if first.ranks:
@@ -380,7 +377,7 @@ def describe_benchmark_results(benchmark: str, results: Sequence[BenchmarkResult
         verdict = f"{first.model} reaches {metrics[metric]:.1f}% {metric} on {benchmark}."
         if metric == "top-1":
             things = "boxes" if "regions" in first.summary else "images"
-            share = describe_percentage_in_words(metrics[metric])
+            share = describe_percentage(metrics[metric])
             verdict = f"{first.model} predicts the correct class for {share} {things} in {benchmark}."
     differences = []
     for result in results[1:]:

@@ -1,6 +1,6 @@
-"""Embedding sources for evaluation: a model, optionally with a cache on disk, or precomputed embeddings.
+"""Sources of embeddings to evaluate: a model with an optional cache on disk, or precomputed embeddings.
 
-Embeddings are L2-normalised CPU tensors of shape (N, D), float32.
+Embeddings are L2-normalised float32 tensors of shape (N, D) on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llm2clip.runs.ranks import process_state
 from llm2clip.store.encode import encode_image_batches, store_image_features, store_text_embeddings
 from llm2clip.store.layout import make_image_keys
 
-BATCH_SIZE = 64  # images per forward pass
+BATCH_SIZE = 64  # number of images per forward pass
 PRECOMPUTED_SUFFIX = ".npz"
 PRECOMPUTED_ARRAYS = ("images", "image_names", "texts", "captions")
 
@@ -37,11 +37,11 @@ def open_embedding_source(
 ) -> EmbeddingSource:
     """Open a model (see `open_dual_encoder`), or an .npz file of precomputed embeddings.
 
-    The embeddings of a model are cached in `cache_dir`. If `cache_dir` is None, nothing is cached.
+    If `cache_dir` is set, the embeddings of a model are cached there.
 
     Raises:
         ValueError: The model is not an image-text model, or the .npz file is invalid.
-        OSError: The model or .npz file does not exist.
+        OSError: The model or the .npz file does not exist.
         ImportError: A library that the model requires is not installed.
     """
     if model.endswith(PRECOMPUTED_SUFFIX):
@@ -51,12 +51,11 @@ def open_embedding_source(
 
 
 class ModelEmbeddings:
-    """Embedding source that runs a model. The model's `query_templates` are not applied to texts."""
+    """Source of embeddings computed by a model. The model's `query_templates` are not applied to texts."""
 
     def __init__(self, model: DualEncoder, log: SkipLog, cache_dir: Path | None = None, progress: bool = True) -> None:
-        """Cache embeddings in a subfolder of `cache_dir`. If `cache_dir` is None, nothing is cached."""
         self.model, self.log, self.progress = model, log, progress
-        self._full_model = model  # not truncated, because the cache contains full-size embeddings
+        self._full_model = model  # the cache contains embeddings that are not truncated
         self.query_templates = model.query_templates
         self.identity = model.identity() if cache_dir is not None else {}
         if model.precision != "fp32":
@@ -68,13 +67,13 @@ class ModelEmbeddings:
         return self.model.embed_dim
 
     def encode_images(self, refs: Sequence[ImageRef]) -> tuple[Tensor, list[int]]:
-        """Return the embeddings of all decodable images, and their indices in `refs`.
+        """Return the embeddings of all images that can be decoded, and the indices of these images in `refs`.
 
         Raises:
             TooManySkipped: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # counted here, because benchmark readers do not count images
+        self.log.count_at_least(len(refs))  # benchmark readers do not count images
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)
@@ -84,14 +83,14 @@ class ModelEmbeddings:
             store = store_image_features(
                 refs, self._full_model, self.identity, folder, self.log, dtype="float32", batch_size=BATCH_SIZE
             )
-            rows = store.find_keys(make_image_keys(refs))  # -1 for images that could not be decoded
+            rows = store.find_keys(make_image_keys(refs))  # -1 for images that cannot be decoded
             indices = (rows >= 0).nonzero()[0].tolist()
-            embeddings = self._truncate_cached(store.take(rows[rows >= 0]))
+            embeddings = self._truncate_embeddings(store.take(rows[rows >= 0]))
         check_embeddings_are_finite(embeddings)
         return embeddings, indices
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings of the texts. Raise ValueError if an embedding contains NaN or infinity."""
+        """Return one embedding per text. Raise ValueError if an embedding contains NaN or infinity."""
         if self.folder is None:
             embeddings = self.model.encode_texts(texts, self.progress)
         else:
@@ -102,11 +101,11 @@ class ModelEmbeddings:
                 self.identity,
                 self.folder / "texts",
             )
-            embeddings = self._truncate_cached(store.take(store.find_rows(texts)))
+            embeddings = self._truncate_embeddings(store.take(store.find_rows(texts)))
         check_embeddings_are_finite(embeddings)
         return embeddings
 
-    def _truncate_cached(self, embeddings: np.ndarray) -> Tensor:
+    def _truncate_embeddings(self, embeddings: np.ndarray) -> Tensor:
         full = torch.from_numpy(embeddings)
         dim = self.model.embed_dim
         return full if dim == self._full_model.embed_dim else truncate_and_normalize(full, dim)
@@ -115,7 +114,7 @@ class ModelEmbeddings:
         return self.model.count_truncated(texts)
 
     def truncate(self, dim: int) -> ModelEmbeddings:
-        """Return a source of the same embeddings, truncated to `dim` dimensions and renormalised.
+        """Return a copy whose embeddings are truncated to `dim` dimensions and renormalised.
 
         Raises:
             ValueError: The embeddings have fewer than `dim` dimensions.
@@ -126,43 +125,44 @@ class ModelEmbeddings:
 
 
 class PrecomputedEmbeddings:
-    """Embedding source that looks up embeddings in an .npz file, for models that llm2clip cannot run.
+    """Source of precomputed embeddings in an .npz file, for models that llm2clip cannot run.
 
-    To create the file: np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings,
-    captions=strings), with arrays of shape (N, D), (N,), (M, D) and (M,).
+    Create the file with np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings,
+    captions=strings). The arrays must have shapes (N, D), (N,), (M, D) and (M,).
 
-    Images are looked up by full path. If a path is not in `image_names`, leading folders are removed one at a time,
-    down to the bare file name. Methods are documented in `ModelEmbeddings`. `encode_images` and `encode_texts` also
-    raise ValueError if the file lacks an image or text, or if two images match the same entry.
+    Images are looked up by path. If a path is not in `image_names`, its leading folders are removed one by one, until
+    only the file name remains. `encode_images` and `encode_texts` raise ValueError if an image or text is not in the
+    file, or if two images match the same entry. See `ModelEmbeddings` for the methods.
     """
 
     def __init__(self, file: Path, log: SkipLog) -> None:
-        """Read the embeddings. Raise ValueError if the file is invalid."""
+        """Read the .npz file. Raise ValueError if the file is invalid."""
         self.file, self.log = file, log
         self.query_templates = NO_TEMPLATES
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 images, names, texts, captions = (arrays[name] for name in PRECOMPUTED_ARRAYS)
-        # If a .npy file was renamed to .npz, np.load returns an array, and `with` raises AttributeError or TypeError.
+        # For an .npy file renamed to .npz, np.load returns an array, and `with` raises AttributeError or TypeError.
         except (AttributeError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file} must contain the arrays {', '.join(PRECOMPUTED_ARRAYS)} ({error})") from error
         for name, embeddings, keys in (("images, image_names", images, names), ("texts, captions", texts, captions)):
             if embeddings.ndim != 2 or keys.ndim != 1 or len(embeddings) != len(keys):
                 raise ValueError(
-                    f"{file}: arrays {name} must have shapes (N, D) and (N,) (got {embeddings.shape} and {keys.shape})"
+                    f"{file}: {name} must have the shapes (N, D) and (N,) (got {embeddings.shape} and {keys.shape})"
                 )
         if images.shape[1] != texts.shape[1]:
-            dims = f"images ({images.shape[1]}) and texts ({texts.shape[1]})"
-            raise ValueError(f"{file}: the dimensions of {dims} differ")
+            raise ValueError(
+                f"{file}: the dimensions of images ({images.shape[1]}) and texts ({texts.shape[1]}) must be equal"
+            )
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)
         check_embeddings_are_finite(self._images, self._texts)
         self._row_of_image = {PurePosixPath(str(name)).as_posix(): row for row, name in enumerate(names)}
         if len(self._row_of_image) < len(names):
-            raise ValueError(f"{file} has duplicates among its {len(names):,} image_names: use longer paths")
+            raise ValueError(f"{file} contains duplicate image_names: use longer paths")
         self._row_of_text: dict[str, int] = {}
         for row, caption in enumerate(captions):
-            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # captions in records are also stripped
+            first_row = self._row_of_text.setdefault(str(caption).strip(), row)  # records also strip captions
             if not torch.allclose(self._texts[first_row], self._texts[row], atol=1e-3):
                 raise ValueError(f"{file}: the caption {str(caption)!r} has two different embeddings")
 
@@ -178,12 +178,12 @@ class PrecomputedEmbeddings:
             other = image_of_row.setdefault(row, ref)
             if other.key != ref.key:
                 raise ValueError(
-                    f"{other} and {ref} match the same entry of image_names in {self.file}: use longer image_names"
+                    f"{other} and {ref} match the same entry of image_names in {self.file}: use longer paths"
                 )
         return self._images[torch.tensor(rows)], list(range(len(refs)))
 
     def _find_image_row(self, ref: ImageRef) -> int | None:
-        """Return the row of an image. Images in tar files may be named FILE.tar!MEMBER or MEMBER."""
+        """Return the row of an image, or None. An image in a tar file may be named FILE.tar!MEMBER or MEMBER."""
         for path in (PurePosixPath(str(ref)), PurePosixPath(str(ref).replace("!", "/"))):
             for start in range(len(path.parts)):
                 name = PurePosixPath(*path.parts[start:]).as_posix()

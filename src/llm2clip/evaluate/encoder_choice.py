@@ -1,8 +1,8 @@
 """Choice of a caption encoder before training (`fit --encoder.path auto`).
 
-The pretrained vision tower encodes a sample of the training images, and each candidate encodes the captions of the
-sample. The score of a candidate is the mutual nearest-neighbour alignment of the caption and image embeddings (arXiv
-2405.07987). If encoders are not tuned, the score predicts which encoder leads to better retrieval after `align` (see
+The pretrained vision tower encodes a sample of the training images, and each candidate encodes their captions. The
+score of a candidate is the mutual nearest-neighbour alignment of the caption and image embeddings (arXiv 2405.07987).
+For encoders that are not tuned, the score predicts which encoder leads to better retrieval after `align` (see
 docs/results/quality.md).
 """
 
@@ -30,18 +30,18 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.store.encode import TowerEncoder, encode_image_batches
 
-# An English sentence encoder, and an LLM whose tokenizer covers all languages. The largest candidate must be last.
+# An English sentence encoder, and an LLM whose tokenizer covers all languages. The largest encoder must be last.
 CANDIDATES = (EncoderConfig("all-minilm-l6-v2"), EncoderConfig("smollm2-135m", layers=4))
 MAX_IMAGES = 1000
-MIN_IMAGES = 100  # with fewer images, the first candidate is chosen
+MIN_IMAGES = 100  # with fewer images, the first candidate is chosen without comparison
 MAX_SECONDS = 60  # time limit for encoding the images
-BLOCK_SIZE = 50  # consecutive records per block of the sample, so that few remote shards are read
-MAX_CAPTIONS = 5  # per image
+BLOCK_SIZE = 50  # the sample consists of blocks of consecutive records, so that few remote shards are read
+MAX_CAPTIONS = 5  # maximum number of captions per image
 NEIGHBOURS = 10
 
 
 def resolve_auto_encoder(config: FitConfig, encoder: EncoderConfig = CANDIDATES[-1]) -> FitConfig:
-    """Replace `--encoder.path auto` with an encoder, by default the largest candidate."""
+    """If the encoder path is "auto", replace the encoder, by default with the largest candidate."""
     return replace(config, encoder=encoder) if config.encoder.path == AUTO else config
 
 
@@ -50,11 +50,11 @@ def describe_encoder(encoder: EncoderConfig) -> str:
     return f"{encoder.path}{layers}"
 
 
-def find_available_candidates() -> list[EncoderConfig]:
-    """Download the candidates if necessary, and return the available candidates.
+def download_candidate_encoders() -> list[EncoderConfig]:
+    """Download all candidate encoders that are not cached. Return the encoders that are available.
 
     Raises:
-        AssetUnavailableError: No candidate can be downloaded.
+        AssetUnavailableError: No encoder is available.
     """
     candidates = []
     for config in CANDIDATES:
@@ -62,7 +62,7 @@ def find_available_candidates() -> list[EncoderConfig]:
             resolve_pretrained_name(config.path)
             candidates.append(config)
         except AssetUnavailableError as error:
-            print_once(f"Skipped {config.path} as a candidate for the caption encoder: {error}")
+            print_once(f"Skipped the candidate encoder {config.path}: {error}")
     if not candidates:
         raise AssetUnavailableError("no caption encoder can be downloaded: set --encoder.path to a local folder")
     return candidates
@@ -71,17 +71,17 @@ def find_available_candidates() -> list[EncoderConfig]:
 def choose_caption_encoder(
     train: RecordTable, tower: VisionTower, candidates: Sequence[EncoderConfig]
 ) -> dict[str, Any]:
-    """Score all candidates on a random sample of the training records, and choose the best one.
+    """Score all candidates on a random sample of the training records, and choose the best candidate.
 
     Args:
-        tower: Vision tower on the CPU. The tower is temporarily moved to this process's device.
+        tower: Vision tower on the CPU. The tower is moved to this process's device and back.
 
     Returns:
-        A dict with the chosen candidate ("encoder", a dict of `EncoderConfig` fields), the number of images in the
-        sample ("images"), and the score of each candidate between 0 and 1, best first, keyed by `describe_encoder`
-        ("scores"). "scores" is empty if the sample has fewer than `MIN_IMAGES` images.
+        A dict with "encoder" (chosen candidate, as a dict of `EncoderConfig` fields), "images" (number of encoded
+        images) and "scores" (scores between 0 and 1, best first, keyed by the result of `describe_encoder`). "scores"
+        is empty if fewer than `MIN_IMAGES` images could be encoded.
     """
-    records, images = _encode_images_within_time(_draw_record_sample(train), tower)
+    records, images = _encode_images_until_deadline(_sample_records(train), tower)
     choice: dict[str, Any] = {"encoder": asdict(candidates[0]), "images": len(records), "scores": {}}
     if len(records) < MIN_IMAGES:
         return choice
@@ -92,19 +92,19 @@ def choose_caption_encoder(
     return choice
 
 
-def describe_choice(choice: Mapping[str, Any]) -> str:
+def describe_encoder_choice(choice: Mapping[str, Any]) -> str:
     chosen = f"Caption encoder: {describe_encoder(EncoderConfig(**choice['encoder']))} (not tuned)."
     if not choice["scores"]:
         return (
-            f"{chosen} No other encoder was evaluated, because fewer than {MIN_IMAGES} images could be encoded "
-            f"within a minute ({choice['images']:,})."
+            f"{chosen} No other encoder was evaluated, because only {choice['images']:,} images could be encoded "
+            f"within a minute. At least {MIN_IMAGES} are required."
         )
     (_, score), *others = choice["scores"].items()
     compared = f" ({', '.join(f'{name}: {other:.1%}' for name, other in others)})" if others else ""
     return f"{chosen} Nearest-neighbour agreement between images and captions: {score:.1%}{compared}."
 
 
-def _draw_record_sample(train: RecordTable) -> list[Record]:
+def _sample_records(train: RecordTable) -> list[Record]:
     num_captions = sum(train.count_texts(field) for field in CAPTION_FIELDS)
     usable = np.flatnonzero(train.has_image & (num_captions > 0))
     blocks = [usable[start : start + BLOCK_SIZE] for start in range(0, len(usable), BLOCK_SIZE)]
@@ -114,8 +114,8 @@ def _draw_record_sample(train: RecordTable) -> list[Record]:
 
 
 @use_onednn_matmul()
-def _encode_images_within_time(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
-    """Return the records whose images were encoded within `MAX_SECONDS`, and their features of shape (records, D)."""
+def _encode_images_until_deadline(records: Sequence[Record], tower: VisionTower) -> tuple[list[Record], Tensor]:
+    """Encode images for up to `MAX_SECONDS`. Return the records of all encoded images, and features of shape (N, D)."""
     encoder, log = TowerEncoder(tower.to(process_state().device), FP32), SkipLog(max_skipped=1.0)
     decoded: list[Record] = []
     features = [torch.empty(0, tower.feature_dim)]
@@ -135,7 +135,7 @@ def _encode_images_within_time(records: Sequence[Record], tower: VisionTower) ->
 
 
 def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor:
-    """Return the mean caption embedding of each record, of shape (records, D)."""
+    """Return the mean caption embedding of each record as a tensor of shape (records, D)."""
     captions = [record.texts[:MAX_CAPTIONS] for record in records]
     encoder = load_for_evaluation(device=process_state().device, **asdict(config))
     texts = [text for texts in captions for text in texts]
@@ -148,8 +148,8 @@ def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor
 def compute_mutual_knn_alignment(first: Tensor, second: Tensor, neighbours: int = NEIGHBOURS) -> float:
     """Return the mutual nearest-neighbour alignment of two sets of embeddings (arXiv 2405.07987).
 
-    The alignment is the fraction of an item's nearest neighbours by cosine similarity that both sets have in common,
-    averaged over the items.
+    The alignment of an item is the fraction of its nearest neighbours by cosine similarity that are the same in both
+    sets. The result is the mean alignment of all items.
 
     Args:
         first, second: Embeddings of the same N items, of shape (N, D1) and (N, D2).

@@ -1,8 +1,8 @@
 """Retrieval ranks and metrics, and bootstrap confidence intervals.
 
-The score matrix is computed in tiles and never stored in full. Scores are not sorted, because a rank is the number of
-wrong answers that score at least as high as the best correct answer. Ties therefore count against the model. If all
-scores are equal, all ranks are the worst possible ranks.
+The score matrix is computed in tiles and never stored in full. A rank is the number of wrong answers that score at
+least as high as the best correct answer, so scores need not be sorted. Ties count against the model: if all scores are
+equal, each rank is the worst possible rank.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from llm2clip.cpu_tuning import use_onednn_matmul
 
 KS = (1, 5, 10)
-TILE = 512  # images per tile, so that the float32 scores of a tile (512 images, 2048 texts) fit in the CPU cache
-QUERY_TILE = 32  # number of queries that `compute_positive_ranks` scores at a time
-LEVEL = 0.95  # confidence level of all intervals
+TILE = 512  # number of images per tile; the float32 scores of 512 images and 2,048 texts fit in the CPU cache
+QUERY_TILE = 32  # number of queries per matmul in `compute_positive_ranks`
+LEVEL = 0.95  # confidence level
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -35,18 +35,16 @@ def compute_positive_ranks(
     positives: Sequence[Sequence[int]],
     tile_size: int = 2 * TILE,
 ) -> list[Tensor]:
-    """Return the zero-based ranks of each query's positives in ascending order, as int64 tensors of shape (positives,).
-
-    An item can be a positive for several queries.
+    """Return the zero-based ranks of each query's positive items, in ascending order, as int64 tensors of shape (P,).
 
     Args:
         queries, items: L2-normalised embeddings of shape (Q, D) and (N, D).
-        positives: Indices of each query's correct items. For example, if 3 images have 2, 1 and 2 captions, the
-            positives for image-to-text retrieval are [[0, 1], [2], [3, 4]].
-        tile_size: Number of items per matmul. The scores of `QUERY_TILE` queries and all items must fit in memory.
+        positives: Indices of the correct items for each query, e.g. [[0, 1], [2]] if the first image has two captions
+            and the second image has one. Several queries can have the same positive item.
+        tile_size: Number of items per matmul.
 
     Raises:
-        ValueError: A query has no positive, or an embedding contains NaN or infinity.
+        ValueError: A query has no positive item, or an embedding contains NaN or infinity.
     """
     for n, indices in enumerate(positives):
         if len(indices) == 0:
@@ -68,10 +66,10 @@ def compute_positive_ranks(
 def _rank_positives(scores: Tensor, positives: Tensor) -> Tensor:
     positive_scores = scores[positives].sort().values  # ascending
     negative_scores = scores.index_fill(0, positives, -torch.inf)
-    # A negative beats a positive if the score of the negative is at least as high.
+    # A negative beats a positive if its score is at least as high as the positive's score.
     num_beaten = torch.bucketize(negative_scores, positive_scores, right=True)
     negatives_by_beaten = torch.bincount(num_beaten, minlength=len(positives) + 1)
-    # Positive n of P, counted from 0 and best first, is beaten by the negatives that beat at least P - n positives.
+    # The n-th best of P positives (n = 0 is the best) is beaten by all negatives that beat at least P - n positives.
     negatives_before = negatives_by_beaten.flip(0).cumsum(0)[:-1]
     return negatives_before + torch.arange(len(positives))
 
@@ -83,21 +81,21 @@ def two_way_ranks(
     image_of_text: Sequence[int] | Tensor,
     tile_size: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based ranks of each image's best caption (I,) and of each caption's image (T,), int64 on the CPU.
+    """Return the zero-based ranks of each image's best text and of each text's image, int64 of shape (I,) and (T,).
 
     Args:
         images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
         image_of_text: Image index of each text. Every image must have at least one text.
-        tile_size: Number of images per tile. Must be a multiple of 16, or identical vectors may get different scores.
+        tile_size: Number of images per matmul. Must be a multiple of 16 so that equal vectors get equal scores.
 
     Raises:
-        ValueError: An image has no text, or an embedding contains NaN or infinity.
+        ValueError: An image has no text, a text has no image, or an embedding contains NaN or infinity.
     """
     owner = torch.as_tensor(image_of_text)
     counts = torch.bincount(owner, minlength=len(images))
     if len(counts) > len(images) or not counts.all():
         raise ValueError(
-            f"each of the {len(images)} images must have a text, and each text must belong to one of the images"
+            f"each of the {len(images)} images must have a text, and each text must refer to one of the images"
         )
     check_embeddings_are_finite(images, texts)
     order = owner.argsort(stable=True)
@@ -105,11 +103,11 @@ def two_way_ranks(
     best_image, best_text = (torch.full((len(x),), -torch.inf, device=images.device) for x in (images, texts))
     tiles = _iterate_tiles(images, texts, order, owner, tile_size, with_all=False)
     for image_range, text_range, scores, positives in tiles:
-        tile_images, tile_texts = positives  # indices within the tile
+        tile_images, tile_texts = positives
         best_text[text_range.start + tile_texts] = scores[positives]
         best_image[image_range].scatter_reduce_(0, tile_images, scores[positives], "amax")
 
-    # The same matmuls as above score the wrong answers, so ties are exact. Counts are float32, exact up to 2**24.
+    # Repeat the same matmuls, so that ties are exact. Counts are float32, which is exact up to 2**24.
     image_counts, text_counts = torch.zeros_like(best_image), torch.zeros_like(best_text)
     for image_range, text_range, scores, positives in _iterate_tiles(images, texts, order, owner, tile_size):
         scores[positives] = -torch.inf
@@ -122,11 +120,11 @@ def two_way_ranks(
 def _iterate_tiles(
     images: Tensor, texts: Tensor, order: Tensor, owner: Tensor, tile_size: int, with_all: bool = True
 ) -> Iterator[tuple[slice, slice, Tensor, tuple[Tensor, Tensor]]]:
-    """Yield the image range, the text range, the scores and the indices of the positives of each tile.
+    """Yield tiles of the score matrix: image range, text range, scores, and (row, column) indices of the positives.
 
-    A tile of the score matrix has `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image, and
-    `owner` is the image of each sorted text, so only a few tiles contain positives. If `with_all` is False, only tiles
-    with positives are computed.
+    A tile has up to `tile_size` images and 4 * `tile_size` texts. `order` sorts the texts by image index, so only a few
+    tiles contain positives, and `owner` is the image index of each sorted text. If `with_all` is False, only tiles that
+    can contain positives are computed.
     """
     for text_start in range(0, len(texts), 4 * tile_size):
         text_range = slice(text_start, min(text_start + 4 * tile_size, len(texts)))
@@ -142,23 +140,23 @@ def _iterate_tiles(
 
 
 def _pad_tile(vectors: Tensor, size: int) -> Tensor:
-    """Append zero vectors up to `size`, because equal vectors get equal scores only in matmuls of the same shape."""
+    """Pad with zero vectors to `size`, because equal vectors get equal scores only in matmuls of the same shape."""
     return vectors if len(vectors) == size else F.pad(vectors, (0, 0, 0, size - len(vectors)))
 
 
 def _is_at_least(scores: Tensor, threshold: Tensor) -> Tensor:
-    """Return `scores >= threshold` as floats, because summing floats is ten times as fast as summing booleans."""
+    """Return `scores >= threshold` as floats, because floats can be summed ten times as fast as booleans."""
     return torch.ge(scores, threshold, out=torch.empty_like(scores))
 
 
 def check_embeddings_are_finite(*embeddings: Tensor) -> None:
     """Raise ValueError if an embedding contains NaN or infinity.
 
-    Comparisons with NaN are always false. Without the check, a model that returns NaN would get perfect ranks.
+    A model that returns NaN would get perfect ranks, because comparisons with NaN are always false.
     """
     for vectors in embeddings:
         if not all(torch.isfinite(part).all() for part in vectors.split(8192)):
-            raise ValueError("an embedding contains NaN or infinity: the model is broken")
+            raise ValueError("the model is broken: an embedding contains NaN or infinity")
 
 
 # ---- recall ----------------------------------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ def check_embeddings_are_finite(*embeddings: Tensor) -> None:
 def retrieval_metrics(
     image_ranks: Tensor, text_ranks: Tensor, image_of_text: Sequence[int] | Tensor
 ) -> dict[str, dict[str, Any]]:
-    """Return the recall in both directions, with chance levels and 95% intervals, from the ranks of `two_way_ranks`.
+    """Compute recall in both directions from the ranks of `two_way_ranks`, with chance levels and 95% intervals.
 
     Returns:
         {"I2T": {"R@1": ..., "median rank": ...}, "T2I": ..., "I2T chance": {"R@1": ...}, "T2I chance": ...,
@@ -185,15 +183,15 @@ def retrieval_metrics(
 
 
 def compute_recall(ranks: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Return R@k: the percentage of queries with a positive among the top k items."""
+    """Return R@k: the percentage of queries for which a correct item is among the top k items."""
     return {f"R@{k}": 100.0 * float((ranks < k).double().mean()) for k in ks}
 
 
 def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Return the expected R@k of a random ranking of `num_items` items, in percent.
+    """Return the expected R@k, in percent, if `num_items` items are ranked at random.
 
-    By the hypergeometric distribution, the expected R@k of a query with p positives is
-    1 - C(num_items - p, k) / C(num_items, k). `positives` contains p for each query.
+    For a query with p correct items, the expected R@k is 1 - C(num_items - p, k) / C(num_items, k). `positives`
+    contains p for each query.
     """
     chance = {}
     for k in ks:
@@ -210,8 +208,8 @@ def compute_chance_recall(positives: Sequence[int], num_items: int, ks: Sequence
 def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS) -> dict[str, tuple[float, float]]:
     """Return 95% bootstrap confidence intervals for R@k, in percent.
 
-    Images are resampled together with all their queries, because captions of the same image are correlated. `groups` is
-    the image index of each query.
+    `groups` contains the image index of each query. Images are resampled together with all their queries, because
+    captions of the same image are correlated.
     """
     return _bootstrap_recall_by_image([(ranks < k).double() for k in ks], groups, ks, (0.0, 1.0))
 
@@ -219,7 +217,7 @@ def compute_recall_intervals(ranks: Tensor, groups: Tensor, ks: Sequence[int] = 
 def compute_recall_differences(
     ranks: Tensor, baseline_ranks: Tensor, groups: Tensor, ks: Sequence[int] = KS
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Return R@k of a model minus R@k of a baseline, in percentage points, and paired 95% bootstrap intervals."""
+    """Return a model's R@k minus a baseline's R@k, in percentage points, and paired 95% bootstrap intervals."""
     differences = [(ranks < k).double() - (baseline_ranks < k).double() for k in ks]
     means = {f"R@{k}": 100.0 * float(d.mean()) for k, d in zip(ks, differences, strict=True)}
     return means, _bootstrap_recall_by_image(differences, groups, ks, (-1.0, 1.0))
@@ -240,10 +238,8 @@ def _bootstrap_recall_by_image(
 def compute_average_precision(ranks: Tensor) -> float:
     """Return the average precision of a ranking, between 0 and 1.
 
-    The average precision is the mean of n / r_n, where r_n is the rank (from 1) of the n-th relevant image.
-
-    Args:
-        ranks: Zero-based ranks of all relevant images, in ascending order, int64 of shape (P,).
+    The average precision is the mean of n / r_n, where r_n is the one-based rank of the n-th relevant image. `ranks`
+    contains the zero-based ranks of all relevant images in ascending order, int64 of shape (P,).
     """
     positions = torch.arange(1, len(ranks) + 1, dtype=torch.float64)
     return float((positions / (ranks + 1)).mean())
@@ -252,9 +248,9 @@ def compute_average_precision(ranks: Tensor) -> float:
 def compute_chance_average_precision(num_relevant: int, num_images: int) -> float:
     """Return the expected average precision of a random ranking.
 
-    If P of N images are relevant, including the image at rank r, each of the r - 1 images before rank r is relevant
-    with probability (P - 1) / (N - 1), so the expected precision at rank r is (1 + (r - 1) (P - 1) / (N - 1)) / r. The
-    expected average precision is the mean of the expected precision over all ranks.
+    Let P of N images be relevant. If the image at rank r is relevant, then each of the r - 1 images before it is
+    relevant with probability (P - 1) / (N - 1), so the expected precision at rank r is
+    (1 + (r - 1) (P - 1) / (N - 1)) / r. Averaging over all ranks r yields the expected average precision.
     """
     positions = torch.arange(1, num_images + 1, dtype=torch.float64)
     precisions = (1 + (positions - 1) * (num_relevant - 1) / max(1, num_images - 1)) / positions
@@ -262,10 +258,10 @@ def compute_chance_average_precision(num_relevant: int, num_images: int) -> floa
 
 
 def compute_mean_interval(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float]:
-    """Return a 95% bootstrap confidence interval for the mean score, in percent. `scores` has shape (Q,).
+    """Return a 95% bootstrap confidence interval, in percent, for the mean of the scores of Q queries.
 
-    Queries are resampled, but images are not. For the difference between two models, pass the differences between their
-    scores, and the smallest and largest possible difference as `bounds`.
+    Queries are resampled, but images are not. To compare two models, pass the differences between their scores, and
+    `bounds=(-1, 1)`.
     """
     low, high = (100 * bootstrap_intervals(scores[:, None], torch.ones(len(scores)), bounds)).flatten().tolist()
     return low, high
@@ -277,26 +273,26 @@ def compute_mean_interval(scores: Tensor, bounds: tuple[float, float] = (0.0, 1.
 def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return 95% bootstrap confidence intervals for the means of K quantities over all elements.
 
-    Each group of elements, such as all captions of an image, is resampled as a unit.
+    Groups of elements, such as all captions of an image, are resampled as a whole.
 
     Args:
         sums: Sum of each quantity within each group, of shape (groups, K).
-        counts: Number of elements in each group, of shape (groups,). Empty groups are ignored.
-        bounds: Smallest and largest possible value of an element.
+        counts: Number of elements in each group, of shape (groups,). Groups without elements are ignored.
+        bounds: Smallest and largest possible value of a quantity.
 
     Returns:
         Lower and upper bounds of the intervals, float64 of shape (2, K).
     """
-    # scipy.stats.bootstrap, which copies the resampled rows, is 1.5 to 5 times as slow as one matmul per resample.
+    # One matmul per resample is 1.5 to 5 times as fast as scipy.stats.bootstrap, which copies the resampled rows.
     sums, counts = sums.double()[counts > 0], counts.double()[counts > 0]
     means = [weights @ sums / (weights @ counts) for weights in draw_bootstrap_counts(len(sums))]
     return compute_percentile_interval(torch.stack(means), len(sums), bounds)
 
 
 def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
-    """Yield the number of times that each group is drawn in a resample, float64 of shape (num_groups,).
+    """Yield, for each resample, how often each group was drawn, float64 of shape (num_groups,).
 
-    The draws depend only on the arguments, so the resamples of models evaluated on the same data are paired.
+    The draws depend only on the arguments, so models that are evaluated on the same data have paired resamples.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_resamples):
@@ -307,14 +303,11 @@ def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterato
 def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """Return central 95% bootstrap confidence intervals of the mean, using Efron's percentile method.
 
-    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. The interval
-    then extends to the means that would result if a fraction p of the groups were at the lower or the upper bound,
-    where p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 deviating groups out of n.
+    If all groups have the same mean, such as 0% or 100%, the percentile interval would be a single point. In that case,
+    the limits are the means that would result if a fraction p of the groups had the minimum or the maximum value in
+    `bounds`. p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 successes in n = `num_groups` trials.
 
-    Args:
-        means: Means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
-        num_groups: Number of resampled groups (n).
-        bounds: Smallest and largest possible value of an element.
+    `means` contains the means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
     """
     quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
     interval = means.quantile(quantiles, 0)
@@ -327,20 +320,20 @@ def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[fl
 
 @dataclass(frozen=True)
 class BootstrapMetrics:
-    """Metrics in percent, and their values on bootstrap resamples of the images."""
+    """Metrics in percent, with their values in bootstrap resamples of the images."""
 
     images: tuple[int | str, ...]
-    """Index or id of each evaluated image."""
+    """Index or id of each evaluated image. Used to check that two models were evaluated on the same images."""
     values: Mapping[str, float]
     resamples: Mapping[str, np.ndarray]
-    """Values of each metric on the resamples, float64 of shape (resamples,). Undefined values are NaN. Metrics without
-    an entry have no confidence interval."""
+    """Value of each metric in each resample, float64 of shape (resamples,). Undefined values are NaN.
+    Metrics that are not in `resamples` have no confidence interval."""
 
     @classmethod
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Call `compute(weights)`, which counts image i `weights[i]` times and returns metrics in `names` order."""
+        """Compute metrics on all images and on resamples. `compute(weights)` must count image i `weights[i]` times."""
         samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))
@@ -353,7 +346,7 @@ class BootstrapMetrics:
         return {"method": method, "metrics": dict(self.values), "intervals": self.intervals}
 
     def subtract(self, baseline: BootstrapMetrics) -> dict[str, Any]:
-        """Return each metric minus the baseline's metric, in percentage points, with paired 95% intervals.
+        """Return the metrics minus the baseline's metrics, in percentage points, with paired 95% intervals.
 
         Returns:
             {"metrics": {NAME: difference}, "intervals": {NAME: (low, high)}}. "intervals" is empty if the models were

@@ -1,6 +1,6 @@
-"""Adapter to evaluate llm2clip models and the checkpoints of the LLM2CLIP authors with mteb.
+"""Adapter for evaluating llm2clip models, and checkpoints of the LLM2CLIP authors, with mteb.
 
-For example, on MIEB-lite:
+Example for MIEB-lite:
 
     import mteb
     from llm2clip.evaluate.mteb import get_model_meta
@@ -32,15 +32,15 @@ from llm2clip.models.published_encoders import suggest_published_encoders
 
 
 class MTEBModel(AbsEncoder):
-    """Encoder of texts, images and pairs. A pair is encoded as the normalised sum of its two embeddings."""
+    """Encoder of texts, images and image-text pairs. Pairs are encoded as the normalised sum of both embeddings."""
 
     def __init__(self, model: DualEncoder) -> None:
         self.model = model
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
-        """Return L2-normalised embeddings, float32 of shape (N, D). Prompts are not added to the texts.
+        """Return L2-normalised embeddings, float32 of shape (N, D).
 
-        Each batch must have a "text" column, an "image" column with PIL images, or both.
+        Each batch must have a "text" column, an "image" column with PIL images, or both columns.
         """
         encoders = {"image": self._encode_images, "text": self.model.encode_texts}
         chunks = []
@@ -56,18 +56,18 @@ class MTEBModel(AbsEncoder):
 
 
 def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
-    """Return mteb's metadata for a model. The method `load_model` of the metadata loads the model.
+    """Return a model's metadata for mteb. Call its method `load_model` to load the model.
 
     Args:
-        source: Folder or hub id of an llm2clip model or of a checkpoint of the LLM2CLIP authors. If mteb lists the
-            checkpoint, mteb's metadata is used, but the checkpoint is loaded without llm2vec or code from the hub.
-        text: Caption encoder of the checkpoint. Default: the published encoder with which the checkpoint was trained.
+        source: Folder or hub id of an llm2clip model, or of a checkpoint of the LLM2CLIP authors. If the checkpoint is
+            in mteb's registry, the registry's metadata is used, but not its loader, which requires llm2vec.
+        text: Caption encoder for the checkpoint. Default: the published encoder with which the checkpoint was trained.
     """
     path, (name, revision) = Path(source), split_revision(source)
     listed = None if path.exists() else MODEL_REGISTRY.get(name)
     if listed and "llm2clip" not in name.lower():
         raise ValueError(f"{name} is not an LLM2CLIP checkpoint: use mteb.get_model_meta({name!r})")
-    experiment = {"loader": "llm2clip"} if listed else {}  # so that mteb does not mix the results of the two loaders
+    experiment = {"loader": "llm2clip"} if listed else {}  # separates the results from those of mteb's own loader
     if text:
         experiment["caption_encoder"] = get_model_name_with_hash(text) if Path(text).exists() else text
     if path.exists():
@@ -76,7 +76,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         source, revision = "", listed.revision
     else:
         path = download_official_checkpoint(source)
-        source, revision = "", path.name  # the folder name is the commit
+        source, revision = "", path.name  # the folder name is the commit hash
     metadata = {
         "loader": partial(load_model, source=source, text=text),
         "name": name,
@@ -87,7 +87,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
         "framework": ["PyTorch", "safetensors"],
         "use_instructions": False,
         "experiment_kwargs": experiment or None,
-        "extra_requirements_groups": None,  # mteb's loader requires extras and returns float16
+        "extra_requirements_groups": None,  # only mteb's own loader requires extras and returns float16
         "output_dtypes": None,
     }
     return (listed or ModelMeta.create_empty()).model_copy(update=metadata)
@@ -96,7 +96,7 @@ def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
 def load_model(
     name: str, revision: str | None = None, source: str = "", text: str | None = None, device: Any = None, **_: Any
 ) -> MTEBModel:
-    """Load a model for mteb, by default on a GPU if available. An empty `source` stands for `name` at `revision`."""
+    """Load a model for mteb, by default on a GPU if available. If `source` is empty, load `name` at `revision`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = source or f"{name}@{revision}"
     if is_model_folder(source if Path(source).exists() else download_official_checkpoint(source)):
@@ -105,8 +105,8 @@ def load_model(
     encoders = [text] if text else suggest_published_encoders(source, model.config.text_dim, model.config.tower)
     if len(encoders) != 1:
         raise ValueError(
-            f"the caption encoder of {name} is not known (candidates: {', '.join(encoders) or 'none'}). Pass the "
-            "encoder with which the checkpoint was trained: get_model_meta(CHECKPOINT, text=ENCODER)"
+            f"the caption encoder of {name} is unknown (candidates: {', '.join(encoders) or 'none'}). Pass the encoder "
+            "with which the checkpoint was trained: get_model_meta(CHECKPOINT, text=ENCODER)"
         )
     attach_caption_encoder(model, encoders[0], source)
     precision = model.to(device).load_encoder(stage="evaluate")

@@ -1,4 +1,4 @@
-"""SVG plots for reports, with a transparent background and grey text for both light and dark pages."""
+"""SVG plots for reports. Transparent backgrounds and grey text suit both light and dark pages."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ def plot_curves(
     """Plot curves that share x values. Return an SVG, or None if Matplotlib is not installed.
 
     Args:
-        curves: Values of each curve on the y axis, keyed by curve name.
-        bands: Shaded interval (low, high) at each x value, keyed by curve name.
-        tick_labels: Label of the x axis tick at each x value. Default: numbers, at positions chosen by Matplotlib.
+        curves: y values of each curve, keyed by curve name.
+        bands: Intervals (low, high) to shade, one per x value, keyed by curve name.
+        tick_labels: Label of each x value. Default: numbers at positions that Matplotlib chooses.
     """
     if find_spec("matplotlib") is None:
         return None
@@ -46,7 +46,7 @@ def plot_curves(
 def plot_interval_curves(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str | None:
-    """Plot curves with shaded intervals, as in `plot_curves`. A curve has one point (value, low, high) per label."""
+    """Plot curves with shaded intervals (see `plot_curves`). A curve has a point (value, low, high) for each label."""
     values, bands = {}, {}
     for name, points in curves.items():
         values[name] = [value for value, _, _ in points]
@@ -65,7 +65,7 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
 
     figure, axes = create_axes(4.8, 2.9)
     low, high = min(map(min, histograms.values())), max(map(max, histograms.values()))
-    bins = np.unique(np.geomspace(low, max(high + 1, 2 * low), 31).round())  # each bin contains at least one integer
+    bins = np.unique(np.geomspace(low, max(high + 1, 2 * low), 31).round())  # each bin contains an integer
     for n, (name, counts) in enumerate(histograms.items()):
         weights, colour = list(counts.values()), COLOURS[n % len(COLOURS)]
         axes.hist(list(counts), bins, weights=weights, histtype="step", color=colour, linewidth=1.8, label=name)
@@ -80,7 +80,7 @@ def plot_histograms(histograms: Mapping[str, Mapping[int, int]], xlabel: str, yl
 
 
 def create_axes(width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure with one plot, and the axes of the plot. `width` and `height` are in inches."""
+    """Create a figure with a single plot. Return the figure and its axes. `width` and `height` are in inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -101,13 +101,13 @@ def create_axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def render_svg(figure: Any) -> str:
-    """Convert a figure to SVG text. Identical figures produce identical text."""
+    """Convert a figure to SVG. Identical figures produce identical SVGs."""
     import matplotlib
     from matplotlib.text import Text
 
     stream = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # Dollar signs in labels, for example in model names, must not be parsed as math.
+    # Labels, such as model names, may contain dollar signs, which must not be parsed as math.
     for label in figure.findobj(Text):
         label.set_parse_math(False)
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "llm2clip", "font.family": "sans-serif"}

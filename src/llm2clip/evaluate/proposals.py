@@ -1,4 +1,4 @@
-"""Box proposals for open-vocabulary detection, from a file, a detector, or ground-truth boxes (an upper bound)."""
+"""Box proposals for open-vocabulary detection, from a file, a detector or the ground truth."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from llm2clip.io_utils import DataFormatError, MissingFileError, read_json
 from llm2clip.models.loading import load_transformers_config
 
 GROUND_TRUTH = "ground-truth"
-MAX_COORDINATE = 1 << 24  # limit for pixel coordinates, up to which float32 represents all integers exactly
-MAX_PROPOSALS = 300  # maximum number of proposals per image (the highest-scoring proposals are used)
+MAX_COORDINATE = 1 << 24  # limit for coordinates in pixels; float32 represents smaller integers exactly
+MAX_PROPOSALS = 300  # only the highest-scoring proposals in each image are used
 
 
 @dataclass
 class Proposals:
-    """Class-agnostic boxes in one image."""
+    """Class-agnostic boxes in an image."""
 
     boxes: Tensor  # corners (x0, y0, x1, y1) in pixels, float32 of shape (N, 4)
-    scores: Tensor  # objectness between 0 and 1, float32 of shape (N,)
+    scores: Tensor  # objectness scores between 0 and 1, float32 of shape (N,)
 
     def select_top_proposals(self, height: int, width: int) -> Proposals:
         """Clip the boxes to the image. Return up to `MAX_PROPOSALS` non-empty boxes, sorted by descending score."""
@@ -37,21 +37,21 @@ class Proposals:
 
 
 ProposalFinder = Callable[[ImageId, Tensor], Proposals]
-"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns the proposals for the image."""
+"""Function that takes an image id and a uint8 image of shape (3, H, W), and returns box proposals."""
 
 
-def open_proposals(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
+def open_proposal_source(name: str, data: DetectionData, device: torch.device) -> tuple[ProposalFinder, str]:
     """Open a source of box proposals: "ground-truth", a JSON file in COCO's results format, or a detector.
 
-    A detector is the folder or hub id of a transformers object detection model, whose class labels are ignored.
+    A detector is specified by the folder or hub id of a transformers object detection model. Its labels are ignored.
 
     Returns:
-        A function that finds the proposals of an image, and a (possibly empty) warning about unused boxes and images
-        without boxes.
+        A function that returns the proposals for an image, and a warning about unused boxes and images without boxes
+        (may be empty).
 
     Raises:
         MissingFileError: The JSON file does not exist.
-        DataFormatError: A row of the JSON file is invalid.
+        DataFormatError: The JSON file is invalid or has no boxes for the images.
         ValueError: transformers cannot load the detector.
     """
     if name == GROUND_TRUTH:
@@ -67,7 +67,7 @@ def open_proposals(name: str, data: DetectionData, device: torch.device) -> tupl
 
 
 def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
-    """Return the corners (x0, y0, x1, y1) of all objects except crowds, float32 of shape (N, 4), keyed by image id."""
+    """Return the boxes (x0, y0, x1, y1) of all objects except crowds, float32 of shape (N, 4), keyed by image id."""
     boxes: dict[ImageId, list[list[float]]] = {}
     for row in data.annotations:
         if not row.get("iscrowd"):
@@ -78,11 +78,11 @@ def get_object_boxes(data: DetectionData) -> dict[ImageId, Tensor]:
 def _read_proposals_file(file: Path, data: DetectionData) -> tuple[dict[ImageId, Proposals], str]:
     """Read a JSON file in COCO's results format: a list of {"image_id", "bbox": [x, y, w, h], "score"}."""
     if not file.is_file():
-        raise MissingFileError(f"{file} does not exist: --proposals expects a JSON file in COCO's results format")
+        raise MissingFileError(f"{file} does not exist: --proposals requires a JSON file in COCO's results format")
     rows = read_json(file)
     if not isinstance(rows, list):
         raise DataFormatError(f"{file} must be a list of {{image_id, bbox, score}} objects (got {type(rows).__name__})")
-    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write numeric ids as strings
+    ids_by_text = {str(image_id): image_id for image_id in data.image_ids}  # some tools write numeric ids as text
     rows_of_image: dict[ImageId, list[list[float]]] = {}
     num_unknown = 0
     for number, row in enumerate(rows, 1):
@@ -93,10 +93,10 @@ def _read_proposals_file(file: Path, data: DetectionData) -> tuple[dict[ImageId,
         else:
             num_unknown += 1
     if not rows_of_image:
-        raise DataFormatError(f"{file} has no boxes for the benchmark's images: check the image_id values")
+        raise DataFormatError(f"{file} contains no boxes for the benchmark's images: check the image_id values")
     notes = []
     if num_unknown:
-        notes.append(f"{num_unknown:,} of {len(rows):,} boxes belong to images that are not in the benchmark")
+        notes.append(f"{num_unknown:,} of {len(rows):,} boxes refer to images that are not in the benchmark")
     num_missing = len(data.image_ids) - len(rows_of_image)
     if num_missing:
         notes.append(f"{num_missing:,} of {len(data.image_ids):,} images have no boxes")
@@ -114,7 +114,7 @@ def _parse_proposal(file: Path, number: int, row: Any) -> tuple[str, list[float]
         if isinstance(image_id, float) and image_id.is_integer():  # pandas may write the id 139 as 139.0
             image_id = int(image_id)
         if not isinstance(image_id, int | str):
-            raise TypeError(f"the image_id {image_id!r} is neither an integer nor a string")
+            raise TypeError(f"the image_id {image_id!r} must be an integer or a string")
         values = [*map(float, row["bbox"]), float(row["score"])]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataFormatError(
@@ -123,12 +123,12 @@ def _parse_proposal(file: Path, number: int, row: Any) -> tuple[str, list[float]
         ) from error
     if len(values) != 5 or not all(abs(value) < MAX_COORDINATE for value in values) or min(values[2:4]) < 0:
         raise DataFormatError(
-            f"{file}, row {number}: the box {row['bbox']} must be [x, y, width, height] in pixels, with values below "
-            f"{MAX_COORDINATE:,} and no negative width or height"
+            f"{file}, row {number}: the box {row['bbox']} is invalid. A box must be [x, y, width, height] in pixels, "
+            f"with values less than {MAX_COORDINATE:,}. Width and height must not be negative"
         )
     if not 0 <= values[4] <= 1:
         raise DataFormatError(
-            f"{file}, row {number}: the score must be between 0 and 1 (got {values[4]:g}). Apply a sigmoid to logits"
+            f"{file}, row {number}: scores must be between 0 and 1 (got {values[4]:g}). Apply a sigmoid to logits"
         )
     return str(image_id), values
 
@@ -143,8 +143,8 @@ def _load_detector(name: str, device: torch.device) -> Callable[[Tensor], Propos
         model = model.eval().to(device)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--proposals {name}: not a transformers object detection model ({error}). Pass ground-truth, a JSON file "
-            "in COCO's results format, or the folder or hub id of an object detection model"
+            f"--proposals {name}: cannot load a transformers object detection model ({error}). Pass ground-truth, a "
+            "JSON file in COCO's results format, or the folder or hub id of an object detection model"
         ) from error
 
     @torch.inference_mode()

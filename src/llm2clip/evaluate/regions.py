@@ -1,9 +1,9 @@
 """Zero-shot classification of image regions, and helpers for all benchmarks that use dense features.
 
-Methods:
+A region is embedded with one of these methods:
 
-- "crop": The region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is enlarged by a
-    factor of 1.5 around its centre, clipped to the image, and padded with black to a square.
+- "crop": The region is cropped and encoded as an image. As in CLIPSelf (arXiv 2310.01403), the box is first enlarged
+    by a factor of 1.5 around its centre. The crop is padded with black to a square.
 - Dense variants: The entire image is encoded. As in CLIPSelf, the patch embeddings within the box are averaged with
     RoIAlign (arXiv 1703.06870) at an adaptive sampling ratio, and the mean is L2-normalised.
 
@@ -41,24 +41,24 @@ from llm2clip.runs.ranks import print_once, process_state, wait_for_everyone
 CROP = "crop"
 CROP_SCALE = 1.5  # factor by which boxes are enlarged before cropping
 SIZE_LIMITS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, float("inf"))}
-"""Minimum area (inclusive) and maximum area (exclusive) of objects in each COCO size class, in square pixels."""
-THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
-IMAGES_PER_BATCH = 8  # number of decoded images in memory at a time
-LEARNED_SCALE = ", learned scale"  # name suffix of methods that use the model's learned logit scale
+"""Minimum area (inclusive) and maximum area (exclusive) in square pixels for each of COCO's object sizes."""
+THUMBNAIL_SIDE = 280  # maximum width and height of a thumbnail in pixels
+IMAGES_PER_BATCH = 8  # number of images that are decoded at a time
+LEARNED_SCALE = ", learned scale"  # name suffix of methods with the learned logit scale
 T = TypeVar("T")
 
 
-# ---- helpers for regions, segmentation and detection -----------------------------------------------------------------
+# ---- helpers for dense benchmarks ------------------------------------------------------------------------------------
 
 
 def require_dual_encoder(embeddings: EmbeddingSource) -> DualEncoder:
     if not isinstance(embeddings, ModelEmbeddings):
-        raise ValueError("regions and pixels must be encoded by a model, so precomputed embeddings cannot be used")
+        raise ValueError("precomputed embeddings cannot be used, because regions and pixels must be encoded by a model")
     return embeddings.model
 
 
 def select_dense_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
-    """Return the requested dense feature variants that the model supports, and print which variants are skipped.
+    """Return the requested dense feature variants that the model supports. Print a message about other variants.
 
     Raises:
         ValueError: `required` is True and the model supports none of the variants.
@@ -75,10 +75,10 @@ def select_dense_variants(model: DualEncoder, variants: Sequence[str], required:
 
 
 def get_logit_scales(model: DualEncoder, protocol_scale: float) -> dict[str, float]:
-    """Return the logit scales to evaluate: the protocol's scale, and the learned scale of models that have one.
+    """Return the protocol's logit scale and, if the model has one, the learned logit scale.
 
-    Published protocols use CLIP's scale, which may not suit models that learned a different scale. The keys are
-    suffixes of method names: "" for the protocol's scale, and `LEARNED_SCALE` for the learned scale.
+    Published protocols use CLIP's scale, which may not suit models that learned a different scale. The keys of the dict
+    are suffixes of method names: "" for the protocol's scale, and `LEARNED_SCALE` for the learned scale.
     """
     learned = model.logit_scale()
     return {"": protocol_scale} if learned is None else {"": protocol_scale, LEARNED_SCALE: learned}
@@ -89,8 +89,8 @@ def decode_image_batches(
 ) -> Iterator[dict[int, T]]:
     """Decode and transform this rank's share of the images. Yield batches, keyed by image index in `refs`.
 
-    `transform` takes a uint8 tensor of shape (3, H, W), and must be picklable. Errors are added to `failures`, which is
-    also keyed by image index.
+    `transform` must accept a uint8 tensor of shape (3, H, W) and be picklable. If an image cannot be decoded, the error
+    message is added to `failures`, keyed by image index.
     """
     state = process_state()
     indices = range(state.process_index, len(refs), state.num_processes)
@@ -106,8 +106,8 @@ def decode_images(
 ) -> Iterator[dict[int, Tensor]]:
     """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_image_batches`.
 
-    If the (width, height) of an image differs from `sizes`, the image is recorded in `failures` and not returned,
-    because the boxes would be wrong.
+    Images whose size differs from the annotated (width, height) in `sizes` are added to `failures`, because their boxes
+    would be wrong.
     """
     for images in decode_image_batches(refs, nn.Identity(), description, failures):
         for index in list(images):
@@ -115,26 +115,26 @@ def decode_images(
             actual_height, actual_width = images[index].shape[1:]
             if (actual_width, actual_height) != (width, height):
                 failures[index] = (
-                    f"the image is {actual_width} x {actual_height} pixels, but the boxes are for an image of "
+                    f"the image has {actual_width} x {actual_height} pixels, but its annotations are for an image with "
                     f"{width} x {height} pixels"
                 )
                 del images[index]
         yield images
 
 
-def gather_results_from_ranks(
+def gather_results(
     results: dict[int, T], failures: dict[int, str], refs: Sequence[ImageRef], log: SkipLog
 ) -> dict[int, T]:
-    """Return the results of all ranks, sorted by image index, and log the unusable images.
+    """Return the results of all ranks, sorted by image index. Log all unusable images.
 
-    `results` (picklable objects) and `failures` are the results of this rank, keyed by image index in `refs`.
+    `results` and `failures` contain this rank's results and error messages, keyed by image index in `refs`.
 
     Raises:
         TooManySkipped: Too many images are unusable.
         ValueError: There are no images, or no image is usable.
     """
     if process_state().num_processes > 1:
-        # Some ranks may finish so much later than others that the collective operation would time out.
+        # Without this barrier, gather_object would time out if some ranks finish much later than others.
         wait_for_everyone()
         for rank_results, rank_failures in gather_object([(results, failures)]):
             results |= rank_results
@@ -146,7 +146,7 @@ def gather_results_from_ranks(
     if not refs:
         raise ValueError("the benchmark contains no images")
     if len(failures) == len(refs):
-        raise ValueError(f"none of the {len(refs):,} images can be used: for example, {refs[0]} ({failures[0]})")
+        raise ValueError(f"none of the {len(refs):,} images can be used, e.g. {refs[0]} ({failures[0]})")
     return dict(sorted(results.items()))
 
 
@@ -155,13 +155,13 @@ def gather_results_from_ranks(
 
 @dataclass(frozen=True)
 class RegionPredictions:
-    """Class predictions of one method for R regions, as arrays of shape (R,)."""
+    """Class predictions for R regions, as arrays of shape (R,)."""
 
-    image: np.ndarray  # index of the region's image
-    region: np.ndarray  # index of the region within its image
-    rank: np.ndarray  # zero-based rank of the correct class (see `compute_class_ranks`)
-    predicted: np.ndarray  # index of the class with the highest score
-    margin: np.ndarray  # score of the predicted class minus the score of the correct class, float32
+    image: np.ndarray  # image index of each region
+    region: np.ndarray  # index of each region among the regions of its image
+    rank: np.ndarray  # zero-based rank of each region's correct class (see `compute_class_ranks`)
+    predicted: np.ndarray  # index of each region's highest-scoring class
+    margin: np.ndarray  # score of the predicted class minus score of the correct class, float32
 
     @classmethod
     def concatenate(cls, parts: Sequence[RegionPredictions]) -> RegionPredictions:
@@ -186,7 +186,7 @@ def evaluate_regions(data: RegionData, embeddings: EmbeddingSource, variants: Se
         "chance": 100.0 / len(data.names),
         "rows": rows,
     }
-    draw_examples = partial(build_wrong_region_blocks, data, first_method, first_predictions)
+    draw_examples = partial(build_misclassified_region_section, data, first_method, first_predictions)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
@@ -195,13 +195,13 @@ def classify_regions(
 ) -> dict[str, RegionPredictions]:
     """Classify all regions with "crop" and each dense variant. Return the predictions, keyed by method.
 
-    Unusable images are recorded in `embeddings.log`. Variants that the model does not support are skipped. In a
-    distributed run, the images are split across the ranks, and every rank returns all predictions.
+    Variants that the model does not support are skipped, and unusable images are recorded in `embeddings.log`. In a
+    distributed run, each rank processes a share of the images, and every rank returns all predictions.
     """
     model = require_dual_encoder(embeddings)
     methods = [CROP, *select_dense_variants(model, variants, required=False)]
     classes = encode_class_names(embeddings, data.names, data.templates)
-    batches: dict[int, dict[str, RegionPredictions]] = {}  # predictions of each batch, keyed by lowest image index
+    batches: dict[int, dict[str, RegionPredictions]] = {}  # keyed by lowest image index in a batch, then by method
     failures: dict[int, str] = {}
     for images in decode_images(data.images, data.sizes, "regions", failures):
         boxes = [torch.from_numpy(data.boxes[index]) for index in images]
@@ -209,7 +209,7 @@ def classify_regions(
             regions = torch.cat(encode_boxes(model, list(images.values()), boxes, method))
             predictions = batches.setdefault(min(images), {})
             predictions[method] = _predict_classes(regions, list(images), data, classes)
-    batches = gather_results_from_ranks(batches, failures, data.images, embeddings.log)
+    batches = gather_results(batches, failures, data.images, embeddings.log)
     return {method: RegionPredictions.concatenate([batch[method] for batch in batches.values()]) for method in methods}
 
 
@@ -228,7 +228,7 @@ def _predict_classes(regions: Tensor, indices: Sequence[int], data: RegionData, 
 
 
 def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> BootstrapMetrics:
-    """Return the result of `bootstrap_accuracy`, with a subset for each COCO size class that has regions."""
+    """Return the result of `bootstrap_accuracy`, with a subset for each COCO object size that has regions."""
     indices, image = np.unique(predictions.image, return_inverse=True)
     labels, areas = (np.concatenate([values[i] for i in indices]) for values in (data.labels, data.areas))
     sizes = {name: (areas >= low) & (areas < high) for name, (low, high) in SIZE_LIMITS.items()}
@@ -237,17 +237,17 @@ def compute_region_metrics(data: RegionData, predictions: RegionPredictions) -> 
 
 
 def compute_class_accuracy(data: RegionData, predictions: RegionPredictions) -> list[float | None]:
-    """Return the top-1 accuracy of each class in percent, or None for a class without regions."""
+    """Return the top-1 accuracy of each class in percent, or None for classes without regions."""
     labels = np.concatenate([data.labels[i] for i in np.unique(predictions.image)])
     counts = np.bincount(labels, minlength=len(data.names)).tolist()
     hits = np.bincount(labels[predictions.rank < 1], minlength=len(data.names)).tolist()
     return [100.0 * hit / count if count else None for hit, count in zip(hits, counts, strict=True)]
 
 
-def build_wrong_region_blocks(
+def build_misclassified_region_section(
     data: RegionData, method: str, predictions: RegionPredictions, count: int = 12
 ) -> list[Block]:
-    """Return a report section with the largest-margin errors, at most one error per image and per class."""
+    """Return a report section with the errors that have the largest margins, at most one per image and per class."""
     order = np.argsort(-predictions.margin, kind="stable")
     images: list[ReportImage] = []
     shown_images, shown_classes = set(), set()
@@ -265,7 +265,7 @@ def build_wrong_region_blocks(
             break
     if not images:
         return []
-    text = f"Errors of the method {method} with the largest margins. Each image and each class is shown at most once."
+    text = f"The largest-margin errors of the method {method}. Each image and each class is shown at most once."
     examples = ReportImageGroup(images, "Correct class and predicted class:")
     return [Heading("Misclassified regions", 3), Paragraph(text), examples]
 
@@ -274,11 +274,11 @@ def build_wrong_region_blocks(
 
 
 def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[Tensor], method: str) -> list[Tensor]:
-    """Return the L2-normalised embeddings of the R boxes in each image as a float32 CPU tensor of shape (R, D).
+    """Return the L2-normalised embeddings of the boxes in each image, float32 of shape (R, D) on the CPU.
 
     Args:
-        images: Images, uint8 of shape (3, H, W).
-        boxes: Boxes in each image as (left, top, right, bottom) in pixels, float32 of shape (R, 4).
+        images: uint8 tensors of shape (3, H, W).
+        boxes: Boxes (left, top, right, bottom) of each image in pixels, float32 of shape (R, 4).
         method: "crop" or a dense feature variant.
     """
     if method != CROP:
@@ -293,10 +293,10 @@ def encode_boxes(model: DualEncoder, images: Sequence[Tensor], boxes: Sequence[T
 
 
 def crop_region(image: Tensor, box: Sequence[float]) -> Tensor:
-    """Crop a box (left, top, right, bottom) in pixels from a uint8 image (3, H, W). Return a square (3, S, S).
+    """Crop a box (left, top, right, bottom) in pixels from an image, uint8 of shape (3, H, W). Return a square crop.
 
-    The box is enlarged by `CROP_SCALE` around its centre, clipped to the image, and padded with black along its shorter
-    dimension, equally on both sides.
+    The box is enlarged by `CROP_SCALE` around its centre and clipped to the image. The shorter dimension of the crop is
+    padded with black on both sides.
     """
     height, width = image.shape[1:]
     left, top, right, bottom = box

@@ -1,6 +1,6 @@
-"""Retrieval evaluation on captioned images, and analysis of retrieval errors.
+"""Evaluation of retrieval on captioned images, and analysis of retrieval errors.
 
-Each caption field (captions, captions_zh, ...) is evaluated separately.
+Each caption field, such as captions or captions_zh, is evaluated separately.
 """
 
 import base64
@@ -30,17 +30,17 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.reports import Block, Figure, Heading, Paragraph, ReportImage, ReportImageGroup
 from llm2clip.store.store import EmbeddingStore
 
-THUMBNAIL_SIDE = 280  # maximum thumbnail width and height, in pixels
+THUMBNAIL_SIDE = 280  # maximum width and height of a thumbnail in pixels
 TOP_IMAGES = 5  # number of top-ranked images shown per query
 
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Retrieval ranks of a caption field in both directions, with the ranked records and the embeddings."""
+    """Image-to-text and text-to-image ranks for a caption field, with the ranked records and their embeddings."""
 
-    records: list[Record]  # records that have a caption and a decodable image
-    images: Tensor  # embeddings of shape (I, D)
-    texts: Tensor  # embeddings of all captions, of shape (T, D)
+    records: list[Record]  # only records with a caption and a decodable image
+    images: Tensor  # image embeddings of shape (I, D)
+    texts: Tensor  # caption embeddings of shape (T, D)
     image_of_text: Tensor  # image index of each caption, int64 of shape (T,)
     image_ranks: Tensor  # see `two_way_ranks`
     text_ranks: Tensor
@@ -87,16 +87,16 @@ def compute_field_ranks(embeddings: EmbeddingSource, fields: CaptionFields) -> d
         image_ranks, text_ranks = two_way_ranks(images, texts, image_of_text)
         ranked[name] = RetrievalRanks(usable, images, texts, image_of_text, image_ranks, text_ranks)
     if not ranked:
-        raise ValueError("nothing to evaluate: no decodable image has a caption")
+        raise ValueError("there is nothing to evaluate: no image that can be decoded has a caption")
     return ranked
 
 
 def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, RetrievalRanks]) -> list[dict[str, Any]]:
-    """Compute retrieval metrics from the ranks of each caption field.
+    """Compute retrieval metrics for each caption field.
 
     Returns:
-        One row per caption field: "captions" (field name), the counts "images", "texts" and "truncated" (texts that
-        exceed the model's maximum length), and the result of `retrieval_metrics`.
+        One row per caption field: "captions" (name of the field), the counts "images", "texts" and "truncated" (texts
+        that exceed the model's maximum length), and the result of `retrieval_metrics`.
     """
     rows = []
     for name, ranks in ranked.items():
@@ -116,7 +116,7 @@ def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -
 
     Returns:
         {"I2T": {"R@1": ..., ...}, "I2T interval": {"R@1": (low, high), ...}, "T2I": ..., "T2I interval": ...}, in
-        percentage points, or None if the models were not evaluated on the same images and captions.
+        percentage points. None if the models were not evaluated on the same images and captions.
     """
     if [(r.image, r.captions) for r in first.records] != [(r.image, r.captions) for r in other.records]:
         return None
@@ -130,9 +130,9 @@ def compute_retrieval_difference(first: RetrievalRanks, other: RetrievalRanks) -
 
 
 def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
-    """Return the unit of length and the length of each caption.
+    """Return the length unit ("words" or "characters") and the length of each caption.
 
-    The unit is words, or characters if most captions have no spaces, as in Chinese or Japanese.
+    Characters are counted if most captions have no spaces, as in Chinese or Japanese.
     """
     words = [len(caption.split()) for caption in captions]
     characters = [len(caption) for caption in captions]
@@ -145,9 +145,9 @@ def measure_caption_lengths(captions: Sequence[str]) -> tuple[str, list[int]]:
 def create_validation_function(
     fields: CaptionFields, log: SkipLog, store: EmbeddingStore
 ) -> Callable[[LLM2CLIP], dict[str, float]]:
-    """Create a function that evaluates a model during training with the stored caption embeddings.
+    """Create a function that computes a model's validation metrics, using caption embeddings from `store`.
 
-    The function returns R@1 for each caption field in both directions, or raises ValueError if no image has a caption.
+    The function returns the I2T and T2I R@1 of each caption field. It raises ValueError if no image has a caption.
     """
 
     def validate_model(model: LLM2CLIP) -> dict[str, float]:
@@ -162,7 +162,7 @@ def create_validation_function(
 
 
 def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> DualEncoder:
-    """Return a dual encoder that reads text embeddings from a store instead of running the caption encoder."""
+    """Return a dual encoder that reads caption embeddings from a store instead of running the caption encoder."""
 
     def read_text_embeddings(texts: Sequence[str], progress: bool) -> Tensor:
         return model.project_text_embeddings(torch.from_numpy(store.take(store.find_rows(texts))))
@@ -177,17 +177,17 @@ def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> Dua
 
 @dataclass
 class ErrorAnalysis:
-    """Analysis of a model's retrieval errors for a caption field."""
+    """Analysis of a model's text-to-image retrieval errors on a caption field."""
 
-    length_unit: str  # unit of caption lengths (see `measure_caption_lengths`)
-    length_bins: list[tuple[int, int]]  # minimum and maximum caption length of each bin
+    length_unit: str  # "words" or "characters"
+    length_bins: list[tuple[int, int]]  # (minimum, maximum) caption length of each bin
     recall_by_length: list[tuple[float, float, float]]  # see `compute_recall_by_length`
-    examples: list[ReportImageGroup]  # images retrieved for evenly spaced captions
-    failures: list[ReportImageGroup]  # images retrieved for the captions whose correct images have the worst ranks
+    examples: list[ReportImageGroup]  # evenly spaced captions and their top images
+    failures: list[ReportImageGroup]  # captions with the worst ranks and their top images
 
 
-def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
-    """Analyse a model's errors, with up to `num_queries` example queries and up to `num_queries` failed queries."""
+def analyse_retrieval_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis:
+    """Analyse a model's errors. Include up to `num_queries` example queries and up to `num_queries` failed queries."""
     unit, lengths = measure_caption_lengths(ranks.captions)
     bins = make_caption_length_bins(lengths)
     return ErrorAnalysis(
@@ -200,7 +200,7 @@ def analyse_errors(ranks: RetrievalRanks, num_queries: int = 6) -> ErrorAnalysis
 
 
 def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict[str, Any]]:
-    """Retrieve images for `count` captions. Return JSON-compatible dicts for `read_example_searches`."""
+    """Retrieve images for up to `count` captions. Return a JSON-compatible result for `read_example_searches`."""
     searches = []
     for text in _sample_caption_indices(ranks, count):
         search = _retrieve_example_images(ranks, text)
@@ -213,7 +213,7 @@ def collect_example_searches(ranks: RetrievalRanks, count: int = 5) -> list[dict
 
 
 def read_example_searches(searches: Sequence[Mapping[str, Any]]) -> list[ReportImageGroup]:
-    """Convert the result of `collect_example_searches` to report blocks."""
+    """Convert the result of `collect_example_searches` to groups of images for a report."""
     blocks = []
     for search in searches:
         images = []
@@ -233,7 +233,7 @@ def _sample_caption_indices(ranks: RetrievalRanks, count: int) -> list[int]:
 def make_caption_length_bins(
     lengths: Sequence[int], max_bins: int = 6, min_captions: int = 20
 ) -> list[tuple[int, int]]:
-    """Divide caption lengths into bins with similar numbers of captions. A bin is a pair (minimum, maximum).
+    """Divide captions into length bins of similar size. Return the minimum and maximum length of each bin.
 
     Each bin contains at least `min_captions` captions, unless there are fewer captions in total.
     """
@@ -254,7 +254,7 @@ def make_caption_length_bins(
 def compute_recall_by_length(
     ranks: RetrievalRanks, lengths: Sequence[int], bins: Sequence[tuple[int, int]]
 ) -> list[tuple[float, float, float]]:
-    """Return the T2I R@1 of each length bin, as (value, lower bound, upper bound) in percent."""
+    """Return the T2I R@1 and its confidence limits in each length bin, as (value, lower, upper) in percent."""
     length = torch.tensor(lengths)
     recalls = []
     for first, last in bins:
@@ -266,9 +266,9 @@ def compute_recall_by_length(
 
 
 def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
-    """Return the indices of the captions whose correct images have the worst ranks, at most one caption per image.
+    """Return the indices of the captions whose correct images rank lowest, with at most one caption per image.
 
-    Captions whose correct image ranks first are excluded.
+    Captions whose correct images rank first are excluded.
     """
     caption_of_image: dict[int, int] = {}
     for text in ranks.text_ranks.argsort(descending=True, stable=True).tolist():
@@ -279,7 +279,7 @@ def find_worst_captions(ranks: RetrievalRanks, count: int) -> list[int]:
 
 
 def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> ReportImageGroup:
-    """Return the `TOP_IMAGES` top-ranked images for a caption, and the correct image if it ranks lower."""
+    """Return the top `TOP_IMAGES` images for a caption, followed by the correct image if it ranks lower."""
     correct_image, correct_rank = int(ranks.image_of_text[text]), int(ranks.text_ranks[text])
     scores = ranks.images @ ranks.texts[text]
     top_images = scores.topk(min(TOP_IMAGES, len(scores))).indices.tolist()
@@ -289,7 +289,7 @@ def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> ReportImageGro
     images = []
     for position, image in positions:
         ref = ranks.records[image].image
-        assert ref is not None  # records without an image are not ranked
+        assert ref is not None  # only records with images are ranked
         caption = f"{position}. cosine {float(scores[image]):.2f}"
         # Other images are not marked as wrong, because the caption may also describe them.
         is_correct = True if image == correct_image else None
@@ -297,8 +297,8 @@ def _retrieve_example_images(ranks: RetrievalRanks, text: int) -> ReportImageGro
     return ReportImageGroup(images, ranks.captions[text])
 
 
-def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
-    """Return a plot of recall by caption length for all models, and examples for the first model."""
+def build_error_analysis_section(analyses: Mapping[str, ErrorAnalysis]) -> list[Block]:
+    """Return a plot of all models' recall by caption length, and example searches with the first model."""
     name, first = next(iter(analyses.items()))
     blocks: list[Block] = []
     if len(first.length_bins) > 1:
@@ -307,9 +307,9 @@ def build_error_analysis_blocks(analyses: Mapping[str, ErrorAnalysis]) -> list[B
         svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
     if first.examples:
-        text = f"Captions sampled at regular intervals, with the images retrieved by {name}. Correct images are marked."
+        text = f"Evenly spaced captions, with the images retrieved by {name}. Correct images are marked."
         blocks += [Heading("Examples", 3), Paragraph(text), *first.examples]
     if first.failures:
-        text = "Captions whose correct images rank lowest."
+        text = "Captions whose correct images have the worst ranks."
         blocks += [Heading("Worst failures", 3), Paragraph(text), *first.failures]
     return blocks

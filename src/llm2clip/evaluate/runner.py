@@ -1,4 +1,4 @@
-"""Evaluation of models on the user's data and on public benchmarks, and the report of the results."""
+"""Evaluation of models on the user's data and on public benchmarks, with a report on the results."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from llm2clip.evaluate.arguments import check_evaluation_arguments
 from llm2clip.evaluate.benchmarks import get_benchmarks
 from llm2clip.evaluate.benchmarks.base import Benchmark, BenchmarkResult
 from llm2clip.evaluate.caption_retrieval import TextEncoder, caption_retrieval_accuracy, open_text_encoder
-from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositional
+from llm2clip.evaluate.classification import evaluate_classification, evaluate_compositionality
 from llm2clip.evaluate.comparison import (
-    build_benchmark_blocks,
-    build_caption_retrieval_blocks,
+    build_benchmark_section,
+    build_caption_retrieval_section,
     describe_benchmark_results,
     describe_caption_retrieval,
 )
 from llm2clip.evaluate.detection import evaluate_detection
 from llm2clip.evaluate.embeddings import EmbeddingSource, open_embedding_source
 from llm2clip.evaluate.regions import evaluate_regions
-from llm2clip.evaluate.retrieval import analyse_errors, compute_retrieval_difference, evaluate_retrieval
+from llm2clip.evaluate.retrieval import analyse_retrieval_errors, compute_retrieval_difference, evaluate_retrieval
 from llm2clip.evaluate.segmentation import evaluate_segmentation
-from llm2clip.evaluate.short_queries import build_short_query_blocks, evaluate_short_queries
+from llm2clip.evaluate.short_queries import build_short_query_sections, evaluate_short_queries
 from llm2clip.io_utils import MissingFileError, atomic_write_text, format_count, sanitize_file_name
 from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates
@@ -47,12 +47,12 @@ from llm2clip.runs.run_description import build_run_section, describe_run
 
 
 class IncompleteEvaluationError(ValueError):
-    """Error for failed evaluations, raised after all other results have been written."""
+    """Error raised if an evaluation failed. All other results have been written."""
 
 
-USER_DATA = "data"  # benchmark name for the user's own images and captions
-NUM_MISTAKES = 3  # maximum number of caption retrieval mistakes in the report
-EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, in the report
+USER_DATA = "data"  # benchmark name of the user's images and captions
+NUM_MISTAKES = 3  # maximum number of caption retrieval mistakes shown in the report
+EXAMPLE_QUERIES = 6  # maximum number of example queries, and of failed queries, shown in the report
 
 
 def evaluate_models(
@@ -64,33 +64,33 @@ def evaluate_models(
 ) -> list[str]:
     """Evaluate models, print tables, and write results.json, report.md and report.html to `options.out`.
 
-    In a distributed run, each rank encodes some of the images and texts, and then computes all metrics. The main
-    process prints and writes the results.
+    In a distributed run, each rank encodes a share of the images and texts, and computes all metrics. The main process
+    prints and writes the results.
 
     results.json contains "caption retrieval" (the result of `caption_retrieval_accuracy`), "results" (a list of
-    `BenchmarkResult.summary` dicts) and "run" (the result of `describe_run`, with the settings). Each entry of
-    "results" also has the following keys:
+    `BenchmarkResult.summary` dicts) and "run" (the result of `describe_run`, and the settings). Each entry of "results"
+    also has the following keys:
 
     - "model": Name of the model.
-    - "images trained on": Number of benchmark images on which the model was trained, if the number is known.
-    - "difference": For baselines, the first model's metrics minus the baseline's metrics. In an entry with "rows", each
-        row has a "difference".
-    - "short queries": With `options.short_queries`, metrics for each query length, in each row of a retrieval result.
-        If there are templates, the row also has "short queries with templates" and "query templates".
+    - "images trained on": Number of benchmark images on which the model was trained, if known.
+    - "difference": For baselines, the first model's metrics minus the baseline's metrics. If the entry has "rows", each
+        row has a "difference" instead.
+    - "short queries": Retrieval metrics for each query length, if `options.short_queries` is True. Each of the "rows"
+        has this key. If there are templates, it also has "short queries with templates" and "query templates".
 
     Args:
-        models: Model to evaluate, followed by the baselines (see `open_embedding_source`).
-        data: Sources of images and captions. If the sources specify no splits, the images that `fit` would hold out are
+        models: Model to evaluate, followed by any baselines. See `open_embedding_source`.
+        data: Sources of images and captions. If no splits are specified, only the images that `fit` would hold out are
             evaluated.
-        encoder: Caption encoder whose caption retrieval accuracy is measured if `models` is empty.
+        encoder: Caption encoder for `options.captions` if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
 
     Returns:
-        Lines to print at the end: summaries of skipped rows, warnings, and the path of the report.
+        Lines to print at the end: summaries of skipped rows, warnings and the path of the report.
 
     Raises:
         ValueError: There is nothing to evaluate, a benchmark does not exist, or every evaluation failed.
-        IncompleteEvaluationError: Some evaluations failed. The other results have been written.
+        IncompleteEvaluationError: Some evaluations failed. All other results have been written.
     """
     start = time.time()
     encoder, config = encoder or EncoderConfig(), config or EvaluateConfig()
@@ -114,14 +114,14 @@ def evaluate_models(
         last_lines.append(f"Report: {page}")
     if evaluation.failures:
         print_once(*last_lines)
-        lines = ["some evaluations failed, but the others are complete:", *evaluation.failures]
+        lines = ["some evaluations failed, but all other evaluations are complete:", *evaluation.failures]
         raise IncompleteEvaluationError("\n".join(lines))
     return last_lines
 
 
 @dataclass
 class _BenchmarkRun:
-    """An available benchmark, its folder, its skip log and the results of all models."""
+    """Benchmark to run, with the benchmark's folder, its skip log and the results of all models."""
 
     benchmark: Benchmark
     folder: Path
@@ -130,22 +130,22 @@ class _BenchmarkRun:
 
 
 class _EvaluationRun:
-    """Results and report of an evaluation. Without an output folder, nothing is written, cached or analysed.
+    """Results and report of an evaluation. Files are written and errors are analysed only if `options.out` is set.
 
-    If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and other evaluations
+    If the evaluation of a model on a benchmark fails, the error is recorded in `failures`, and all other evaluations
     continue.
     """
 
     def __init__(self, options: EvaluateOptions) -> None:
         self.out = Path(options.out) if options.out else None
         self.skipped: list[str] = []  # descriptions of skipped rows and benchmarks
-        self.proposals: list[str] = []  # descriptions of the box proposals of detection benchmarks
+        self.proposals: list[str] = []  # descriptions of the box proposals for detection benchmarks
         self.warnings: list[str] = []
         self.failures: list[str] = []
         self._options = options
         self._runs: list[_BenchmarkRun] = []
         self._results: dict[str, Any] = {}  # contents of results.json
-        self._verdict = ""  # verdict of the last section, which is also the verdict of the report
+        self._verdict = ""  # verdict of the last section, and of the report
         self._blocks: list[Block] = []
         self._is_distributed = process_state().num_processes > 1
 
@@ -182,7 +182,7 @@ class _EvaluationRun:
             num_mistakes=NUM_MISTAKES,
         )
         self._save_results("caption retrieval", metrics)
-        blocks = build_caption_retrieval_blocks(name, metrics)
+        blocks = build_caption_retrieval_section(name, metrics)
         self._add_report_section("Caption retrieval", describe_caption_retrieval(name, metrics), blocks)
 
     def run_benchmarks(self, models: Sequence[str], benchmarks: Sequence[Benchmark], log: SkipLog) -> None:
@@ -202,27 +202,27 @@ class _EvaluationRun:
             self._runs.append(_BenchmarkRun(benchmark, folder, benchmark_log))
         for n, name in enumerate(get_display_names(models) if self._runs else []):
             for _ in self._evaluate_model(models[n], name, is_baseline=n > 0):
-                # Save the results now, so that no results are lost if a later benchmark fails.
+                # Save the results after each benchmark, so that they are not lost if a later benchmark fails.
                 self._save_results("results", self._get_result_summaries())
         with_results = [run for run in self._runs if run.results]
         if not with_results:
             raise ValueError("\n".join(["nothing could be evaluated:", *missing, *self.failures]))
-        self._collect_messages(missing)
+        self._collect_report_messages(missing)
         blocks: list[Block] = []
         for run in with_results:
-            blocks += build_benchmark_blocks(run.benchmark, run.results)
-        blocks += build_short_query_blocks([(run.benchmark, run.results) for run in self._runs])
+            blocks += build_benchmark_section(run.benchmark, run.results)
+        blocks += build_short_query_sections([(run.benchmark, run.results) for run in self._runs])
         first = with_results[0]
         self._add_report_section("Results", describe_benchmark_results(first.benchmark.name, first.results), blocks)
 
-    def _collect_messages(self, missing: list[str]) -> None:
+    def _collect_report_messages(self, missing: list[str]) -> None:
         for run in self._runs:
-            if run.log.skipped or run.benchmark.name == USER_DATA:  # always report the user's data
+            if run.log.skipped or run.benchmark.name == USER_DATA:  # always summarise the user's data
                 self.skipped.append(f"{run.benchmark.name}: {run.log.summary()}.")
             if run.results and "proposals" in run.results[0].summary:
                 description = run.results[0].summary["proposals"]["description"]
                 self.proposals.append(f"{run.benchmark.name}: {description}")
-        if "all" in self._options.benchmarks:  # "all" includes benchmarks that are not downloaded
+        if "all" in self._options.benchmarks:  # "all" includes benchmarks that have not been downloaded
             self.skipped += missing
         else:
             self.failures = missing + self.failures
@@ -230,20 +230,20 @@ class _EvaluationRun:
             if summary.get("images trained on"):
                 self.warnings.append(
                     f"Warning: {summary['model']} was trained on {summary['images trained on']:,} of the images in "
-                    f"{summary['benchmark']}, so the results do not predict the performance on new images."
+                    f"{summary['benchmark']}, so the results do not reflect performance on new images."
                 )
 
     def _evaluate_model(self, model: str, name: str, is_baseline: bool) -> Iterator[BenchmarkResult]:
-        """Evaluate a model on all benchmarks. Yield each result as soon as the result is available.
+        """Evaluate a model on all benchmarks, and yield the result for each benchmark.
 
-        With `EvaluateOptions.dims`, truncated embeddings are evaluated like additional baselines. A baseline that
-        cannot be loaded is skipped.
+        Embeddings truncated to `EvaluateOptions.dims` are treated as additional baselines. Baselines that cannot be
+        loaded are skipped.
         """
         try:
             cache_dir = self.out / "vectors" if self.out else None
             embeddings = open_embedding_source(model, self._runs[0].log, cache_dir, self._options.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
-            if not is_baseline or self._is_distributed:  # a rank that skips a model would block the other ranks
+            if not is_baseline or self._is_distributed:  # if a single rank skipped a model, the other ranks would hang
                 raise
             self.failures.append(f"Skipped {name}: {error}")
             return
@@ -263,7 +263,7 @@ class _EvaluationRun:
                 source.log = run.log
                 result = self._evaluate_embedding_source(run, source, source_name, training_images)
                 if result is not None:
-                    self._analyse_result(result, is_baseline or n > 0)
+                    self._analyse_benchmark_result(result, is_baseline or n > 0)
                     if self._options.dims:
                         result.summary |= {"full model": name, "dimensions": source.embed_dim}
                     run.results.append(result)
@@ -272,13 +272,13 @@ class _EvaluationRun:
     def _evaluate_embedding_source(
         self, run: _BenchmarkRun, embeddings: EmbeddingSource, name: str, training_images: np.ndarray | None
     ) -> BenchmarkResult | None:
-        """Evaluate an embedding source on a benchmark. If the evaluation fails, record the error and return None."""
+        """Evaluate embeddings on a benchmark. If the evaluation fails, record the error and return None."""
         benchmark = run.benchmark
         print_once(f"{name}: {benchmark.name}")
         try:
             result = _evaluate_benchmark(benchmark, run.folder, embeddings, self._options)
         except (OSError, ValueError) as error:
-            # Invalid data causes the same error on every rank. Other errors may occur on a single rank.
+            # Invalid data causes the same error on every rank, but other errors may occur on a single rank.
             if self._is_distributed and not isinstance(error, MissingFileError | ValueError):
                 raise
             self.failures.append(_describe_evaluation_failure(f"{name} on {benchmark.name}", benchmark, error))
@@ -289,10 +289,10 @@ class _EvaluationRun:
         if run.results:
             _add_metric_differences(run.results[0], result)
         if self._options.short_queries:
-            self._add_short_queries(result, embeddings)
+            self._evaluate_short_queries(result, embeddings)
         return result
 
-    def _add_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
+    def _evaluate_short_queries(self, result: BenchmarkResult, embeddings: EmbeddingSource) -> None:
         templates = embeddings.query_templates
         if self._options.templates is not None:
             templates = QueryTemplates(tuple(self._options.templates))
@@ -312,13 +312,13 @@ class _EvaluationRun:
                 row["short queries with templates"] = [length.to_dict() for length in scores.with_templates]
                 row["query templates"] = dataclasses.asdict(templates)
 
-    def _analyse_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
-        """Analyse errors and draw examples for the report, then free the images and embeddings."""
+    def _analyse_benchmark_result(self, result: BenchmarkResult, is_baseline: bool) -> None:
+        """Analyse errors and draw examples for the report. Then free the memory of images and embeddings."""
         if self.out is not None and process_state().is_main_process:
             for n, (caption_field, ranks) in enumerate(result.ranks.items()):
-                # With examples in all 36 languages of Crossmodal-3600, the report would contain 2,000 images.
-                with_examples = not is_baseline and n == 0
-                result.error_analysis[caption_field] = analyse_errors(ranks, EXAMPLE_QUERIES if with_examples else 0)
+                # Examples in all 36 languages of Crossmodal-3600 would add 2,000 images to the report.
+                num_queries = EXAMPLE_QUERIES if n == 0 and not is_baseline else 0
+                result.error_analysis[caption_field] = analyse_retrieval_errors(ranks, num_queries)
             if result.draw_examples is not None and not is_baseline:
                 result.examples = result.draw_examples()
         result.draw_examples = None
@@ -336,7 +336,7 @@ def _evaluate_benchmark(
     if benchmark.kind == "retrieval":
         result = evaluate_retrieval(data, embeddings)
     elif benchmark.kind == "compositional":
-        result = evaluate_compositional(data, embeddings)
+        result = evaluate_compositionality(data, embeddings)
     elif benchmark.kind == "classification":
         result = evaluate_classification(data, embeddings)
     elif benchmark.kind == "regions":
@@ -362,7 +362,7 @@ def _add_metric_differences(first: BenchmarkResult, result: BenchmarkResult) -> 
 
 def _check_output_folder_and_variants(options: EvaluateOptions) -> None:
     if process_state().num_processes > 1 and options.out is None:
-        raise ValueError("a distributed evaluation needs --out: ranks exchange embeddings through the output folder")
+        raise ValueError("a distributed evaluation requires --out: ranks exchange embeddings via the output folder")
     for variant in options.dense_variants:
         if variant not in DENSE_VARIANTS:
             raise ValueError(f"unknown dense variant {variant!r}: choose from {', '.join(DENSE_VARIANTS)}")
@@ -371,7 +371,7 @@ def _check_output_folder_and_variants(options: EvaluateOptions) -> None:
 def _read_user_benchmark(
     data: Sequence[str], config: EvaluateConfig, columns: dict[str, str], log: SkipLog
 ) -> Benchmark:
-    """Return the user's data as a retrieval benchmark, or raise ValueError if only some sources specify splits."""
+    """Return the user's data as a retrieval benchmark. Raise ValueError if only some of the sources specify splits."""
     without_splits = [source for source in data if not Source.parse(source).splits]
     if not without_splits:
         splits = read_data_splits([], replace(config, data=list(data)), columns, log)
@@ -379,8 +379,8 @@ def _read_user_benchmark(
         splits = read_data_splits(data, config, columns, log)
     else:
         raise ValueError(
-            f"{without_splits[0]}: specify the splits to evaluate (PATH@test) for all sources or for none. Without "
-            "splits, the images that `fit` would hold out are evaluated"
+            f"{without_splits[0]} specifies no splits: specify splits for all sources (PATH@test) or for none. "
+            "If no splits are specified, only the images that `fit` would hold out are evaluated"
         )
     num_images = max(map(len, splits.held_out.values()))
     description = splits.rule if without_splits and not config.data else format_count(num_images, "image")
@@ -389,7 +389,7 @@ def _read_user_benchmark(
         name=USER_DATA,
         kind="retrieval",
         description=description.partition(" (")[0],
-        folders=(str(Path.cwd()),),  # not read, but must be an existing folder
+        folders=(str(Path.cwd()),),  # any existing folder, because `read` ignores it
         read=lambda _: splits.held_out,
         source="images with captions",
     )

@@ -1,8 +1,8 @@
 """Evaluation of zero-shot semantic segmentation with dense features.
 
-Each patch embedding is compared with the embeddings of all class names, and the scores are upsampled. The protocol
-follows SCLIP (see `models/vision/segmentation.py` and `SegmentationData`). The metrics follow mmsegmentation, which
-sums intersections and unions over all images before dividing.
+The cosine similarities between patch embeddings and class name embeddings are upsampled to pixels. The protocol follows
+SCLIP (see `models/vision/segmentation.py` and `SegmentationData`). As in mmsegmentation, intersections and unions are
+summed over all images before they are divided.
 """
 
 import colorsys
@@ -22,7 +22,7 @@ from llm2clip.evaluate.embeddings import EmbeddingSource
 from llm2clip.evaluate.metrics import BootstrapMetrics
 from llm2clip.evaluate.regions import (
     decode_image_batches,
-    gather_results_from_ranks,
+    gather_results,
     get_logit_scales,
     require_dual_encoder,
     select_dense_variants,
@@ -31,24 +31,24 @@ from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, e
 from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup
 
 NUM_EXAMPLES = 4  # number of example images in the report
-EXAMPLE_SIDE = 480  # maximum height and width of label maps and images in the report, in pixels
-OVERLAY_OPACITY = 0.6  # opacity of the class colours drawn over example images
+EXAMPLE_SIDE = 480  # maximum height and width in pixels of images and label maps in the report
+OVERLAY_OPACITY = 0.6  # opacity of class colours that are drawn over example images
 
 
 @dataclass
 class SegmentationResult:
-    """Result of a segmentation benchmark.
+    """Result of a model on a segmentation benchmark, for each method.
 
-    A method combines a dense feature variant with a logit scale: the protocol's scale or the model's learned scale (see
-    `get_logit_scales`). The learned scale is omitted if the scale does not affect the result.
+    A method is a dense feature variant, combined with a logit scale (see `get_logit_scales`). The model's learned scale
+    is only used if the logit scale affects the predictions.
     """
 
     images: list[int]  # indices of the evaluated images
-    counts: dict[str, np.ndarray]  # int64 of shape (images, 3, classes), keyed by method (see `_segment_and_count`)
+    counts: dict[str, np.ndarray]  # int64 of shape (images, 3, classes), keyed by method (see `_segment_image`)
     logit_scales: dict[str, float]
     examples: dict[int, dict[str, np.ndarray]]
-    """Downsampled predictions for a few images, uint8 of shape (h, w), keyed by image index and then by method. The key
-    "labels" contains the true labels."""
+    """Downsampled label maps of a few images, uint8 of shape (h, w), keyed by image index, and then by method
+    (predictions) or "labels" (annotations)."""
 
 
 def evaluate_segmentation(
@@ -66,14 +66,14 @@ def evaluate_segmentation(
         rows.append(row)
     all_names = [name for names in data.names for name in names]
     summary = {"images": len(result.images), **count_prompts(embeddings, all_names, data.templates), "rows": rows}
-    draw_examples = partial(build_segmentation_blocks, data, result)
+    draw_examples = partial(build_segmentation_section, data, result)
     return BenchmarkResult(summary, data.images, bootstrap=bootstrap, draw_examples=draw_examples)
 
 
 def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants: Sequence[str]) -> SegmentationResult:
-    """Segment all images with each variant.
+    """Segment all images with each dense feature variant.
 
-    In a distributed run, the images are split across the ranks, and every rank returns the complete result.
+    In a distributed run, each rank processes a share of the images, and every rank returns the complete result.
 
     Raises:
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
@@ -87,16 +87,16 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     queries = encode_class_names(embeddings, names, data.templates).to(dense.device)
     transform = ResizeForWindows.from_dense_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
-    # Without a minimum probability, the logit scale does not affect the predictions.
+    # The logit scale affects the predictions only if there is a minimum probability.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
     scale_of_method = {variant + suffix: scale for variant in variants for suffix, scale in scales.items()}
-    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # counts and label maps by image index
+    results: dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = {}  # (counts, label maps) by image index
     failures: dict[int, str] = {}
     for resized in decode_image_batches(data.images, transform, "segmentation", failures):
         scores = {name: encode_windows(resized, dense, name, queries, transform) for name in variants}
         for index, (_, size) in resized.items():
             try:
-                labels = _read_and_check_labels(data, index, size)
+                labels = _read_labels(data, index, size)
             except (ValueError, OSError) as error:
                 failures[index] = str(error)
                 continue
@@ -104,12 +104,12 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
             for variant in variants:
                 for suffix, scale in scales.items():
                     method, pixel_scores = variant + suffix, scores[variant][index]
-                    counts[method], maps[method] = _segment_and_count(pixel_scores, labels, data, scale)
+                    counts[method], maps[method] = _segment_image(pixel_scores, labels, data, scale)
             if index not in example_indices:
                 maps = {}
             step = -(-max(labels.shape) // EXAMPLE_SIDE)
             results[index] = counts, {name: label_map[::step, ::step].copy() for name, label_map in maps.items()}
-    results = gather_results_from_ranks(results, failures, data.images, embeddings.log)
+    results = gather_results(results, failures, data.images, embeddings.log)
     return SegmentationResult(
         images=list(results),
         counts={method: np.stack([counts[method] for counts, _ in results.values()]) for method in scale_of_method},
@@ -118,27 +118,27 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     )
 
 
-def _read_and_check_labels(data: SegmentationData, index: int, size: tuple[int, int]) -> np.ndarray:
+def _read_labels(data: SegmentationData, index: int, size: tuple[int, int]) -> np.ndarray:
     labels = data.read_labels(index)
     if labels.shape != size:
         raise ValueError(
-            f"the label map is {labels.shape[1]} x {labels.shape[0]} pixels, but the image is {size[1]} x "
+            f"the label map has {labels.shape[1]} x {labels.shape[0]} pixels, but the image has {size[1]} x "
             f"{size[0]} pixels"
         )
     return labels
 
 
 def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> BootstrapMetrics:
-    """Return mmsegmentation's mIoU, aAcc and mAcc in percent, bootstrapped over images.
+    """Compute mmsegmentation's mIoU, aAcc and mAcc in percent, bootstrapped over images.
 
-    The mean IoU excludes classes that are neither labelled nor predicted in any image. The mean class accuracy excludes
-    classes without labelled pixels.
+    mIoU excludes classes that are neither labelled nor predicted in any image. mAcc excludes classes that are not
+    labelled in any image.
     """
     counts = counts.astype(np.float64)
 
     def compute_metrics(weights: np.ndarray) -> list[float]:
         intersection, labelled, predicted = np.tensordot(weights, counts, 1)  # (3, classes)
-        with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur
+        with np.errstate(invalid="ignore"):  # 0 / 0 for classes that do not occur in a resample
             iou = intersection / (labelled + predicted - intersection)
             accuracy = intersection / labelled
         values = np.nanmean(iou), intersection.sum() / labelled.sum(), np.nanmean(accuracy)
@@ -148,16 +148,16 @@ def compute_segmentation_metrics(counts: np.ndarray, images: Sequence[int]) -> B
 
 
 def compute_class_iou(counts: np.ndarray) -> list[float | None]:
-    """Return the IoU of each class in percent, or None for a class that is neither labelled nor predicted."""
+    """Return the IoU of each class in percent, or None for classes that are neither labelled nor predicted."""
     intersection, labelled, predicted = counts.sum(0)  # (3, classes)
     union = labelled + predicted - intersection
     return [100.0 * float(i) / float(u) if u else None for i, u in zip(intersection, union, strict=True)]
 
 
-def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult) -> list[Block]:
+def build_segmentation_section(data: SegmentationData, result: SegmentationResult) -> list[Block]:
     colours = _make_class_palette(len(data.names))
     hidden = {IGNORED, 0} if data.has_background else {IGNORED}
-    text = "Evenly spaced images. Background and unlabelled pixels are not coloured."
+    text = "Images at regular intervals in the dataset. Background and unlabelled pixels are not coloured."
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
@@ -173,13 +173,13 @@ def build_segmentation_blocks(data: SegmentationData, result: SegmentationResult
 
 
 @use_onednn_matmul()
-def _segment_and_count(
+def _segment_image(
     scores: PixelScores, labels: np.ndarray, data: SegmentationData, logit_scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment an image. Return pixel counts, int64 of shape (3, classes), and predictions, uint8 of shape (H, W).
 
-    For each class, the three rows of the counts are the number of pixels that are labelled and predicted as the class,
-    labelled as the class, and predicted as the class. Ignored pixels are not counted.
+    For each class, the counts are the number of correctly predicted pixels, the number of labelled pixels, and the
+    number of predicted pixels. Ignored pixels are excluded.
     """
     num_classes = len(data.names)
     prediction = np.empty(labels.shape, np.uint8)
@@ -202,13 +202,13 @@ def _segment_and_count(
 
 
 def _make_class_palette(num_classes: int) -> np.ndarray:
-    """Return a colour for each class, uint8 of shape (classes, 3). Golden-ratio steps keep the hues distinct."""
+    """Return an RGB colour for each class, uint8 of shape (classes, 3). Golden-ratio steps keep the hues distinct."""
     hsv = [(n * 0.618034 % 1, 1 - 0.25 * (n % 3), 1 - 0.2 * (n % 4)) for n in range(num_classes)]
     return (255 * np.array([colorsys.hsv_to_rgb(*colour) for colour in hsv])).astype(np.uint8)
 
 
 def _render_label_overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray) -> bytes:
-    """Return a JPEG of an image overlaid with the colours of a downsampled label map, except at `IGNORED` pixels."""
+    """Return a JPEG of an image, overlaid with the class colours of a label map except at `IGNORED` pixels."""
     rows, columns = (torch.arange(n) * size // n for n, size in zip(labels.shape, image.shape[1:], strict=True))
     pixels = image[:, rows][:, :, columns].permute(1, 2, 0).numpy()  # (h, w, 3)
     table = np.zeros((IGNORED + 1, 3), np.uint8)

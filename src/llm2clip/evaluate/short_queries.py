@@ -1,15 +1,15 @@
 """Text-to-image retrieval by query length, and the choice of prompt templates for short search queries.
 
-Queries are built from the captions of the evaluated images. For queries of up to three words, an image is relevant if
-a caption of the image mentions the query. Longer queries are complete captions, and all images with the same caption
-are relevant. Metrics are computed from exact ranks, and ties count against the model (see `metrics`).
+Queries are built from the captions of the evaluated images. For queries of one to three words, all images with a
+caption that mentions the query are relevant. Longer queries are complete captions, and all images with that caption
+are relevant. Ranks are exact, and ties count against the model (see `metrics.py`).
 
-Images that show what a query names, but whose captions do not mention the query, count as wrong answers. The metrics
-therefore usually underestimate models. Use the metrics only to compare models on the same images.
+The metrics usually underestimate models, because images that match a query are wrong answers if their captions do not
+mention the query. Use the metrics only to compare models on the same images.
 
-Templates such as "a photo of {}" help models trained on complete captions. Models that were trained on short phrases,
-or that use CLIP's embedding space, may not need templates. `fit` therefore compares the templates in `CANDIDATES` on
-held-out images.
+Templates such as "a photo of {}" improve models that were trained on complete captions. Models that were trained on
+short phrases, or that use CLIP's embedding space, may not need templates. `fit` therefore compares the templates in
+`CANDIDATES` on held-out images.
 """
 
 import random
@@ -38,16 +38,16 @@ from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompt_embeddings, build_query_prompts
 from llm2clip.reports import Block, Heading, Paragraph, Table, format_with_interval
 
-PHRASE_LENGTHS = (1, 2, 3)  # in words
-CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # in words
+PHRASE_LENGTHS = (1, 2, 3)  # numbers of words
+CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # numbers of words
 Item = TypeVar("Item", str, tuple[str, ...])
 # Letters and digits, optionally joined by apostrophes or hyphens, as in "t-shirt" and "man's".
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-# Spaces before possessive endings in tokenized captions, as in "the dog 's mouth".
+# The space before a possessive ending in tokenized captions, as in "the dog 's mouth".
 _SEPARATE_POSSESSIVE = re.compile(r"\s+(?=['’]s\b)")
 _PUNCTUATION = re.compile(r"[^\w\s'’-]+")
-# English words that do not name anything visible.
-# Stop word lists for document retrieval are not used, because such lists also contain "two", "fire" and "empty".
+# English words that do not describe anything visible.
+# Standard stop word lists are not used, because they also contain words such as "two", "fire" and "empty".
 _OTHER_STOP_WORDS = """
 having doing get gets getting appears seems isn't aren't
 hers herself himself itself mine myself ours theirs themselves yours whose someone something he's she's there's
@@ -55,19 +55,19 @@ about amid among amongst atop besides front per throughout underneath until upon
 although nor though whether almost still well
 """
 STOP_WORDS = (DETERMINERS | CONNECTIVES | FUNCTION_WORDS | make_word_set(_OTHER_STOP_WORDS)) - NUMBERS - {"back"}
-# Candidates for `choose_query_templates`: a single template, and an ensemble of four templates.
+# Candidates in `choose_query_templates`: a single template, and an ensemble of four templates.
 CANDIDATES = (("a photo of {}",), ("a photo of {}", "a photo of a {}.", "a picture of {}", "there is {}"))
-MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when candidates are compared
+MAX_CANDIDATE_QUERIES = 300  # maximum number of queries per length when templates are compared
 REPORT_NOTE = (
-    "One- to three-word queries are words and phrases from the captions. Every image with a caption that mentions the "
-    "query is a correct answer. All other images are wrong answers, even if the images match the query. Longer queries "
-    "are complete captions. Intervals are 95% bootstrap intervals over queries."
+    "Queries of one to three words are words and phrases from the captions. Every image with a caption that mentions "
+    "the query is a correct answer. All other images are wrong answers, even if they match the query. Longer queries "
+    "are complete captions. Intervals are 95% bootstrap confidence intervals over queries."
 )
 
 
 @dataclass(frozen=True)
 class LabelledQuery:
-    """A text query and the indices of its relevant images."""
+    """Text query with the indices of the relevant images."""
 
     text: str
     relevant: tuple[int, ...]
@@ -75,26 +75,26 @@ class LabelledQuery:
 
 @dataclass(frozen=True)
 class QueryLengthResult:
-    """Retrieval results for all queries of the same length."""
+    """Retrieval results for all queries of a certain length."""
 
-    words: str  # number of words in the queries, such as "2" or "4–7"
+    words: str  # number of words per query, such as "2" or "4–7"
     queries: Sequence[LabelledQuery]
-    scores: Tensor  # average precision of each query, between 0 and 1, float64 of shape (Q,)
-    chance: float  # expected average precision of a random ranking, averaged over the queries
+    scores: Tensor  # average precision of each query, from 0 to 1, float64 of shape (Q,)
+    chance: float  # expected mAP of a random ranking, from 0 to 1
     mean_relevant: float  # mean number of relevant images per query
 
     @property
     def mean_ap(self) -> float:
-        """Mean average precision (mAP) in percent."""
+        """Mean average precision (mAP), in percent."""
         return 100 * float(self.scores.mean())
 
     @cached_property
     def mean_ap_interval(self) -> tuple[float, float]:
-        """95% confidence interval of the mAP, cached because the bootstrap is the slowest part of a report."""
+        """95% confidence interval of the mAP in percent. Cached, because bootstrapping is slow."""
         return compute_mean_interval(self.scores)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return an entry for results.json, with metrics in percent."""
+        """Return an entry for results.json. Metrics are in percent."""
         return {
             "words": self.words,
             "queries": len(self.scores),
@@ -107,19 +107,19 @@ class QueryLengthResult:
 
 @dataclass(frozen=True)
 class ShortQueryResult:
-    """Prompt templates, and retrieval metrics for each query length without and with the templates.
+    """Retrieval results for each query length, without templates (`plain`) and with `templates`, if there are any.
 
-    Lengths without queries are omitted. `with_templates` is None if there are no templates.
+    Query lengths without queries are omitted.
     """
 
     templates: QueryTemplates
     plain: list[QueryLengthResult]
     with_templates: list[QueryLengthResult] | None = None
 
-    def describe_choice(self) -> str:
-        """Describe in one line which templates were chosen and how much the templates increase the mAP."""
+    def describe_templates(self) -> str:
+        """Describe in one line which templates were chosen, and by how much they increase the mAP."""
         if self.with_templates is None:
-            return "Short queries are encoded without templates: no templates improve results on the held-out images"
+            return "Short queries are encoded without templates, because no templates improve mAP on held-out images"
         gains = []
         for before, after in zip(self.plain, self.with_templates, strict=True):
             if int(before.words) <= self.templates.max_words:
@@ -142,28 +142,28 @@ def evaluate_short_queries(
 ) -> ShortQueryResult:
     """Compute retrieval metrics for each query length.
 
-    If there are templates, short queries are also evaluated with the mean embedding of the query and all prompts (see
-    `build_query_prompts`).
+    If `templates` are specified, short queries are evaluated twice: with the embedding of the query, and with the mean
+    embedding of the query and its prompts (see `build_query_prompts`).
 
     Raises:
-        ValueError: The source has no embedding for a query, or no queries can be built from the captions.
+        ValueError: No queries can be built from the captions, or a query has no embedding.
     """
     queries = build_short_queries([record.captions for record in ranks.records])
     if not queries:
         raise ValueError(
-            "cannot build queries: no caption has four or more words, and no phrase of up to three words occurs in the "
-            "captions of at least three images but at most a third of all images"
+            "cannot build queries: captions must have four or more words, or contain phrases of up to three words that "
+            "occur in the captions of at least three images, but of at most a third of all images"
         )
     candidates = [NO_TEMPLATES, templates] if templates.templates else [NO_TEMPLATES]
     return ShortQueryResult(templates, *_evaluate_labelled_queries(embeddings, ranks.images, queries, candidates))
 
 
 def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -> ShortQueryResult:
-    """Choose prompt templates, and the maximum length of the queries to which the templates are applied.
+    """Choose prompt templates for short queries, and the maximum length of the queries to which they are applied.
 
-    A candidate helps at a query length if the 95% bootstrap interval of the mAP gain is above 0. The maximum length of
-    a candidate is the largest n for which the candidate helps at all lengths from 1 to n. The candidate with the
-    largest total gain at lengths 1 to n is chosen, or no templates if no candidate helps single-word queries.
+    Templates help at a query length if they increase the mAP and 0 is outside the 95% bootstrap interval of the gain.
+    Their maximum length is the largest n such that they help at all lengths from 1 to n. The templates with the largest
+    total gain at lengths 1 to n are chosen. If no templates help single-word queries, none are chosen.
 
     Raises:
         ValueError: No short queries can be built from the captions (see `build_short_queries`).
@@ -171,7 +171,7 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
     all_queries = build_short_queries([record.captions for record in ranks.records], MAX_CANDIDATE_QUERIES)
     queries = {words: all_queries[words] for words in map(str, PHRASE_LENGTHS) if words in all_queries}
     if not queries:
-        raise ValueError("no word or short phrase occurs in the captions of three or more held-out images")
+        raise ValueError("no word or short phrase occurs in the captions of at least three held-out images")
     candidates = [NO_TEMPLATES, *(QueryTemplates(templates) for templates in CANDIDATES)]
     plain, *results = _evaluate_labelled_queries(embeddings, ranks.images, queries, candidates)
     best, best_scores, best_gain = NO_TEMPLATES, None, 0.0
@@ -179,14 +179,14 @@ def choose_query_templates(embeddings: EmbeddingSource, ranks: RetrievalRanks) -
         max_words, gain = _measure_template_gain(plain, scores)
         if gain > best_gain:
             best, best_gain = QueryTemplates(candidate.templates, max_words), gain
-            best_scores = scores[:max_words] + plain[max_words:]  # longer queries do not use templates
+            best_scores = scores[:max_words] + plain[max_words:]  # templates are not applied to longer queries
     return ShortQueryResult(best, plain, best_scores)
 
 
 def _measure_template_gain(
     plain: Sequence[QueryLengthResult], scores: Sequence[QueryLengthResult]
 ) -> tuple[int, float]:
-    """Return the maximum query length at which templates help, and the total mAP gain up to the maximum, or (0, 0)."""
+    """Return the maximum query length at which templates help, and the total mAP gain at lengths up to the maximum."""
     max_words, gain = 0, 0.0
     for words, before, after in zip(PHRASE_LENGTHS, plain, scores, strict=False):
         differences = after.scores - before.scores
@@ -246,29 +246,28 @@ def build_short_queries(
     """Build queries of different lengths from image captions.
 
     Queries of one to three words are phrases (see `extract_caption_phrases`) that occur in the captions of at least
-    `min_images` images, but at most a fraction `max_share` of all images. Matching ignores case but does not use
-    stemming, so "dog" does not match "dogs".
+    `min_images` images, but of at most the fraction `max_share` of all images. Matching ignores case but does not use
+    stemming: "dog" does not match "dogs".
 
-    Longer queries are complete captions of four to seven words, or of eight or more words. All images with the same
-    caption, ignoring case and punctuation, are relevant.
+    Longer queries are complete captions. All images with that caption, ignoring case and punctuation, are relevant.
 
     Args:
-        max_queries: Maximum number of queries per length. Larger sets of queries are sampled at random.
+        max_queries: Maximum number of queries per length. If there are more queries, a random sample is used.
 
     Returns:
-        Queries keyed by their number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
+        Queries, keyed by number of words: "1", "2", "3", "4–7" and "8+". Lengths without queries are omitted.
 
     Raises:
-        ValueError: The captions are in a language without spaces between words.
+        ValueError: The language of the captions does not use spaces between words.
     """
     if measure_caption_lengths([text for texts in captions for text in texts])[0] != "words":
-        raise ValueError("captions without spaces between words cannot be split into phrases")
+        raise ValueError("cannot build short queries, because the captions have no spaces between words")
     queries = {}
     for num_words in PHRASE_LENGTHS:
         counts = Counter(phrase for texts in captions for phrase in extract_caption_phrases(texts, num_words))
         max_images = max_share * len(captions)
         frequent = {phrase for phrase, count in counts.items() if min_images <= count <= max_images}
-        del counts  # frees much memory, because most phrases are rare
+        del counts  # free the memory, because most phrases are rare
         selected = _draw_sorted_sample(frequent, max_queries, seed)
         images = defaultdict(list)
         for image, texts in enumerate(captions):
@@ -290,7 +289,7 @@ def build_short_queries(
 
 
 def _draw_sorted_sample(items: Iterable[Item], count: int, seed: int) -> list[Item]:
-    """Return a sorted random sample of up to `count` items, which does not depend on the order of the items."""
+    """Return a sorted random sample of up to `count` items. The order of `items` does not affect the sample."""
     ordered = sorted(items)
     return ordered if len(ordered) <= count else sorted(random.Random(seed).sample(ordered, count))
 
@@ -301,9 +300,9 @@ def split_words(text: str) -> list[str]:
 
 
 def extract_caption_phrases(captions: Iterable[str], num_words: int) -> set[str]:
-    """Return the phrases of `num_words` words that occur in an image's captions, in lower case.
+    """Return all phrases of `num_words` words in an image's captions, in lower case.
 
-    A phrase is a sequence of words without punctuation between the words. The first and the last word must have at
+    A phrase is a sequence of words without punctuation between them. The first word and the last word must each have at
     least two characters and at least one letter, and must not be in `STOP_WORDS`.
     """
     return {
@@ -322,11 +321,11 @@ def _is_content_word(word: str) -> bool:
 # ---- report ----------------------------------------------------------------------------------------------------------
 
 Curves = Mapping[str, Sequence[QueryLengthResult]]
-"""Results for each query length, keyed by model name, with the suffix ", with templates" if templates are used."""
+"""Results for each query length, keyed by model name. The suffix ", with templates" marks results with templates."""
 
 
-def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
-    """Return a report section for each caption field, including accuracies on classification benchmarks."""
+def build_short_query_sections(results: Sequence[tuple[Benchmark, Sequence[BenchmarkResult]]]) -> list[Block]:
+    """Return report sections on short queries, one per caption field, with accuracies on classification benchmarks."""
     accuracies = {b.name: _format_accuracy_cells(r) for b, r in results if b.kind == "classification"}
     blocks: list[Block] = []
     for benchmark, model_results in results:
@@ -347,9 +346,9 @@ def build_short_query_blocks(results: Sequence[tuple[Benchmark, Sequence[Benchma
 
 
 def build_query_length_table(curves: Curves, accuracies: Mapping[str, Mapping[str, str | None]]) -> Table:
-    """Return a table of mAP by query length and of `accuracies`, keyed by benchmark name and then by row label.
+    """Return a table of mAP by query length, and of `accuracies`, keyed by benchmark name and then by row label.
 
-    The last rows are the differences between the first model and each other model, with paired 95% intervals.
+    The last rows show the differences between the first model and each other model, with paired 95% intervals.
     """
     name, first = next(iter(curves.items()))
     header = ["model", *(f"{length.words} {'word' if length.words == '1' else 'words'}: mAP" for length in first)]

@@ -1,4 +1,4 @@
-"""Reports on `fit` runs (metrics before and after training) and on `distill` runs (student and teacher)."""
+"""Reports on `fit` runs (metrics before and after training) and on `distill` runs (teacher and student)."""
 
 import dataclasses
 import itertools
@@ -21,12 +21,12 @@ from llm2clip.evaluate.comparison import (
     MIN_IMAGES,
     K,
     describe_caption_retrieval,
-    describe_percentage_in_words,
+    describe_percentage,
     describe_text_to_image_recall,
     get_informative_recalls,
 )
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.encoder_choice import describe_choice, describe_encoder
+from llm2clip.evaluate.encoder_choice import describe_encoder, describe_encoder_choice
 from llm2clip.evaluate.metrics import KS, retrieval_metrics, two_way_ranks
 from llm2clip.evaluate.retrieval import RetrievalRanks, compute_field_ranks, read_example_searches
 from llm2clip.evaluate.short_queries import evaluate_short_queries
@@ -50,7 +50,7 @@ from llm2clip.runs.ranks import print_once
 from llm2clip.runs.run_description import DURATIONS_FILE, build_run_section, describe_run
 
 OVERLAP_K = 10
-TILE = 1024  # number of texts per matmul
+TILE = 1024  # number of texts in each matmul
 SPEED_QUERIES, MIN_SPEED_SECONDS = 64, 3.0
 
 
@@ -58,12 +58,12 @@ SPEED_QUERIES, MIN_SPEED_SECONDS = 64, 3.0
 
 
 def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str, encoder: EncoderConfig) -> None:
-    """Write report.md and report.html to a run directory, and print a summary of the metrics.
+    """Write report.md and report.html to the run directory, and print a summary of the metrics.
 
     Args:
         trained: Result of `evaluate_caption_fields` after the `align` stage.
         data: One-line description of the training and held-out data.
-        encoder: Caption encoder before `tune`.
+        encoder: Caption encoder before tuning.
     """
     tune_dir, evaluations = run_dir / "tune", run_dir / "evaluate"
     cra_files = [tune_dir / "cra_raw.json", tune_dir / "cra_tuned.json"]  # without tuning, only the first file exists
@@ -81,14 +81,14 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     blocks += [
         Heading("Example searches"),
         Paragraph(
-            "Held-out captions, and the images that the model retrieves for each caption. The captioned image is "
-            "marked, but other images may also match the caption."
+            "Held-out captions, and the images that the model retrieves for each caption. The image to which the "
+            "caption belongs is marked, but other images may also match the caption."
         ),
         *read_example_searches(read_json(evaluations / "examples.json")),
         Heading("Caption encoder"),
         Paragraph("Caption retrieval accuracy (CRA): how often an image's first two captions retrieve each other."),
         *_build_caption_retrieval_section(cra, describe_encoder(encoder)),
-        *([Paragraph(describe_choice(choice))] if choice else []),
+        *([Paragraph(describe_encoder_choice(choice))] if choice else []),
         Heading("Training"),
     ]
     for stage, rows in losses.items():
@@ -102,9 +102,9 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
     ]
     verdict = describe_text_to_image_recall("The model", trained[0], "held-out captions")
     if verdict.startswith("The model"):
-        verdict += f" Before training: {describe_percentage_in_words(untrained[0]['T2I'][f'R@{K}'])}."
+        verdict += f" Before training: {describe_percentage(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
-        verdict += " To evaluate the model on other images, pass the sources of the images to `--evaluate.data`."
+        verdict += " To evaluate the model on other images, pass their sources to `--evaluate.data`."
     verdict += describe_failed_tuning(cra)
     page = run_dir / "report.html"
     write_report(page, f"Training results: {run_dir.resolve().name}", verdict, blocks)
@@ -128,7 +128,7 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
     )
     return [
         Heading("How to use the model"),
-        Paragraph("To search a folder of images from the command line or on a web page:"),
+        Paragraph("Search a folder of images on the command line or on a web page:"),
         Code(commands, "bash"),
         Paragraph("In Python:"),
         Code(code, "python"),
@@ -138,7 +138,7 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
 def build_fit_summary_table(
     cra: Sequence[dict[str, Any]], untrained: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]
 ) -> Table:
-    """Return a table of the main metrics of a `fit` run. `cra` has results before and (if run) after `tune`."""
+    """Return a table of the main metrics of a `fit` run. `cra` contains results before and, if tuned, after tuning."""
     rows: list[list[Any]] = []
     if len(cra) == 2:
         name = f"CRA ({format_count(cra[0]['images'], 'image')})"
@@ -152,13 +152,13 @@ def build_fit_summary_table(
 
 
 def describe_failed_tuning(cra: Sequence[Mapping[str, Any]]) -> str:
-    """Return a warning if tuning did not increase the CRA, otherwise an empty string."""
+    """Return a warning if tuning did not increase the CRA, or an empty string otherwise."""
     if len(cra) < 2 or cra[0]["images"] < MIN_IMAGES or cra[1]["CRA"] > cra[0]["CRA"]:
         return ""
     before, after = (metrics["CRA"] for metrics in cra)
     return (
-        f" Tuning did not improve the caption encoder: the CRA was {before:.1f} before and {after:.1f} after tuning. "
-        "Use `--tune.steps 0`, or lower `--tune.lr`."
+        f" Tuning did not improve the caption encoder: the CRA was {before:.1f} before tuning and {after:.1f} after "
+        "tuning. Use `--tune.steps 0`, or lower `--tune.lr`."
     )
 
 
@@ -187,11 +187,11 @@ def _build_retrieval_section(untrained: Sequence[dict[str, Any]], trained: Seque
         header += [f"{direction} R@1", "95% interval", *(f"{direction} R@{k}" for k in KS[1:])]
     return [
         Paragraph(
-            "Recall on held-out images, in percent. In I2T, an image retrieves one of its captions. In T2I, a caption "
-            "retrieves its image. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap "
-            "intervals over images. A dash instead of a recall means that there are so few images that a random order "
-            "reaches 100%. The recall is computed from stored embeddings. The results of `evaluate`, which encodes the "
-            "captions again (on a CPU in fp32), can differ slightly."
+            "Recall on held-out images, in percent. I2T is image-to-text retrieval, and T2I is text-to-image "
+            "retrieval. A tie with a wrong answer counts as a miss. Confidence intervals are 95% bootstrap intervals "
+            "over images. A dash instead of a recall means that there are so few images that a random order reaches "
+            "100%. The recall is computed from stored embeddings. `evaluate` encodes the captions again (on a CPU in "
+            "fp32), so its results can differ slightly."
         ),
         Table(header, rows, highlight=frozenset(range(2, len(rows), 3))),
     ]
@@ -207,7 +207,7 @@ def _format_recall_cells(row: Mapping[str, Any], suffix: str = "") -> list[Any]:
 
 
 def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
-    """Return the report section for the output of `ShortQueryResult.to_dict`."""
+    """Return the report section on short queries. `result` is the output of `ShortQueryResult.to_dict`."""
     literal, with_templates = result["short queries"], result["short queries with templates"]
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
@@ -215,8 +215,8 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
         ["without templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
     ]
     text = (
-        "Queries are words and short phrases from the held-out captions. Every image with a caption that mentions the "
-        "query is a correct answer. "
+        "Queries are words and short phrases from held-out captions. All images whose captions mention the query are "
+        "correct answers. "
     )
     if with_templates:
         rows.append(
@@ -226,16 +226,16 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
         limit = "one word" if result["max_words"] == 1 else f"up to {result['max_words']} words"
         text += (
             f"In searches, queries of {limit} are also encoded with the templates {templates}, and the embeddings "
-            "are averaged. Because the templates were chosen on the same images, the values with templates are "
-            "slightly too high."
+            "are averaged. The mAP with templates is slightly too high, because the templates were chosen on the same "
+            "images."
         )
     else:
-        text += "No templates improve the mAP, so searches do not use templates."
+        text += "Searches do not use templates, because no templates improve the mAP."
     return [Heading("Short queries"), Paragraph(text), Table(header, rows, frozenset([len(rows) - 1]))]
 
 
 def plot_training_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Figure:
-    """Plot the loss of a stage at each step, and its moving average over about 5% of the steps."""
+    """Plot a stage's loss at each step, and the moving average of the loss over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []
@@ -262,9 +262,9 @@ def write_distill_report(
     """Compare the model in `folder/model` with its teacher. Write report.json, report.md and report.html to `folder`.
 
     Args:
-        encode_teacher_texts: Function that takes N texts and returns L2-normalised embeddings of shape (N, D).
+        encode_teacher_texts: Function that encodes N texts as L2-normalised embeddings of shape (N, D).
         held_out: Held-out records, keyed by caption field. May be empty.
-        seconds: Duration of the run so far.
+        seconds: Duration of the run.
     """
     student = LLM2CLIP.from_pretrained(folder / "model", teacher.device)
     result: dict[str, Any] = {"fields": [], "short queries": []}
@@ -281,12 +281,12 @@ def write_distill_report(
             result["fields"].append(compare_text_embeddings(name, ranks, student_source.encode_texts(ranks.captions)))
         first = next(iter(ranked.values()))
         captions = first.captions
-        result["short queries"] = _compare_short_queries(teacher_source, student_source, first)
+        result["short queries"] = _compare_short_query_results(teacher_source, student_source, first)
     queries = captions[:SPEED_QUERIES] or ["a dog", "two children play in the snow while a man watches them"]
     for name, model_folder in (("teacher", teacher_folder), ("student", folder / "model")):
-        result[name] = measure_text_encoder(model_folder, queries)
+        result[name] = measure_text_encoder_cost(model_folder, queries)
     atomic_write_text(folder / "report.json", json.dumps(result, indent=1))
-    tables, verdict = _build_comparison_section(result), describe_distillation(result)
+    tables, verdict = _build_comparison_section(result), describe_distillation_result(result)
     page = folder / "report.html"
     run_section = build_run_section(describe_run(seconds))
     blocks = [*tables, *_build_usage_section(folder), *run_section]
@@ -294,17 +294,17 @@ def write_distill_report(
     print_once(render_markdown("Teacher and student", tables, verdict), f"Report: {page}")
 
 
-def describe_distillation(result: Mapping[str, Any]) -> str:
-    """Describe in words how much of the teacher's recall the student retains, and how much faster the student is."""
+def describe_distillation_result(result: Mapping[str, Any]) -> str:
+    """Describe how much of the teacher's recall the student retains, and how much faster it encodes queries."""
     speedup = result["student"]["queries per second"] / result["teacher"]["queries per second"]
     speed = f"{speedup:.0f} times" if speedup >= 10 else f"{speedup:.1f} times"
     speed_text = f"encodes {speed} as many queries per second as the teacher on one CPU core"
     if not result["fields"]:
-        return f"The student {speed_text}. No images were held out to measure the recall of the student."
+        return f"The student {speed_text}. Its recall is unknown, because no images were held out."
     entry = result["fields"][0]
     if entry["images"] < MIN_IMAGES:
-        few = f"fewer than {MIN_IMAGES} held-out images ({entry['images']:,})"
-        return f"The student {speed_text}. With {few}, the recall of the student cannot be judged."
+        few = f"there are fewer than {MIN_IMAGES} held-out images ({entry['images']:,})"
+        return f"The student {speed_text}. Its recall cannot be judged, because {few}."
     teacher, student = (entry[side]["T2I"]["R@1"] for side in ("teacher", "student"))
     quality = f"reaches {student:.1f}% T2I R@1 on {entry['images']:,} held-out images (teacher: {teacher:.1f}%)"
     if teacher:
@@ -313,18 +313,18 @@ def describe_distillation(result: Mapping[str, Any]) -> str:
 
 
 def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> dict[str, Any]:
-    """Compare the caption embeddings of a student and its teacher, which have the same image embeddings.
+    """Compare the text embeddings of a student and its teacher, which have the same image embeddings.
 
     Args:
-        ranks: Teacher's retrieval ranks for the caption field `name`.
-        texts: Student's L2-normalised embeddings of `ranks.captions`, of shape (T, D).
+        ranks: Retrieval ranks of the teacher on the caption field `name`.
+        texts: Student's embeddings of `ranks.captions`, L2-normalised, of shape (T, D).
 
     Returns:
         A dict with the following keys:
-            "captions", "images", "texts": Name of the caption field, and the number of images and texts.
+            "captions", "images", "texts": Name of the caption field, number of images and number of texts.
             "teacher", "student": Results of `retrieval_metrics`.
             "cosine": Mean cosine similarity between the student's and the teacher's embeddings.
-            "overlap@10": Mean percentage of the teacher's top 10 images for a text that are in the student's top 10.
+            "overlap@10": Mean percentage of the teacher's top 10 images that are also in the student's top 10.
     """
     image_ranks, text_ranks = two_way_ranks(ranks.images, texts, ranks.image_of_text)
     k = min(OVERLAP_K, len(ranks.images))
@@ -344,16 +344,16 @@ def compare_text_embeddings(name: str, ranks: RetrievalRanks, texts: Tensor) -> 
     }
 
 
-def _compare_short_queries(
+def _compare_short_query_results(
     teacher: ModelEmbeddings, student: ModelEmbeddings, ranks: RetrievalRanks
 ) -> list[dict[str, Any]]:
-    """Return both models' mAP for each query length, with each model's templates, or [] if there are no queries."""
+    """Return each model's mAP by query length, using its own templates, or [] if no queries can be built."""
     scores = []
     for source in (teacher, student):
         try:
             result = evaluate_short_queries(source, ranks, source.query_templates)
         except ValueError as error:
-            print_once(f"Short queries are not evaluated: {error}")
+            print_once(f"Skipped the evaluation of short queries: {error}")
             return []
         scores.append(result.with_templates or result.plain)
     entries = []
@@ -363,11 +363,11 @@ def _compare_short_queries(
     return entries
 
 
-def measure_text_encoder(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
-    """Measure a model's text encoder: queries per second on one CPU core, parameters, and bytes of memory and disk.
+def measure_text_encoder_cost(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
+    """Measure the speed of a model's text encoder on one CPU core, and its size.
 
-    Queries are encoded one at a time in fp32, for at least three seconds. The memory is the size of the fp32 weights,
-    without activations and libraries.
+    Queries are encoded one at a time in fp32 for at least three seconds. "bytes of weights" is the size of the weights
+    in fp32, and "bytes on disk" the size of the saved files.
     """
     model = LLM2CLIP.from_pretrained(folder, "cpu")
     threads = torch.get_num_threads()
@@ -402,7 +402,7 @@ def _build_comparison_section(result: Mapping[str, Any]) -> list[Block]:
         ["memory of the weights in fp32", *(format_bytes(side["bytes of weights"]) for side in sides)],
         ["size on disk", *(format_bytes(side["bytes on disk"]) for side in sides)],
     ]
-    text = "Queries are encoded one at a time in fp32. The teacher and the student have the same image encoder."
+    text = "Queries are encoded one at a time in fp32. Teacher and student have the same image encoder."
     encoders: list[Block] = [
         Heading("Text encoders"),
         Paragraph(text),
@@ -430,8 +430,8 @@ def _build_comparison_section(result: Mapping[str, Any]) -> list[Block]:
         *encoders,
         Heading("Agreement"),
         Paragraph(
-            "Mean cosine similarity between the student's and the teacher's text embeddings, and mean percentage of "
-            f"the teacher's top {OVERLAP_K} images that are also in the student's top {OVERLAP_K}."
+            "Mean cosine similarity between the text embeddings of teacher and student, and mean percentage of the "
+            f"teacher's top {OVERLAP_K} images that are also in the student's top {OVERLAP_K}."
         ),
         Table(["captions", "texts", "cosine", f"overlap@{OVERLAP_K}"], agreement),
     ]

@@ -1,14 +1,14 @@
 """Construction of untrained LLaVA models from a vision tower, a randomly initialised projector and a causal LLM.
 
-As in LLaVA-1.5 (arXiv 2310.03744), patch features come from the tower's second-to-last layer. A two-layer projector
-maps them to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the tower:
+As in LLaVA-1.5 (arXiv 2310.03744), patch features from the tower's second-to-last layer are mapped by a two-layer
+projector to embeddings that replace the `<image>` tokens in the LLM's input. The model class depends on the tower:
 
 - Towers from transformers: `LlavaForConditionalGeneration`.
 - Convolutional towers from timm: `FastVlmForConditionalGeneration`, which uses the tower's last feature map.
-- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support them. Without
-  llm2clip, loading such a model requires `trust_remote_code=True`.
+- Vision transformers from timm: `PatchLlava`, because transformers' LLaVA classes do not support such towers. Loading
+  a `PatchLlava` without llm2clip requires `trust_remote_code=True`.
 
-`AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")` can load all of these models, even
+All models can be loaded with `AutoModelForImageTextToText.from_pretrained` and `pipeline("image-text-to-text")`, even
 without llm2clip.
 """
 
@@ -31,10 +31,10 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 
 def load_vision_tower(name: str, image_size: int | None = None) -> VisionTower:
-    """Load the vision tower of an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
+    """Load the vision tower from an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Raises:
-        ValueError: `image_size` (in pixels) differs from the training resolution of the LLM2CLIP model.
+        ValueError: `image_size`, in pixels, differs from the training resolution of the LLM2CLIP model.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)
@@ -46,20 +46,20 @@ def load_vision_tower(name: str, image_size: int | None = None) -> VisionTower:
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
-    """Build an untrained LLaVA model, save it and return its folder. Only the projector is randomly initialised.
+    """Build an untrained LLaVA model and save it to the folder `out`. Only the projector is randomly initialised.
 
     The tower is converted to the LLM's dtype. The saved model is reloaded to check that its logits for a sample text
-    match the LLM's logits. If the check fails, `out` is not created.
+    match those of the LLM. If the check fails, `out` is not created.
 
     Args:
-        llm: Folder, hub id or short name of a causal LLM with a tokenizer. The LLM keeps its dtype.
-        seed: Random seed for initialising the projector.
-        pad: Pad images to squares, as LLaVA-1.5 does. If False, use the tower's own preprocessing, which may include a
-            center crop.
+        llm: Folder, hub id or short name of a causal LLM with a tokenizer. Its dtype is not changed.
+        seed: Random seed for the initialisation of the projector.
+        pad: Pad images to squares, as in LLaVA-1.5. If False, use the tower's own preprocessing, which may include a
+            centre crop.
 
     Raises:
         ValueError: The LLM has no language modelling head, or transformers' LLaVA classes do not support the tower or
-            the LLM's head.
+            the head.
         FileExistsError: `out` already exists.
     """
     from transformers import AutoTokenizer
@@ -83,7 +83,7 @@ def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pa
 
 
 def load_causal_llm(name: str) -> Any:
-    """Load a causal LLM in its checkpoint's dtype. Raise ValueError if weights, such as the head's, are missing."""
+    """Load a causal LLM in the dtype of its checkpoint. Raise ValueError if any weights are missing."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +92,7 @@ def load_causal_llm(name: str) -> Any:
     llm, loading_info = loaded
     missing = sorted(loading_info["missing_keys"])
     if missing:
-        raise ValueError(f"{name} is not a complete causal LLM: its checkpoint lacks {', '.join(missing[:3])}")
+        raise ValueError(f"{name} is not a complete causal LLM: its checkpoint has no {', '.join(missing[:3])}")
     return llm
 
 
@@ -107,17 +107,17 @@ def assemble_llava(tower: VisionTower, llm: Any, tokenizer: Any, seed: int = 0, 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     end_token = find_end_of_turn_token(tokenizer)
-    model = _combine_model_parts(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
+    model = _create_llava_model(vision, llm, tokenizer, num_image_tokens=num_patches + num_registers, seed=seed)
     model.generation_config = _make_generation_config(llm, tokenizer, end_token)
     processor = _build_processor(tower, model, tokenizer, num_patches, num_registers, pad)
     return model.eval(), processor
 
 
 def _convert_vision_tower(tower: VisionTower) -> Any:
-    """Copy a tower to a transformers model on the CPU, in float32 and eval mode.
+    """Copy a tower to a transformers model on the CPU, in float32 and in eval mode.
 
-    A timm vision transformer becomes a `PatchTower`. Position embeddings are interpolated to the tower's input size
-    here, because transformers' LLaVA classes do not interpolate them.
+    Vision transformers from timm are copied to a `PatchTower`. Position embeddings are interpolated to the tower's
+    input size here, because transformers' LLaVA classes do not interpolate position embeddings.
     """
     backbone: Any = tower.backbone
     if tower.config["library"] == "timm" and hasattr(getattr(backbone, "patch_embed", None), "num_patches"):
@@ -140,10 +140,10 @@ def _convert_vision_tower(tower: VisionTower) -> Any:
 
 
 def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
-    """Return the number of patch tokens and the number of register tokens that the LLM receives per image.
+    """Return the number of patch tokens and the number of register tokens per image in the LLM's input.
 
     Raises:
-        ValueError: transformers' LLaVA classes do not support the shape of the tower's features.
+        ValueError: transformers' LLaVA classes do not support the tower's features.
     """
     kind = vision.config.model_type
     pixels = torch.zeros(1, 3, size, size)
@@ -161,8 +161,8 @@ def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
             features = vision(pixels).last_hidden_state  # (1, channels, rows, columns)
         if features.ndim != 4 or features.shape[1] != vision.timm_model.num_features:
             raise ValueError(
-                f"{vision.config.architecture} does not return a channels-first feature map. Use a convolutional net "
-                "or vision transformer from timm, or a CLIP, SigLIP or DINO tower from transformers"
+                f"{vision.config.architecture} does not return a channels-first feature map. Use a convolutional "
+                "network or vision transformer from timm, or a CLIP, SigLIP or DINO tower from transformers"
             )
         return features.shape[2] * features.shape[3], 0
     return (size // vision.config.patch_size) ** 2, getattr(vision.config, "num_register_tokens", 0)
@@ -170,7 +170,7 @@ def _count_image_tokens(vision: Any, size: int) -> tuple[int, int]:
 
 def _resize_position_embeddings(vision: Any, size: int) -> None:
     embeddings = vision.embeddings
-    old = embeddings.position_embedding.weight  # (class token and patches, width)
+    old = embeddings.position_embedding.weight  # (class tokens + patches, width)
     patch_size = vision.config.patch_size
     num_patches = (size // patch_size) ** 2
     class_tokens = len(old) - (vision.config.image_size // patch_size) ** 2
@@ -184,7 +184,7 @@ def _resize_position_embeddings(vision: Any, size: int) -> None:
     embeddings.register_buffer("position_ids", torch.arange(len(new)).expand((1, -1)), persistent=False)
 
 
-def _combine_model_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:
+def _create_llava_model(vision: Any, llm: Any, tokenizer: Any, *, num_image_tokens: int, seed: int) -> Any:
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration, LlavaConfig, LlavaForConditionalGeneration
 
     arguments: dict[str, Any] = {
@@ -206,7 +206,7 @@ def _combine_model_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tok
         if isinstance(vision, modeling_patches.PatchTower):
             config_class, model_class = modeling_patches.PatchLlavaConfig, modeling_patches.PatchLlava
     config = config_class(**arguments)
-    with torch.device("meta"):  # meta tensors take no memory, and every part is replaced below
+    with torch.device("meta"):  # avoids allocating weights that will be replaced
         model = model_class(config)
     model.model.vision_tower = vision
     model.model.language_model = llm.get_decoder()
@@ -218,7 +218,7 @@ def _combine_model_parts(vision: Any, llm: Any, tokenizer: Any, *, num_image_tok
 
 
 def _make_generation_config(llm: Any, tokenizer: Any, end_token: int) -> Any:
-    """Return the LLM's generation config, with the chat template's end-of-turn token added to the EOS tokens."""
+    """Return the LLM's generation config, with the chat template's end-of-turn token as an additional EOS token."""
     from transformers import GenerationConfig
 
     config = GenerationConfig.from_model_config(llm.config)
@@ -241,8 +241,8 @@ def _build_processor(
     patch_size = size // math.isqrt(num_patches)
     if (size // patch_size) ** 2 != num_patches:
         raise ValueError(
-            f"the tower returns {num_patches} patches for {size} x {size} pixels. The patches must form a square grid, "
-            "because LlavaProcessor computes the number of image tokens as (size // patch_size)^2"
+            f"the tower returns {num_patches} patches for {size} x {size} pixels, but the number of patches must be "
+            "(size // patch_size)^2, which is the number of image tokens in LlavaProcessor"
         )
     settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
     settings["do_pad"] = pad and tower.preprocess.resize == "shortest"
@@ -252,21 +252,21 @@ def _build_processor(
         tokenizer=tokenizer,
         patch_size=patch_size,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=num_registers + (strategy == "default"),  # "default" drops the class token
+        num_additional_image_tokens=num_registers + (strategy == "default"),  # "default" removes the class token
         image_token=IMAGE_TOKEN,
         chat_template=get_chat_template(tokenizer),
     )
 
 
 def _check_saved_model(folder: Path, llm: str, text_ids: torch.Tensor, expected_logits: torch.Tensor) -> None:
-    """Reload a saved model, compare its logits for a text with the LLM's logits, and run it on an image."""
+    """Reload a saved model, check that its logits for a text match those of the LLM, and run it on an image."""
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     with torch.inference_mode():
-        # The model's vocabulary may be larger than the LLM's because of the image token and padding.
+        # The vocabulary of the model may be larger than that of the LLM, due to the image token and padding.
         logits = model(input_ids=text_ids).logits.float()[..., : expected_logits.shape[-1]]
         tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
         has_shape = logits.shape == expected_logits.shape

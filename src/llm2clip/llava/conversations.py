@@ -1,12 +1,11 @@
-"""Training conversations: readers for LLaVA's format and for captioned images, and the chat template.
+"""Training conversations from files in LLaVA's format and from captioned images, and chat templates.
 
-Captioned images are converted to captioning conversations and to yes-or-no questions about objects. The questions
-follow POPE (arXiv 2305.10355) with random sampling. An object counts as present if any caption of the image mentions
-it, and as absent otherwise. Captions do not mention everything in an image, so the answer "No" is sometimes wrong.
+Captioned images are converted to captioning conversations, and to conversations with yes-or-no questions about objects,
+as in POPE (arXiv 2305.10355) with random sampling. An object is considered present if any caption of the image mentions
+the object, and absent otherwise. Because captions are incomplete, the answer "No" is sometimes wrong.
 
-If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. In transformers' message format, the
-content of a message can be a list of text and image parts. A Jinja prefix converts such lists to text with `<image>`
-tokens.
+If the LLM has no chat template, Vicuna's template is used, as in LLaVA-1.5. A Jinja prefix extends templates to
+messages with images: it converts lists of text and images to text with `<image>` tokens.
 """
 
 import random
@@ -25,9 +24,9 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.io_utils import DataFormatError
 
 IMAGE_TOKEN = "<image>"
-IGNORE_INDEX = -100  # label of tokens outside answers, as in transformers and cross_entropy
-PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of answer placeholders; see `tokenize_and_label`
-# The prompts are part of the training data, so changing them changes the results.
+IGNORE_INDEX = -100  # label of tokens that are ignored by the loss, as in cross_entropy
+PLACEHOLDER_MARKS = ("\ue000", "\ue001")  # delimiters of answer placeholders (see `tokenize_and_label`)
+# Changes to the prompts affect training results.
 SHORT_CAPTION_PROMPTS = (
     "Describe the picture in one sentence.",
     "What does the picture show, in one sentence?",
@@ -40,12 +39,12 @@ LONG_CAPTION_PROMPTS = (
     "Give a long description of this picture.",
     "Write a paragraph about what the picture shows.",
 )
-# Appended to the first question of conversations with short answers, as in LLaVA-1.5 and in benchmarks.
+# Appended to the first question of a conversation with short answers, as in LLaVA-1.5 and in benchmarks.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 OBJECTS_FILE = Path(__file__).with_name("objects.txt")
 UNCOUNTABLE = ("snow",)
-OBJECTS_PER_IMAGE = 3  # maximum number of present, and of absent, objects to ask about per image (k in POPE)
+OBJECTS_PER_IMAGE = 3  # maximum number of present objects and of absent objects per image (k in POPE)
 
 _FLATTEN_CONTENT = Path(__file__).with_name("flatten_content.jinja").read_text(encoding="utf-8")
 _VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="utf-8")
@@ -53,15 +52,15 @@ _VICUNA_TEMPLATE = Path(__file__).with_name("vicuna.jinja").read_text(encoding="
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Conversation of question-answer pairs, optionally about an image. The image precedes the first question."""
+    """Pairs of questions and answers, optionally about an image, which precedes the first question."""
 
     id: str
     image: ImageRef | None
     turns: tuple[tuple[str, str], ...]
 
 
-class LabeledTokens(NamedTuple):
-    """Token ids and labels of a conversation. A token's label is its id within answers and IGNORE_INDEX elsewhere."""
+class LabelledTokens(NamedTuple):
+    """Token ids and labels of a conversation. The label of a token is its id in answers, and IGNORE_INDEX elsewhere."""
 
     ids: list[int]
     labels: list[int]
@@ -79,22 +78,22 @@ def read_conversations(
     """Read conversations from files in LLaVA's format and from captioned images.
 
     Args:
-        from_records: Function that converts captioned images: `make_captioning_conversations` or
+        from_records: Function that converts captioned images to conversations: `make_captioning_conversations` or
             `make_instruction_conversations`.
-        images: Image folder for files in LLaVA's format. See `read_llava_file`.
-        columns: Mapping from record fields to column names, for captioned images.
+        images: Folder with the images for files in LLaVA's format. See `read_llava_file`.
+        columns: Column names in sources of captioned images, keyed by record field.
     """
     conversations: list[Conversation] = []
     for source in sources:
         if is_llava_file(source):
             conversations += read_llava_file(source, images, log)
         else:
-            # Rows with the same image are merged, because an object counts as present if any row mentions it.
+            # Merge rows with the same image, because each row can mention other objects.
             try:
                 records = build_record_table([source], columns or {}, log)
             except DataFormatError as error:
                 fields = 'image and conversations: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
-                raise DataFormatError(f"{error}. A file in LLaVA's format needs the fields {fields}") from error
+                raise DataFormatError(f"{error}. A file in LLaVA's format must have the fields {fields}") from error
             conversations += from_records(records, seed)
     return conversations
 
@@ -111,12 +110,12 @@ def is_llava_file(name: str) -> bool:
 def read_llava_file(file: str | Path, images: str | Path | None, log: SkipLog) -> list[Conversation]:
     """Read a file in LLaVA's format, such as blip_laion_cc_sbu_558k.json or llava_v1_5_mix665k.json.
 
-    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. The
-    optional `image` is a path relative to the folder `images`, which defaults to the folder of the file. Invalid rows
-    and rows whose image file is missing are skipped and logged.
+    Each row is {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}. "image"
+    is optional. It is relative to the folder `images` or, by default, to the folder of the file. Invalid rows, and rows
+    whose image file does not exist, are skipped and logged.
 
     Raises:
-        ValueError: A .json file does not contain a list.
+        ValueError: A .json file does not contain a JSON list.
         TooManySkipped: Too many rows were skipped.
     """
     file = Path(file)
@@ -140,7 +139,7 @@ def read_llava_file(file: str | Path, images: str | Path | None, log: SkipLog) -
 def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Conversation:
     messages = row["conversations"]
     if messages and messages[0]["from"] != "human":
-        messages = messages[1:]  # as in LLaVA's code, drop a first message that is not from the user
+        messages = messages[1:]  # LLaVA's code also drops a first message that is not from the user
     speakers = [message["from"] for message in messages]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise ValueError("messages must alternate between 'human' and 'gpt', starting with 'human'")
@@ -163,7 +162,7 @@ def _parse_conversation(row: dict[str, Any], root: Path, number: str) -> Convers
 
 
 def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> list[Conversation]:
-    """Make one conversation per caption, with a random captioning prompt and the caption as the answer."""
+    """Make one conversation per caption. The question is a random captioning prompt, and the caption is the answer."""
     rng = random.Random(seed)
     conversations = []
     for record in records:
@@ -179,19 +178,19 @@ def make_captioning_conversations(records: Iterable[Record], seed: int = 0) -> l
 
 
 def make_instruction_conversations(records: Sequence[Record], seed: int = 0) -> list[Conversation]:
-    """Make captioning conversations and, for each image, a conversation with yes-or-no questions about objects."""
+    """Make captioning conversations, and conversations with yes-or-no questions about objects."""
     return make_captioning_conversations(records, seed) + make_object_conversations(records, seed)
 
 
 def make_object_conversations(
     records: Sequence[Record], seed: int = 0, objects_file: Path = OBJECTS_FILE
 ) -> list[Conversation]:
-    """Make one conversation per image with yes-or-no questions about objects. Half of the answers are "Yes".
+    """Make one conversation per image, with yes-or-no questions about objects. Half of the answers are "Yes".
 
-    Records without an image, and records whose captions mention no objects, are ignored.
+    Records that have no image, or whose captions mention no objects, are ignored.
     """
     names = read_object_synonyms(objects_file)
-    objects_in_images = []  # (record, mentioned objects) for each image whose captions mention objects
+    objects_in_images = []  # (record, objects mentioned in its captions)
     for record in records:
         objects = sorted(find_mentioned_objects(record.texts, names))
         if record.image is not None and objects:
@@ -205,7 +204,8 @@ def make_object_conversations(
         count = min(OBJECTS_PER_IMAGE, len(present), len(absent))
         turns = []
         for present_object, absent_object in zip(rng.sample(present, count), absent, strict=False):
-            turns += [(_format_question(present_object), "Yes"), (_format_question(absent_object), "No")]
+            turns.append((_make_presence_question(present_object), "Yes"))
+            turns.append((_make_presence_question(absent_object), "No"))
         if turns:
             order_rng.shuffle(turns)
             first_question, first_answer = turns[0]
@@ -215,20 +215,19 @@ def make_object_conversations(
 
 
 def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[str]:
-    """Return the objects mentioned in the texts. Longer names match first, so "hot dog" does not count as a dog."""
+    """Return the objects that the texts mention. Longer names are matched first, so "hot dog" does not match "dog"."""
     pattern = _compile_name_pattern(tuple(names))
     return {names[match.lower()] for text in texts for match in pattern.findall(text)}
 
 
 @lru_cache
 def read_object_synonyms(file: Path) -> dict[str, str]:
-    """Read a list of objects and synonyms. Return a dict that maps each singular or plural name to its object.
+    """Read a list of objects and synonyms. Return a dict that maps each name, singular or plural, to an object.
 
-    Each line is `object` or `object: synonym, synonym`. Text after # is a comment. Plurals are formed by spelling
-    rules.
+    Lines have the form `object` or `object: synonym, synonym`. Text after # is a comment.
 
     Raises:
-        ValueError: Two objects share a name.
+        ValueError: Two objects have the same name.
     """
     names: dict[str, str] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -259,7 +258,7 @@ def _pluralize(word: str) -> str:
     return word[:-1] + "ies" if re.search(r"[^aeiou]y$", word) else word + "s"
 
 
-def _format_question(name: str) -> str:
+def _make_presence_question(name: str) -> str:
     if name in UNCOUNTABLE:
         return f"Is there {name} in the image?"
     article = "an" if name[0] in "aeiou" else "a"
@@ -270,7 +269,7 @@ def _format_question(name: str) -> str:
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """Return the Jinja prefix followed by the LLM's chat template, or by Vicuna's template as a fallback."""
+    """Return the LLM's chat template, or Vicuna's as a fallback, with a Jinja prefix that handles images."""
     template = tokenizer.chat_template
     if template is not None and template.startswith(_FLATTEN_CONTENT):
         return str(template)
@@ -281,7 +280,7 @@ def find_end_of_turn_token(tokenizer: Any) -> int:
     """Check the chat template on a sample conversation. Return the id of the end-of-turn token.
 
     Raises:
-        ValueError: The sample's labels do not decode to its answers, or `tokenize_and_label` rejects the template.
+        ValueError: The template modifies an answer, or `tokenize_and_label` does not support the template.
     """
     conversation = Conversation("", None, (("A question?", "An answer."), ("Another?", "Yes.")))
     labels = [label for label in tokenize_and_label(conversation, tokenizer, 0).labels if label != IGNORE_INDEX]
@@ -292,7 +291,7 @@ def find_end_of_turn_token(tokenizer: Any) -> int:
 
 
 def convert_to_chat_messages(conversation: Conversation) -> list[dict[str, Any]]:
-    """Convert a conversation to the message format of transformers' processors."""
+    """Convert a conversation to messages in the format of transformers' processors."""
     messages: list[dict[str, Any]] = []
     for n, (question, answer) in enumerate(conversation.turns):
         content: list[dict[str, Any]] = [{"type": "text", "text": clean_conversation_text(question)}]
@@ -304,27 +303,27 @@ def convert_to_chat_messages(conversation: Conversation) -> list[dict[str, Any]]
 
 
 def clean_conversation_text(text: str) -> str:
-    """Strip whitespace, and remove `<image>` tokens because the chat template inserts its own.
+    """Remove surrounding whitespace, and `<image>` tokens, which the chat template inserts.
 
     Raises:
         ValueError: The text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
     """
-    text.encode()  # raises UnicodeEncodeError for lone surrogates (such as half an emoji), which no tokenizer accepts
+    text.encode()  # raises UnicodeEncodeError for lone surrogates, which no tokenizer accepts
     if any(mark in text for mark in PLACEHOLDER_MARKS):
-        raise ValueError("the private-use characters U+E000 and U+E001 are reserved and must not occur in a text")
-    while IMAGE_TOKEN in text:  # removing one token can create another: <im<image>age>
+        raise ValueError("a text must not contain the private-use characters U+E000 and U+E001, which are reserved")
+    while IMAGE_TOKEN in text:  # removing a token can create another, as in <im<image>age>
         text = text.replace(IMAGE_TOKEN, "")
     return text.strip()
 
 
-def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabeledTokens:
-    """Tokenize a conversation and label its answers, including their end-of-turn tokens.
+def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tokens: int) -> LabelledTokens:
+    """Tokenize a conversation and label its answers, including end-of-turn tokens.
 
-    To find the exact span of each answer with any chat template, the template is first rendered with numbered
-    placeholders instead of the answers. Each image takes up `num_image_tokens` tokens.
+    To find the exact span of each answer, the chat template is first rendered with numbered placeholders instead of the
+    answers. An image is represented by `num_image_tokens` tokens.
 
     Raises:
-        ValueError: The template drops an answer or has no special token after an answer.
+        ValueError: The chat template omits an answer, or has no special token after an answer.
     """
     messages = convert_to_chat_messages(conversation)
     answers = []
@@ -335,19 +334,19 @@ def tokenize_and_label(conversation: Conversation, tokenizer: Any, num_image_tok
         messages, chat_template=get_chat_template(tokenizer), tokenize=False, add_generation_prompt=False
     )
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    # `all_special_tokens` lacks some added tokens.
+    # `all_special_tokens` does not contain all added tokens.
     special_tokens = sorted({*tokenizer.all_special_tokens, *added} - {IMAGE_TOKEN}, key=len, reverse=True)
     text = ""
-    spans = []  # (start, end) of each answer in the text, including its end-of-turn token
+    spans = []  # (start, end) of each answer, including its end-of-turn token
     for n, answer in enumerate(answers):
         before, placeholder, rendered = rendered.partition(_make_answer_placeholder(n))
         if not placeholder:
-            raise ValueError("the LLM's chat template drops an answer. Use another LLM")
+            raise ValueError("the LLM's chat template omits an answer. Use another LLM")
         end_token = next((token for token in special_tokens if rendered.lstrip().startswith(token)), None)
         if end_token is None:
             raise ValueError(
-                "the LLM's chat template has no special token after an answer, so the model would not learn to stop. "
-                "Use another LLM"
+                "the LLM's chat template has no special token after an answer, so the model would not learn to end its "
+                "answers. Use another LLM"
             )
         length = rendered.index(end_token) + len(end_token)
         ending, rendered = rendered[:length], rendered[length:]
@@ -363,7 +362,7 @@ def _make_answer_placeholder(n: int) -> str:
 
 def _label_answer_spans(
     text: str, spans: list[tuple[int, int]], tokenizer: Any, num_image_tokens: int
-) -> LabeledTokens:
+) -> LabelledTokens:
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     encoded = tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -374,9 +373,8 @@ def _label_answer_spans(
             ids += [token] * num_image_tokens
             labels += [IGNORE_INDEX] * num_image_tokens
             continue
-        # A token belongs to an answer if its last character does, because some tokenizers merge the space before an
-        # answer into the first token of the answer.
+        # Check the end of each token, because some tokenizers merge the space before an answer into the first token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)
-    return LabeledTokens(ids, labels)
+    return LabelledTokens(ids, labels)

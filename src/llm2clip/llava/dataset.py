@@ -1,7 +1,7 @@
-"""Training data of LLaVA models: patch features of the frozen vision tower, dataset, collator and sampler.
+"""Training data for LLaVA models: patch features of the frozen vision tower, dataset, collator and sampler.
 
-During training, `PrecomputedVisionTower` replaces the vision tower. It returns patch features that were read from a
-store or computed just before the forward pass.
+During training, the vision tower is replaced by a `PrecomputedVisionTower`, which returns patch features from a store,
+or patch features that were computed just before the forward pass.
 """
 
 import logging
@@ -27,14 +27,14 @@ from llm2clip.store.store import EmbeddingStore
 
 log = logging.getLogger(__name__)
 
-MAX_SCALE = 8  # maximum length of an image's longer side before padding, as a multiple of the input size
-MEGABATCH = 50  # number of batches per length-sorted group, as in LLaVA's sampler
-MIN_TEXT_TOKENS = 64  # max_length must leave at least this many tokens for text
-MAX_REPLACEMENTS = 1000  # maximum number of consecutive conversations to try if some are unusable
+MAX_SCALE = 8  # longer sides are limited to `MAX_SCALE` times the input size before padding
+MEGABATCH = 50  # number of batches per group in `LengthGroupedSampler`, as in LLaVA
+MIN_TEXT_TOKENS = 64  # minimum number of tokens per conversation in addition to image tokens
+MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations
 
 
 class LlavaTransform:
-    """Image preprocessing that matches the image processor of a LLaVA model."""
+    """Image transform that is equivalent to the image processor of a LLaVA model."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor.image_processor
@@ -50,7 +50,7 @@ class LlavaTransform:
         if self.pad:
             max_side = MAX_SCALE * self.preprocess.resize_size
             longer_side = max(image.shape[-2:])
-            if longer_side > max_side:  # padding a very long image to a square would exhaust memory
+            if longer_side > max_side:  # padding a very long image to a square would exhaust the memory
                 shape = [max(1, round(side * max_side / longer_side)) for side in image.shape[-2:]]
                 image = resize(image, shape, antialias=True)
             colour = tuple(int(255 * value) for value in self.preprocess.mean)
@@ -66,13 +66,13 @@ def get_patch_feature_size(config: Any) -> int:
 
 
 class PatchFeatureEncoder:
-    """Callable that runs a LLaVA model's vision tower and returns the projector's input.
+    """Encoder that runs the vision tower of a LLaVA model and returns the input of the projector.
 
-    Implements the `ImageEncoder` protocol from `store/encode.py`.
+    It implements the `ImageEncoder` protocol from `store/encode.py`.
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
-        """If `bf16` is True, run the tower under bfloat16 autocast. The tower stays on its current device."""
+        """If `bf16` is True, run the vision tower with bfloat16 autocast. It remains on its current device."""
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
         self.transform = LlavaTransform(processor)
@@ -97,11 +97,11 @@ class PatchFeatureEncoder:
             layers = self.config.vision_feature_layer
             selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
             if self.config.vision_feature_select_strategy == "default":
-                selected = [state[:, 1:] for state in selected]  # drop the class token
+                selected = [state[:, 1:] for state in selected]  # remove the class token
             return torch.cat(selected, -1)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings and the weight hash that determine the features, for the store's fingerprint."""
+        """Return all settings that affect the features, and a hash of the weights, for the fingerprint of a store."""
         return {
             "tower": select_output_entries(self.tower.config),
             "weights": hash_weights(self.tower),
@@ -112,15 +112,15 @@ class PatchFeatureEncoder:
         }
 
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode preprocessed images as a float32 CPU tensor of shape (N, tokens * feature size)."""
+        """Encode preprocessed images as a float32 tensor of shape (N, tokens * feature size) on the CPU."""
         return self(torch.stack(images)).float().flatten(1).cpu()
 
 
 class PrecomputedVisionTower(nn.Module):
-    """Replacement for the vision tower that returns precomputed patch features in the format that the model expects.
+    """Replacement for a vision tower that returns precomputed patch features.
 
-    The model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is True, the
-    features are channels-first, as FastVLM expects.
+    Model inputs must select the last layer and all tokens, as in `LlavaCollator`. If `feature_maps` is True, features
+    are returned channels-first, as FastVLM requires.
     """
 
     def __init__(self, feature_maps: bool) -> None:
@@ -128,7 +128,7 @@ class PrecomputedVisionTower(nn.Module):
         self.feature_maps = feature_maps
 
     def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-        """Wrap patch features of shape (N, tokens, feature size) in the output type of a vision tower."""
+        """Return patch features of shape (N, tokens, feature size) as the output of a vision tower."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         last: Any = pixel_values.transpose(1, 2) if self.feature_maps else pixel_values
@@ -136,7 +136,7 @@ class PrecomputedVisionTower(nn.Module):
 
 
 class ConversationDataset(Dataset):
-    """Dataset of tokenized and labelled conversations, with images as pixels or cached patch features."""
+    """Dataset of tokenized and labelled conversations. Images are pixels or cached patch features."""
 
     def __init__(
         self,
@@ -148,15 +148,15 @@ class ConversationDataset(Dataset):
     ) -> None:
         """
         Args:
-            num_image_tokens: Number of `<image>` tokens per image.
+            num_image_tokens: Number of tokens per image.
             max_length: Maximum number of tokens. Longer conversations are truncated.
-            store: Cached patch features of all images. Default: decode the images.
+            store: Cached patch features of all images. If None, the images are decoded.
         """
         minimum = num_image_tokens + MIN_TEXT_TOKENS
         if max_length < minimum:
             raise ValueError(
                 f"--llava.max_length must be at least {minimum} (got {max_length}), "
-                f"because each image takes up {num_image_tokens} tokens"
+                f"because an image has {num_image_tokens} tokens"
             )
         self.conversations = list(conversations)
         self.tokenizer = processor.tokenizer
@@ -164,7 +164,7 @@ class ConversationDataset(Dataset):
         self.num_image_tokens = num_image_tokens
         self.max_length = max_length
         self.store = store
-        self.store_rows: dict[int, int] = {}  # conversation index -> row of its image in the store
+        self.store_rows: dict[int, int] = {}  # row of an image in the store, keyed by conversation index
         if store is not None:
             images = {n: each.image for n, each in enumerate(self.conversations) if each.image is not None}
             self.store_rows = dict(zip(images, store.find_keys(make_image_keys(images.values())).tolist(), strict=True))
@@ -172,8 +172,8 @@ class ConversationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.conversations)
 
-    def estimate_lengths(self) -> list[int]:
-        """Estimate the number of tokens in each conversation from its characters, because tokenizing is slow."""
+    def estimate_token_counts(self) -> list[int]:
+        """Estimate token counts from the number of characters in each conversation, because tokenization is slow."""
         lengths = []
         for conversation in self.conversations:
             characters = sum(len(question) + len(answer) for question, answer in conversation.turns)
@@ -183,7 +183,7 @@ class ConversationDataset(Dataset):
         return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a dict with `ids`, `labels` and, if there is an image, its pixels or patch features as `vision`.
+        """Return a dict with `ids`, `labels` and, if there is an image, `vision` (pixels or patch features).
 
         If the conversation is unusable, log a warning and return the next usable conversation.
         """
@@ -191,8 +191,8 @@ class ConversationDataset(Dataset):
             item = self._load_conversation(index=(index + offset) % len(self))
             if isinstance(item, dict):
                 return item
-            log.warning("%s; using the next conversation instead", item)
-        raise ValueError(f"{item}, and the following conversations are also unusable")
+            log.warning("%s; the next conversation is used instead", item)
+        raise ValueError(f"{item}, and all of the following conversations are also unusable")
 
     def _load_conversation(self, index: int) -> dict[str, Any] | str:
         conversation = self.conversations[index]
@@ -202,7 +202,7 @@ class ConversationDataset(Dataset):
             return f"conversation {conversation.id} cannot be tokenized ({error})"
         item: dict[str, Any] = {"ids": ids[: self.max_length], "labels": labels[: self.max_length]}
         if all(label == IGNORE_INDEX for label in item["labels"]):
-            return f"conversation {conversation.id} has no answer within {self.max_length} tokens"
+            return f"conversation {conversation.id} has no answer in its first {self.max_length} tokens"
         if conversation.image is None:
             return item
         if self.store is not None:
@@ -215,10 +215,10 @@ class ConversationDataset(Dataset):
 
 
 class LlavaCollator:
-    """Collator that right-pads conversations to the length of the longest conversation in the batch."""
+    """Collator that right-pads conversations to the longest conversation in the batch."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, empty_image: Tensor) -> None:
-        """`empty_image` contains the pixels or patch features of a blank image, for batches without images."""
+        """`empty_image` contains pixels or patch features of a blank image for batches without images."""
         self.pad_id: int = tokenizer.pad_token_id
         self.image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens
@@ -227,14 +227,14 @@ class LlavaCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the model inputs for a batch.
 
-        For B conversations padded to T tokens, input_ids and attention_mask are int64 tensors of shape (B, T).
-        pixel_values contains the pixels or patch features of all images. labels has shape (B, K), where K is
-        logits_to_keep. The loss ignores the system prompt and the image, so logits are computed only for the last K
-        positions, starting at the token before the earliest answer in the batch.
+        For B conversations padded to T tokens, `input_ids` and `attention_mask` are int64 tensors of shape (B, T), and
+        `labels` has shape (B, K), where K is `logits_to_keep`. Logits are computed only for the last K tokens, starting
+        at the token before the first answer in the batch, because the loss ignores all earlier tokens. `pixel_values`
+        contains the pixels or patch features of all images.
 
-        If no conversation has an image, a blank image is appended to the first conversation, where causal attention
-        hides it from the text. This ensures that the projector receives gradients in every batch on every rank, as DDP
-        and FSDP require.
+        DDP and FSDP require that the projector receives gradients in every batch on every rank. If no conversation in
+        the batch has an image, a blank image is therefore appended to the first conversation. Due to causal attention,
+        the blank image does not affect the text.
         """
         rows = [torch.tensor(item["ids"]) for item in items]
         row_labels = [torch.tensor(item["labels"]) for item in items]
@@ -244,7 +244,7 @@ class LlavaCollator:
             row_labels[0] = F.pad(row_labels[0], (0, self.num_image_tokens), value=IGNORE_INDEX)
             vision = [self.empty_image]
         labels = pad_sequence(row_labels, batch_first=True, padding_value=IGNORE_INDEX)
-        first_answer = int((labels != IGNORE_INDEX).any(0).nonzero()[0])  # position of the first answer token
+        first_answer = int((labels != IGNORE_INDEX).any(0).nonzero()[0])
         start = max(0, first_answer - 1)
         return {
             "input_ids": pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
@@ -252,7 +252,7 @@ class LlavaCollator:
             "logits_to_keep": labels.shape[1] - start,
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             "pixel_values": torch.stack(vision),
-            # PrecomputedVisionTower returns a single layer that contains only the selected tokens.
+            # `PrecomputedVisionTower` returns a single layer, with only the selected tokens.
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         }
@@ -262,8 +262,8 @@ class LengthGroupedSampler(Sampler):
     """Sampler that batches conversations of similar length.
 
     Indices are shuffled and divided into groups of about 50 batches. Each group is sorted by length and split into
-    batches, which are then shuffled. The order depends only on the seed and the epoch, so it is the same on all ranks
-    and in resumed runs.
+    batches. Finally, the batches are shuffled. The order depends only on the seed and the epoch, so it is the same on
+    all ranks and after a run is resumed.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Batched answer generation and answer scoring for LLaVA models."""
+"""Answer generation and answer scoring with LLaVA models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,30 +27,30 @@ from llm2clip.runs.ranks import process_state
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question, optionally about an image."""
+    """Question, optionally about an image."""
 
     image: np.ndarray | None  # uint8 RGB of shape (H, W, 3)
-    prompt: str  # text of the question, without an image token
+    prompt: str  # question without an image token
 
     def to_conversation(self, answer: str = "") -> Conversation:
-        image: Any = self.image  # only the presence of an image affects the tokens
+        image: Any = self.image  # tokens depend only on whether there is an image
         return Conversation("", image, ((self.prompt, answer),))
 
 
 class AnswerGenerator:
-    """LLaVA model that answers questions by greedy decoding or beam search."""
+    """LLaVA model that answers questions with greedy decoding or beam search."""
 
     def __init__(
         self, name: str, device: torch.device | str | None = None, precision: str = "auto", batch_size: int = 16
     ) -> None:
         """
         Args:
-            name: Model folder or hub id.
-            precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports it.
-            batch_size: Number of questions per forward pass.
+            name: Folder or hub id of the model.
+            precision: "fp32", "bf16" or "auto" (bf16 if the hardware supports it).
+            batch_size: Maximum number of questions per forward pass.
 
         Raises:
-            ValueError: The number of tokens per image is not fixed.
+            ValueError: The model has no fixed number of tokens per image.
         """
         register_llava_classes()
         self.batch_size = batch_size
@@ -63,22 +63,22 @@ class AnswerGenerator:
         self.transform = LlavaTransform(self.processor)
         if getattr(self.model.config, "image_seq_length", None) is None:
             raise ValueError(
-                f"{name} is not supported: use a model with a fixed number of tokens per image, such as LLaVA"
+                f"{name} is not supported. Use a model with a fixed number of tokens per image, such as LLaVA"
             )
         self.num_image_tokens: int = self.model.config.image_seq_length
         keep_freed_memory(self.device)
 
     def generate(self, questions: Sequence[Question], max_new_tokens: int, num_beams: int = 1) -> list[str]:
-        """Return an answer of up to `max_new_tokens` tokens for each question. One beam means greedy decoding."""
+        """Answer each question with up to `max_new_tokens` tokens. Greedy decoding is used if `num_beams` is 1."""
         answers = [""] * len(questions)
         image_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        # Batches of similar length need little padding. Questions with and without images go into separate batches.
+        # Batch questions of similar length to reduce padding. Batch questions with and without images separately.
         longest_first = sorted(range(len(questions)), key=lambda n: -len(questions[n].prompt))
         for has_image in (True, False):
             indices = [n for n in longest_first if (questions[n].image is not None) is has_image]
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
-                inputs = self._prepare_inputs([questions[n] for n in batch])
+                inputs = self._prepare_model_inputs([questions[n] for n in batch])
                 with torch.inference_mode(), use_onednn_matmul():
                     output = self.model.generate(
                         **inputs,
@@ -94,7 +94,7 @@ class AnswerGenerator:
         return answers
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
-        """Return the log-likelihood of an answer and its end-of-turn token, and True if greedy decoding yields both."""
+        """Return the log-likelihood of an answer and its end-of-turn token, and whether greedy decoding yields both."""
         labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
         inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixel_values([question])
         with torch.inference_mode(), use_onednn_matmul():
@@ -104,8 +104,8 @@ class AnswerGenerator:
         is_greedy = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].all()
         return -float(loss), bool(is_greedy)
 
-    def _prepare_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        """Return the model inputs for a batch of questions. Either all or none must have an image."""
+    def _prepare_model_inputs(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        """Return the model inputs for a batch of questions. Either all of the questions or none must have an image."""
         prompts = []
         for question in questions:
             messages = convert_to_chat_messages(question.to_conversation())[:1]

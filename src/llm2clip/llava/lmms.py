@@ -1,4 +1,4 @@
-"""LLaVA model class for lmms-eval, which finds the class through an entry point:
+"""LLaVA model class for lmms-eval, registered through an entry point. Example:
 
 lmms-eval --model llm2clip_llava --model_args pretrained=RUN/model --tasks pope,gqa --batch_size 16
 """
@@ -12,17 +12,16 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from llm2clip.llava.generate import AnswerGenerator, Question
 from llm2clip.runs.ranks import process_state
 
-CHUNK_SIZE = 256  # maximum number of requests whose images are in memory
+CHUNK_SIZE = 256  # maximum number of requests whose images are in memory at a time
 MANIFEST = ModelManifest("llm2clip_llava", simple_class_path="llm2clip.llava.lmms.LmmsModel")
 
 
 class LmmsModel(lmms):
-    """LLaVA model that generates and scores answers for lmms-eval. Questions can have at most one image."""
+    """LLaVA model that generates and scores answers for lmms-eval. A question must have at most one image."""
 
     def __init__(
         self, pretrained: str, device: str | None = None, batch_size: int | str = 16, precision: str = "auto", **_: Any
     ) -> None:
-        """See `AnswerGenerator`."""
         super().__init__()
         self.generator = AnswerGenerator(pretrained, device, precision, int(batch_size))
         self.device = self.generator.device
@@ -30,9 +29,9 @@ class LmmsModel(lmms):
         self._world_size = process_state().num_processes
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Return an answer for each request, truncated before the first occurrence of one of its `until` strings.
+        """Generate an answer for each request, truncated before the first occurrence of any of its `until` strings.
 
-        Of the task's generation settings, only `max_new_tokens` and `num_beams` are used. Answers are never sampled.
+        The only other generation settings used are `max_new_tokens` and `num_beams`. Answers are never sampled.
         """
         answers = [""] * len(requests)
         requests_by_settings: dict[tuple[int, int], list[int]] = {}
@@ -53,7 +52,7 @@ class LmmsModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each answer, and True if greedy decoding produces the answer."""
+        """Return the log-likelihood of each answer, and whether greedy decoding yields the answer."""
         results = []
         for request in requests:
             context, target, to_visual, doc_id, task, split = request.args

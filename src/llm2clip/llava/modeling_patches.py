@@ -1,8 +1,9 @@
 """Self-contained transformers modeling code for LLaVA with a vision transformer from timm.
 
-transformers' wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but its LLaVA class
-expects patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies this file to the model folder.
-To load the model without llm2clip, use `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
+In transformers, the wrapper for timm models returns feature maps of shape (N, channels, rows, columns), but the LLaVA
+class requires patch features of shape (N, patches, width). `PatchLlava.save_pretrained` copies this file to the model
+folder. To load such a model without llm2clip, use
+`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class PatchTowerConfig(PretrainedConfig):
-    """Config of a `PatchTower`: name and arguments of the timm model, and the patch feature dimension."""
+    """Config of a `PatchTower`: name and arguments of the timm model, and dimension of the patch features."""
 
     model_type = "llm2clip_patches"
     architecture: str = ""
@@ -30,7 +31,7 @@ class PatchTowerConfig(PretrainedConfig):
 
 
 class PatchTower(PreTrainedModel):
-    """A timm vision transformer that returns the patch features of every block."""
+    """Vision transformer from timm that returns the patch features of each block."""
 
     config_class = PatchTowerConfig
     main_input_name = "pixel_values"
@@ -43,13 +44,10 @@ class PatchTower(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: Any) -> None:
-        """Do nothing: timm has already initialised the weights."""
+        """Do nothing, because timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Return the output of each block, before the final norm, with shape (N, patches, width).
-
-        The pixels have shape (N, 3, S, S).
-        """
+        """Return the outputs of all blocks, of shape (N, patches, width), without the final norm."""
         states = self.timm_model.forward_intermediates(
             pixel_values.to(self.dtype), norm=False, output_fmt="NLC", intermediates_only=True
         )
@@ -57,7 +55,7 @@ class PatchTower(PreTrainedModel):
 
 
 class PatchLlavaConfig(LlavaConfig):
-    """Config of a `PatchLlava`, which has its own model type."""
+    """Config of a `PatchLlava`."""
 
     model_type = "llm2clip_llava"
 
@@ -69,7 +67,7 @@ class PatchLlava(LlavaForConditionalGeneration):
 
 
 def register_llava_classes() -> None:
-    """Register the classes with transformers' auto classes. May be called repeatedly."""
+    """Register the config and model classes with transformers' auto classes."""
     AutoConfig.register(PatchTowerConfig.model_type, PatchTowerConfig, exist_ok=True)
     AutoModel.register(PatchTowerConfig, PatchTower, exist_ok=True)
     AutoConfig.register(PatchLlavaConfig.model_type, PatchLlavaConfig, exist_ok=True)
@@ -79,4 +77,4 @@ def register_llava_classes() -> None:
 
 
 if not __name__.startswith("llm2clip."):
-    register_llava_classes()  # in a model folder, transformers imports this file
+    register_llava_classes()  # this copy was imported from a model folder

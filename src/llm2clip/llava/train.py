@@ -1,11 +1,11 @@
-"""LLaVA-1.5's two-stage training (arXiv 2310.03744): first the projector alone, then the projector and the LLM.
+"""Two-stage training of LLaVA-1.5 (arXiv 2310.03744): first the projector, then the projector and the LLM.
 
-The vision tower is frozen. Both stages use transformers' Trainer, which supports `torchrun` and `accelerate launch`
-with DDP or FSDP2. The second stage starts from the weights of the first stage.
+The vision tower is frozen, and the second stage starts from the weights of the first stage. Both stages use
+transformers' Trainer, which supports `torchrun` and `accelerate launch` with DDP or FSDP2.
 
     RUN/features/     cached patch features of the vision tower, unless they would exceed `--llava.cache_gb`
-    RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and the trained weights in learned.safetensors
-    RUN/instruct/     second stage: same files as in RUN/pretrain/
+    RUN/pretrain/     first stage: checkpoints, metrics.jsonl, and trained weights in learned.safetensors
+    RUN/instruct/     second stage: the same files as in RUN/pretrain/
     RUN/model/        trained model for AutoModelForImageTextToText.from_pretrained
 """
 
@@ -47,7 +47,7 @@ from llm2clip.store.encode import make_image_keys, store_image_features
 from llm2clip.store.store import EmbeddingStore
 
 STAGES = ("pretrain", "instruct")
-TRAINED_WEIGHTS = "learned.safetensors"  # in the folder of each stage
+TRAINED_WEIGHTS = "learned.safetensors"  # file name in each stage's folder
 
 
 def train_llava(
@@ -58,20 +58,19 @@ def train_llava(
     out: Path,
     log: SkipLog,
 ) -> Path:
-    """Run both stages, save the trained model to `out/model` and return that folder. Interrupted runs are resumed.
+    """Train both stages, or resume training. Save the model to `out/model` and return the path of the folder.
 
     Args:
         source: Folder or hub id of a LLaVA model, such as a folder written by `build_llava`.
-        pretrain: Conversations for training the projector. May be empty. Conversations without an image are ignored.
-        instruct: Conversations for training the projector and the LLM. May be empty.
-        log: Skip log for images that cannot be decoded while features are cached. Without caching, such images only
-            cause warnings.
+        pretrain: Conversations for the first stage. May be empty. Conversations without an image are ignored.
+        instruct: Conversations for the second stage. May be empty.
+        log: Skip log for images that cannot be decoded, used only if patch features are cached.
 
     Raises:
-        ValueError: There are no conversations, the number of epochs is 0, a setting is invalid, or the data, batch size
-            or number of processes has changed since the last checkpoint.
-        FolderInUseError: Another process is using the run directory.
-        FloatingPointError: The loss, gradient norm or weights are not finite.
+        ValueError: There is nothing to train, a setting is invalid, or the data, the batch size or the number of
+            processes has changed since the last checkpoint.
+        FolderInUseError: Another process uses the run directory.
+        FloatingPointError: The loss, the gradient norm or a weight is not finite.
     """
     with_image = [conversation for conversation in pretrain if conversation.image is not None]
     conversations = {
@@ -79,7 +78,7 @@ def train_llava(
         "instruct": list(instruct) if config.epochs else [],
     }
     if not any(conversations.values()):
-        raise ValueError("there are no conversations to train on, or the number of epochs is 0")
+        raise ValueError("nothing to train: there are no conversations, or the number of epochs is 0")
     model_folder = out / "model"
     if (model_folder / "config.json").is_file():
         return model_folder
@@ -98,7 +97,7 @@ def train_llava(
                 in_store = iter(store.find_keys(make_image_keys(images)) >= 0)
                 usable = [conversation for conversation in usable if conversation.image is None or next(in_store)]
             if conversations[stage] and not usable:
-                raise ValueError(f"none of the images of the {stage} conversations can be decoded")
+                raise ValueError(f"none of the images in the {stage} conversations can be decoded")
             if usable and not (out / stage / TRAINED_WEIGHTS).is_file():
                 _train_stage(stage, source, usable, processor=processor, config=config, out=out, store=store)
         if state.is_main_process:
@@ -112,7 +111,7 @@ def train_llava(
 def _save_model(
     source: str, conversations: Sequence[Conversation], processor: Any, config: LlavaConfig, out: Path
 ) -> None:
-    """Save the model and the hashes of all images on which the model or its vision tower was trained."""
+    """Save the model, and hashes of all images on which the model or its vision tower has been trained."""
     hashes = get_distinct_image_hashes(conversation.image for conversation in conversations)
     earlier = load_training_image_hashes(source)
     with atomic_dir(out / "model") as folder:
@@ -134,7 +133,7 @@ def _cache_patch_features(
     folder: Path,
     log: SkipLog,
 ) -> EmbeddingStore | None:
-    """Cache the patch features of all images. Return the store, or None if it would exceed `config.cache_gb`."""
+    """Cache the patch features of all images. Return the store, or None if its size would exceed `config.cache_gb`."""
     images = {conversation.image.key: conversation.image for conversation in conversations if conversation.image}
     if not images or not config.cache_gb:
         return None
@@ -144,10 +143,10 @@ def _cache_patch_features(
     if gigabytes > config.cache_gb:
         return None
     model = load_llava_model(source)
-    model.model.vision_tower.to(process_state().device)  # the LLM is not used, so it stays on the CPU
+    model.model.vision_tower.to(process_state().device)  # the LLM remains on the CPU
     features = PatchFeatureEncoder(model, processor)
     del model
-    print_once(f"Caching the vision tower's features in {folder} (images: {len(images):,}, {gigabytes:.1f} GB)")
+    print_once(f"Caching patch features of {len(images):,} images in {folder} ({gigabytes:.1f} GB)")
     log.count_rows(len(images))
     refs, workers = list(images.values()), config.workers or None
     return store_image_features(refs, features, features.identity(), folder, log, batch_size=32, workers=workers)
@@ -163,9 +162,9 @@ def _train_stage(
     out: Path,
     store: EmbeddingStore | None,
 ) -> None:
-    """Train one stage, or resume it, and save the trained weights to `out/STAGE/learned.safetensors`.
+    """Train a stage, or resume its training. Save the trained weights to `out/STAGE/learned.safetensors`.
 
-    If `store` is None, the vision tower computes patch features in every step.
+    If `store` is None, the vision tower computes patch features in each step.
     """
     folder, state = out / stage, process_state()
     batch_size = config.pretrain_batch_size if stage == "pretrain" else config.batch_size
@@ -193,7 +192,7 @@ def _train_stage(
     dataset = ConversationDataset(conversations, processor, num_image_tokens, max_length=config.max_length, store=store)
     sampler = None
     if config.group_by_length:
-        sampler = LengthGroupedSampler(dataset.estimate_lengths(), batch_size, config.seed)
+        sampler = LengthGroupedSampler(dataset.estimate_token_counts(), batch_size, config.seed)
     lr_setting = "--llava.pretrain_lr" if stage == "pretrain" else "--llava.lr"
     training_log = TrainingLogCallback(
         folder / "metrics.jsonl", checkpoints, stage, f"Lower {lr_setting}", log_summary=True
@@ -207,19 +206,19 @@ def _train_stage(
         features=features,
     )
     training_log.add_to_trainer(trainer)
-    # On CPUs, unfused attention is faster, as in `tune`.
+    # Unfused attention is faster on CPUs.
     with sdpa_kernel(SDPBackend.MATH) if state.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     _save_trained_weights(trainer, model, folder)
 
 
 def _save_trained_weights(trainer: Trainer, model: nn.Module, folder: Path) -> None:
-    full_state = trainer.accelerator.get_state_dict(trainer.model)  # FSDP gathers weights from all ranks
+    full_state = trainer.accelerator.get_state_dict(trainer.model)  # with FSDP, weights are gathered from all ranks
     if process_state().is_main_process:
         names = sorted(name for name, weight in model.named_parameters() if weight.requires_grad)
         trained = {name: full_state[name].detach().cpu().contiguous() for name in names}
         if not all(tensor.isfinite().all() for tensor in trained.values()):
-            raise FloatingPointError(f"some trained weights are not finite: see {folder / 'metrics.jsonl'}")
+            raise FloatingPointError(f"some of the trained weights are not finite: see {folder / 'metrics.jsonl'}")
         with atomic_path(folder / TRAINED_WEIGHTS) as file:
             save_file(trained, file)
     wait_for_everyone()
@@ -245,7 +244,7 @@ def _make_training_arguments(
         num_train_epochs=config.pretrain_epochs if pretrain else config.epochs,
         learning_rate=config.pretrain_lr if pretrain else config.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_ratio,  # a value below 1 is a fraction of all training steps
+        warmup_steps=config.warmup_ratio,  # values less than 1 are fractions of all steps
         bf16=precision == "bf16",
         use_cpu=state.device.type == "cpu",
         gradient_checkpointing=config.gradient_checkpointing,
@@ -257,22 +256,22 @@ def _make_training_arguments(
         ddp_find_unused_parameters=False,
         label_names=["labels"],
         report_to="none",
-        accelerator_config={"use_configured_state": True},  # the process group already exists
+        accelerator_config={"use_configured_state": True},  # the process group has already been initialised
         seed=config.seed,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise, a single process would use all GPUs with DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # prevents the use of DataParallel on multiple GPUs
     return arguments
 
 
 class _LlavaTrainer(TrainingStateMixin, Trainer):
-    """Trainer that groups batches by length and runs the vision tower outside the model."""
+    """Trainer that batches conversations of similar length and runs the vision tower outside the model."""
 
     def __init__(
         self, *, sampler: LengthGroupedSampler | None, features: PatchFeatureEncoder | None, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
-        self.sampler = sampler  # None means the Trainer's default sampler
-        self.features = features  # None if batches already contain patch features
+        self.sampler = sampler  # if None, the default sampler is used
+        self.features = features  # None if batches contain cached patch features
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
@@ -285,11 +284,11 @@ class _LlavaTrainer(TrainingStateMixin, Trainer):
 
 
 def _set_trainable_parameters(model: Any, stage: str, config: LlavaConfig, out: Path) -> Any:
-    """Freeze all parameters that a stage does not train. With LoRA, wrap the model in a PEFT model.
+    """Freeze all parameters that a stage does not train. If LoRA is used, wrap the model in a PEFT model.
 
-    The stage `pretrain` trains the projector. The stage `instruct` also trains the LLM (all weights or LoRA adapters),
-    starting from the weights in `out/pretrain` if they exist. The projector and LoRA weights are converted to float32.
-    The model is modified in place and returned.
+    The stage "pretrain" trains the projector. The stage "instruct" also trains the LLM (all weights or LoRA adapters),
+    starting from the weights in `out/pretrain` if they exist. Projector and LoRA weights are converted to float32. The
+    model is modified in place and returned.
     """
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
@@ -299,14 +298,14 @@ def _set_trainable_parameters(model: Any, stage: str, config: LlavaConfig, out: 
     if pretrained.is_file():
         _load_trained_weights(model, pretrained)
     if config.lora_r:
-        return _add_llm_lora(model, config)
+        return _add_lora_adapters(model, config)
     model.model.language_model.requires_grad_(True)
     model.lm_head.requires_grad_(True)
     return model
 
 
-def _add_llm_lora(model: Any, config: LlavaConfig) -> Any:
-    """Add float32 LoRA adapters to all linear layers of the LLM. The projector has no adapters: it is fully trained."""
+def _add_lora_adapters(model: Any, config: LlavaConfig) -> Any:
+    """Add float32 LoRA adapters to all linear layers of the LLM. All weights of the projector are trained."""
     from peft import LoraConfig, get_peft_model
 
     lora_config = LoraConfig(
@@ -325,7 +324,7 @@ def _add_llm_lora(model: Any, config: LlavaConfig) -> Any:
 
 
 def _load_trained_model(source: str, config: LlavaConfig, out: Path) -> Any:
-    """Load the model in float32 with the weights of the last trained stage. LoRA weights are merged."""
+    """Load the model in float32, with the weights of the last trained stage. Merge LoRA weights."""
     model = load_llava_model(source)
     trained_stages = [stage for stage in STAGES if (out / stage / TRAINED_WEIGHTS).is_file()]
     if not trained_stages:
@@ -342,8 +341,8 @@ def _load_trained_weights(model: nn.Module, file: Path) -> None:
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ValueError(
-                f"{file} does not match this model: the name or shape of {name} differs. "
-                "Use another --out to start over"
+                f"{file} does not match the model: the name or shape of the weight {name} differs. To start over, use "
+                "another --out"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Public benchmarks, with readers for the files that the authors of the benchmarks distribute."""
+"""Registry of public benchmarks, and benchmarks built from the user's data."""
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -20,7 +20,7 @@ CLASS_FOLDERS = "one folder of images per class"
 MASK_FOLDER = "a folder with images/, masks/ (PNGs) and classes.txt"
 COCO_FILE = "a JSON file in COCO's format, with the images in the same folder or in images/"
 UserReaders = dict[str, tuple[BenchmarkKind, str, str, Callable[[Path, Sequence[str]], Any]]]
-"""Kind, description, source and reader of benchmarks from the user's data, keyed by name prefix."""
+"""Kind, description, source and reader of each type of user benchmark, keyed by name prefix."""
 FOLDER_READERS: UserReaders = {
     "folder:": ("classification", CLASS_FOLDERS, CLASS_FOLDERS, read_class_folders),
     "segmentation:": ("segmentation", "images with masks", MASK_FOLDER, read_mask_folder),
@@ -48,20 +48,20 @@ def _load_benchmarks() -> dict[str, Benchmark]:
 BENCHMARKS = _load_benchmarks()
 
 
-def has_user_data(name: str) -> bool:
-    """Return True if a benchmark name refers to the user's own data. See `get_benchmarks`."""
+def is_user_benchmark(name: str) -> bool:
+    """Return True if a benchmark name has the form PREFIX:PATH. See `get_benchmarks`."""
     return name.startswith(USER_PREFIXES)
 
 
 def get_benchmarks(names: Sequence[str], templates: Sequence[str] = ()) -> list[Benchmark]:
     """Return the benchmarks with the given names. Raise ValueError if a name is unknown.
 
-    The name "all" selects every public benchmark. Names of the form PREFIX:PATH create benchmarks from the user's data
-    (see `USER_PREFIXES`), with the given prompt templates.
+    The name "all" selects every public benchmark. A name of the form PREFIX:PATH, with a prefix from
+    `USER_PREFIXES`, creates a benchmark from the user's data with the prompt templates `templates`.
     """
     user_benchmarks = []
     for name in names:
-        if has_user_data(name):
+        if is_user_benchmark(name):
             user_benchmarks.append(_make_user_benchmark(name, templates))
         elif name not in BENCHMARKS and name != "all":
             choices = [*BENCHMARKS, "all", *(f"{prefix}PATH" for prefix in USER_PREFIXES)]
@@ -84,7 +84,7 @@ def _make_user_benchmark(name: str, templates: Sequence[str]) -> Benchmark:
 
 
 def list_benchmarks(root: Path) -> list[str]:
-    """Return lines that list all public benchmarks, and the sources of benchmarks that are missing in `root`."""
+    """Return lines with a table of all public benchmarks, and download sources of benchmarks not found in `root`."""
     rows, missing = [], []
     for benchmark in BENCHMARKS.values():
         try:
@@ -97,5 +97,5 @@ def list_benchmarks(root: Path) -> list[str]:
     table = Table(["benchmark", "kind", "description", "published results", f"folder in {root}"], rows)
     lines = [render_markdown("Benchmarks", [table])]
     if missing:
-        lines += [f"To use a missing benchmark, download the files into the given folder in {root}:", *missing]
+        lines += [f"To use a missing benchmark, download its files to the following folder in {root}:", *missing]
     return lines

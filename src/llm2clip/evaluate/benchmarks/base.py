@@ -1,4 +1,4 @@
-"""Data types for benchmarks and results, and helpers shared by the benchmark readers."""
+"""Data types for benchmarks and their results, and helpers for benchmark readers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ IGNORED = 255  # label of ignored pixels in segmentation
 BenchmarkKind = Literal["retrieval", "compositional", "classification", "regions", "segmentation", "detection"]
 
 CaptionFields = Mapping[str, Sequence[Record]]
-"""Records for each caption field (captions, captions_zh, ...). `Record.captions` contains the texts of the field."""
+"""Records, keyed by caption field such as "captions_zh". `Record.captions` contains only captions of that field."""
 
 
 @dataclass(frozen=True)
 class CompositionalExample:
-    """An image with a correct and a wrong caption. Accuracy is reported for each `kind`."""
+    """An image with a correct caption and a wrong caption. Accuracy is reported separately for each `kind`."""
 
     kind: str
     image: ImageRef
@@ -42,7 +42,7 @@ class CompositionalExample:
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Images with class labels (indices into `names`), class names and prompt templates with {} for the class name."""
+    """Images with class labels (indices into `names`), class names, and prompt templates with {} for the name."""
 
     images: Sequence[ImageRef]
     labels: Sequence[int]
@@ -52,16 +52,16 @@ class ClassificationData:
 
 @dataclass(frozen=True)
 class RegionData:
-    """Images with labelled boxes, class names and templates. The fields `images` to `areas` have one item per image."""
+    """Images with labelled boxes. `images`, `sizes`, `boxes`, `labels` and `areas` have one item per image."""
 
     images: Sequence[ImageRef]
-    sizes: Sequence[tuple[int, int]]  # width and height in pixels, to which the box coordinates refer
+    sizes: Sequence[tuple[int, int]]  # annotated (width, height) of each image in pixels
     boxes: Sequence[np.ndarray]  # (left, top, right, bottom) in pixels, clipped to the image, float32 of shape (R, 4)
-    labels: Sequence[np.ndarray]  # class index (into `names`) of each box, int64 of shape (R,)
-    areas: Sequence[np.ndarray]  # areas of the objects' masks in square pixels, float32 of shape (R,)
+    labels: Sequence[np.ndarray]  # class index of each box, int64 of shape (R,)
+    areas: Sequence[np.ndarray]  # mask area of each object in square pixels, float32 of shape (R,)
     names: Sequence[str]
     templates: Sequence[str]
-    excluded: Mapping[str, int]  # number of excluded boxes, by reason
+    excluded: Mapping[str, int]  # number of excluded boxes for each reason
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class SegmentationData:
 
     images: Sequence[ImageRef]
     read_labels: Callable[[int], np.ndarray]
-    """Function that takes an image index and returns each pixel's class index or `IGNORED`, uint8 of shape (H, W)."""
+    """Function that takes an image index and returns class indices (or `IGNORED`), uint8 of shape (H, W)."""
     names: Sequence[Sequence[str]]  # names of each class (the score of a class is the maximum over its names)
     templates: Sequence[str]
     has_background: bool = False  # True if class 0 is the background
@@ -79,7 +79,7 @@ class SegmentationData:
     min_probability: float = 0.0
     """Pixels whose maximum class probability is below `min_probability` are assigned to class 0, the background."""
     min_area: float = 0.0
-    """Foreground classes that cover at most a fraction `min_area` of the foreground are not predicted."""
+    """A foreground class is predicted only if its area exceeds the fraction `min_area` of the foreground area."""
 
     def get_class_name(self, label: int) -> str:
         return "background" if label == 0 and self.has_background else self.names[label][0]
@@ -91,12 +91,12 @@ class DetectionData:
 
     images: Sequence[ImageRef]
     image_ids: Sequence[ImageId]
-    sizes: Sequence[tuple[int, int]]  # width and height in pixels, to which the box coordinates refer
+    sizes: Sequence[tuple[int, int]]  # annotated (width, height) of each image in pixels
     annotations: Sequence[Mapping[str, Any]]
     """Objects in COCO's format: "image_id", "category_id", "bbox" as [x, y, width, height] in pixels, and "iscrowd".
-    Boxes lie inside the image and are not empty."""
+    Each box lies inside its image and is not empty."""
     names: Sequence[str]
-    category_ids: Sequence[int]  # COCO category id for each class in `names`
+    category_ids: Sequence[int]  # COCO category id of each class in `names`
     groups: Mapping[str, Sequence[str]]
     """Groups of class names for which metrics are reported, such as {"novel": [...], "base": [...]}."""
     templates: Sequence[str]
@@ -104,10 +104,10 @@ class DetectionData:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A public benchmark, or a benchmark on the user's data.
+    """Public benchmark, or benchmark built from the user's data.
 
     Args:
-        kind: Kind of benchmark, which determines the metrics and the type that `read` returns: `CaptionFields` for
+        kind: Type of the benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
             "retrieval", a list of `CompositionalExample` for "compositional", or a data class such as `RegionData`.
         description: One-line description that states the size and the split.
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
@@ -123,7 +123,7 @@ class Benchmark:
 
     @property
     def size(self) -> tuple[int, str] | None:
-        """Size of the complete benchmark and its unit ("images" or "boxes"), or None if `description` has no size."""
+        """Size of the complete benchmark with its unit ("images" or "boxes"). None if `description` has no size."""
         match = re.search(r"([\d,]+) (?:test )?(images|boxes)", self.description)
         return (int(match[1].replace(",", "")), match[2]) if match else None
 
@@ -144,7 +144,7 @@ class Benchmark:
 
 @dataclass
 class BenchmarkResult:
-    """Result of a model on a benchmark."""
+    """Result of evaluating a model on a benchmark."""
 
     summary: dict[str, Any]
     """Entry for results.json, with "benchmark", "kind" and metrics in percent.
@@ -156,7 +156,7 @@ class BenchmarkResult:
     Region, segmentation and detection entries have "rows", one per method, with "method", "metrics", "intervals",
     per-class metrics ("class top-1", "IoU" or "class AP50") and "logit scale" (if the scale affects the metrics)."""
     images: Sequence[ImageRef] = ()
-    """All images in the benchmark, including undecodable images."""
+    """All images in the benchmark, including images that cannot be decoded."""
     ranks: dict[str, RetrievalRanks] = field(default_factory=dict)
     """Retrieval ranks, keyed by caption field. Empty if the benchmark is not a retrieval benchmark."""
     bootstrap: dict[str, BootstrapMetrics] = field(default_factory=dict)
@@ -166,16 +166,16 @@ class BenchmarkResult:
     model: str = ""
     error_analysis: dict[str, ErrorAnalysis] = field(default_factory=dict)  # keyed by caption field
     short_queries: dict[str, ShortQueryResult] = field(default_factory=dict)  # keyed by caption field
-    examples: list[Block] = field(default_factory=list)  # result of `draw_examples`, or [] to show no images
+    examples: list[Block] = field(default_factory=list)  # result of `draw_examples`, or [] if no examples are shown
 
     @property
     def first_summary_row(self) -> Mapping[str, Any]:
-        """First row of the summary, or the summary itself if the summary has no rows."""
+        """First row of `summary["rows"]`, or `summary` itself if it has no rows."""
         rows: Sequence[Mapping[str, Any]] = self.summary.get("rows", [self.summary])
         return rows[0]
 
 
-# ---- helpers for readers ---------------------------------------------------------------------------------------------
+# ---- helpers for benchmark readers -----------------------------------------------------------------------------------
 
 
 def resolve_benchmark_image(folder: Path, name: str) -> FileImage:
@@ -186,12 +186,12 @@ def resolve_benchmark_image(folder: Path, name: str) -> FileImage:
 
 
 def find_coco_folders(folder: Path) -> list[Path]:
-    """Return the folders that can contain COCO's images: the benchmark folder and any coco folders next to it."""
+    """Return the folders that may contain COCO's images: the benchmark folder and sibling folders named coco."""
     return [folder, *(path for name in COCO_FOLDERS if (path := folder.parent / name).is_dir())]
 
 
 def check_image_files_exist(refs: Sequence[ImageRef], source: Path) -> None:
-    """Raise MissingFileError if image files are missing."""
+    """Raise MissingFileError if any image file does not exist."""
     missing = [ref for ref in refs if isinstance(ref, FileImage) and not Path(ref.path).is_file()]
     if missing:
         raise MissingFileError(
@@ -200,17 +200,17 @@ def check_image_files_exist(refs: Sequence[ImageRef], source: Path) -> None:
 
 
 def make_captioned_records(pairs: Iterable[tuple[ImageRef, Sequence[str]]], source: Path) -> list[Record]:
-    """Create a record for each image and its captions. Whitespace around captions is stripped.
+    """Create one record per image. Leading and trailing whitespace is stripped from the captions.
 
     Raises:
-        MissingFileError: Image files are missing.
+        MissingFileError: An image file does not exist.
         DataFormatError: There are no images, an image has no captions, or a caption is empty.
     """
     records = []
     for image, captions in pairs:
         texts = tuple(caption.strip() for caption in captions)
         if not texts or not all(texts):
-            raise DataFormatError(f"{source}: {image} has no captions or an empty caption")
+            raise DataFormatError(f"{source}: {image} must have at least one caption, and no caption may be empty")
         record_id = Path(image.path).stem if isinstance(image, FileImage) else str(image)
         records.append(Record(record_id, image, texts))
     check_image_files_exist([record.image for record in records if record.image is not None], source)

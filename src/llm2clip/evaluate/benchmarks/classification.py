@@ -1,8 +1,8 @@
-"""Readers of classification benchmarks (ImageNet, its variants, CIFAR and the user's class folders) and SugarCrepe.
+"""Readers for SugarCrepe and classification benchmarks: ImageNet and its variants, CIFAR, and the user's folders.
 
 As in CLIP (arXiv 2103.00020), each class name is inserted into all prompt templates, and the class embedding is the
-mean embedding of the prompts. For ImageNet, OpenAI's class names and 80 templates come from open_clip. The classes
-are sorted by WordNet id, and the list of ids comes from timm.
+mean embedding of the prompts. For ImageNet, OpenAI's class names and 80 prompt templates are taken from open_clip, and
+the WordNet ids from timm.
 """
 
 import io
@@ -38,17 +38,17 @@ SUGARCREPE_KINDS = ("add_att", "add_obj", "replace_att", "replace_obj", "replace
 
 
 def read_class_folders(folder: Path, templates: Sequence[str] = ()) -> ClassificationData:
-    """Read images from `folder`, `folder/test` or `folder/val`, which must contain one subfolder per class.
+    """Read images from `folder`, `folder/test` or `folder/val`, which must contain one folder per class.
 
-    Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". If the file is
-    missing, the folder names are used, with underscores replaced by spaces. The default prompt templates are the lines
-    of `folder/templates.txt`, if the file exists.
+    Class names are read from `folder/classnames.txt`, whose lines have the form "FOLDER<tab>NAME". If the file
+    does not exist, folder names are used, with underscores replaced by spaces. If `folder/templates.txt` exists, its
+    lines are the default prompt templates.
     """
     root = folder / next((split for split in ("test", "val") if any(folder.glob(f"{split}/*/"))), "")
     class_dirs = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     class_dirs = [path for path in class_dirs if _list_image_files(path)]
     if not class_dirs:
-        raise MissingFileError(f"{root} must contain one folder of images per class, but has no folders with images")
+        raise MissingFileError(f"{root} must contain one folder per class, but none of its folders contains images")
     names = [path.name.replace("_", " ") for path in class_dirs]
     if (folder / NAMES_FILE).exists():
         names = _read_class_names(folder / NAMES_FILE, class_dirs)
@@ -58,7 +58,7 @@ def read_class_folders(folder: Path, templates: Sequence[str] = ()) -> Classific
         for template in folder_templates:
             if "{}" not in template:
                 raise DataFormatError(
-                    f"{folder / TEMPLATES_FILE}: the template {template!r} has no {{}} for the class name"
+                    f"{folder / TEMPLATES_FILE}: the template {template!r} must contain {{}} for the class name"
                 )
     return _read_images(class_dirs, names, templates or folder_templates)
 
@@ -68,7 +68,7 @@ def _read_class_names(file: Path, class_dirs: Sequence[Path]) -> list[str]:
     for line in read_lines(file):
         fields = line.split("\t")
         if len(fields) != 2:
-            raise DataFormatError(f"{file}: expected lines of the form FOLDER<tab>NAME")
+            raise DataFormatError(f"{file}: each line must have the form FOLDER<tab>NAME")
         name_of_folder[fields[0]] = fields[1].strip()
     for path in class_dirs:
         if path.name not in name_of_folder:
@@ -99,7 +99,7 @@ def get_imagenet_templates() -> list[str]:
 
 
 def _load_imagenet_classes() -> tuple[list[str], list[str]]:
-    """Return ImageNet's sorted WordNet ids, and OpenAI's class names in the same order."""
+    """Return ImageNet's WordNet ids in ascending order, and OpenAI's class names in the order of the ids."""
     require_extra("open-clip", "reading ImageNet's class names", MissingFileError)
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     from timm.data import ImageNetInfo
@@ -108,7 +108,7 @@ def _load_imagenet_classes() -> tuple[list[str], list[str]]:
 
 
 def _read_imagenet(folder: Path) -> ClassificationData:
-    """Read `val/WNID/*.JPEG`. Only classes that have a folder are candidates (200 in ImageNet-A and ImageNet-R)."""
+    """Read `val/WNID/*.JPEG`. Classes without a folder are omitted (800 of 1,000 in ImageNet-A and ImageNet-R)."""
     root = folder / "val" if (folder / "val").is_dir() else folder
     names = dict(zip(*_load_imagenet_classes(), strict=True))
     class_dirs = [root / wordnet_id for wordnet_id in names if (root / wordnet_id).is_dir()]
@@ -118,7 +118,7 @@ def _read_imagenet(folder: Path) -> ClassificationData:
 
 
 def _read_imagenet_v2(folder: Path) -> ClassificationData:
-    """Read the folders `0` to `999`, whose names are class indices and must be sorted as numbers."""
+    """Read images from the folders `0` to `999`, whose names are class indices."""
     _, names = _load_imagenet_classes()
     root = folder if (folder / "0").is_dir() else find_first_existing(folder, "imagenetv2-matched-frequency-format-val")
     class_dirs = [find_first_existing(root, str(n)) for n in range(len(names))]
@@ -126,13 +126,13 @@ def _read_imagenet_v2(folder: Path) -> ClassificationData:
 
 
 def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 0) -> ClassificationData:
-    """Read CIFAR's binary format: label (CIFAR-100: coarse and fine label), then all red, green and blue values."""
+    """Read CIFAR's binary format. Each image is stored as a coarse label (CIFAR-100 only), a label, and pixels."""
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(find_first_existing(folder, names_file))]
     data = np.fromfile(find_first_existing(folder, file), np.uint8)
     if len(data) % row_size:
         raise DataFormatError(
-            f"{folder / file}: the file size, {len(data):,} bytes, is not a multiple of {row_size:,} bytes (one image)"
+            f"{folder / file}: the file size ({len(data):,} bytes) must be a multiple of {row_size:,} bytes per image"
         )
     images: list[ImageRef] = []
     labels: list[int] = []
@@ -153,7 +153,7 @@ def _read_sugarcrepe(folder: Path) -> list[CompositionalExample]:
     data_dir = folder / "data" if (folder / "data").is_dir() else folder
     image_dir = next((root / "val2017" for root in find_coco_folders(folder) if (root / "val2017").is_dir()), None)
     if image_dir is None:
-        raise MissingFileError(f"no val2017 folder in {folder} or in a coco folder next to it")
+        raise MissingFileError(f"there is no val2017 folder in {folder} or in a coco folder next to {folder}")
     examples = []
     for kind in SUGARCREPE_KINDS:
         for row in read_json(find_first_existing(data_dir, f"{kind}.json")).values():

@@ -1,13 +1,12 @@
-"""Readers of retrieval benchmarks with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and DOCCI)
-and with captions in other languages (Flickr30k-CN, COCO-CN, Crossmodal-3600 and XTD10).
+"""Readers for retrieval benchmarks with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and
+DOCCI) and with captions in other languages (Flickr30k-CN, COCO-CN, Crossmodal-3600 and XTD10).
 
-For each language, all test images and captions are ranked by cosine similarity in a single pool, without prompts. In
+For each language, all test images and captions are ranked by cosine similarity, without prompt templates. In
 image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
 1707.05612) and CLIP (arXiv 2103.00020) use the same protocol.
 
-Flickr30k, COCO and Flickr8k use Karpathy's test splits (arXiv 1412.2306). COCO's 5,000 test images have five to seven
-captions each. All 25,010 captions are used, whereas code derived from VSE++ uses only the first five captions of each
-image, 25,000 in total.
+Flickr30k, COCO and Flickr8k use Karpathy's test splits (arXiv 1412.2306). All 25,010 captions of COCO's 5,000 test
+images are used. Code derived from VSE++ uses only the first five captions of each image (25,000 captions).
 """
 
 import base64
@@ -29,7 +28,7 @@ from llm2clip.evaluate.benchmarks.base import (
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first_existing, read_json, read_jsonl, read_lines
 
 SHAREGPT4V_FILE = "share-captioner_coco_lcs_sam_1246k_1107.json"
-READ_SIZE = 1 << 25  # in characters, enough for the first 1,000 records of ShareGPT4V (about 2 million characters)
+READ_SIZE = 1 << 25  # in characters; the first 1,000 records of ShareGPT4V have about 2 million characters
 XTD10_FILES = {
     **{f"XTD10/test_1kcaptions_{name}.txt": name for name in ("es", "it", "ko", "pl", "ru", "tr", "zh")},
     **{f"MIC/test_1kcaptions_{name}.txt": name for name in ("en", "de", "fr")},
@@ -48,14 +47,14 @@ def _read_karpathy(folder: Path, name: str, image_dir: Path) -> CaptionFields:
 
 
 def read_first_json_objects(file: Path, count: int) -> list[dict[str, Any]]:
-    """Read the first `count` objects of a JSON list, but not the rest of the file, which may be many gigabytes."""
+    """Read the first `count` objects of a JSON list without reading the entire file."""
     with file.open(encoding="utf-8") as stream:
         text = stream.read(READ_SIZE)
     decoder = json.JSONDecoder()
     objects: list[dict[str, Any]] = []
     position = text.find("[") + 1
     if text[:position].strip() != "[":
-        raise DataFormatError(f"{file}: expected a JSON list")
+        raise DataFormatError(f"{file}: the file must contain a JSON list")
     while len(objects) < count:
         while text[position : position + 1] in tuple(" \t\r\n,"):
             position += 1
@@ -64,15 +63,15 @@ def read_first_json_objects(file: Path, count: int) -> list[dict[str, Any]]:
         try:
             item, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise DataFormatError(f"{file}: object {len(objects) + 1} is truncated or not valid JSON") from error
+            raise DataFormatError(f"{file}: object {len(objects) + 1} is truncated or is not valid JSON") from error
         objects.append(item)
     return objects
 
 
 def _read_sharegpt4v(folder: Path) -> CaptionFields:
-    """Read the first 1,000 records, whose images are from SA-1B and must be in `sam/images/`.
+    """Read the first 1,000 records of ShareGPT4V. Their images are from SA-1B and must be in `sam/images/`.
 
-    As in Long-CLIP (arXiv 2403.15378), the caption is `conversations[1].value` with newlines replaced by spaces.
+    As in Long-CLIP (arXiv 2403.15378), newlines in captions are replaced by spaces.
     """
     file = find_first_existing(folder, SHAREGPT4V_FILE)
     image_dir = folder if (folder / "sam").exists() else find_first_existing(folder, "images", "data")
@@ -88,7 +87,7 @@ def _read_urban1k(folder: Path) -> CaptionFields:
     caption_dir = find_first_existing(folder, "caption")
     files = sorted(caption_dir.glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
     if not files:
-        raise MissingFileError(f"{folder / 'caption'} has no .txt files")
+        raise MissingFileError(f"{folder / 'caption'} contains no .txt files")
     pairs = []
     for file in files:
         first_line = file.read_text(encoding="utf-8").split("\n")[0]
@@ -106,17 +105,17 @@ def _read_docci(folder: Path) -> CaptionFields:
 
 
 def _read_chinese_clip(folder: Path) -> CaptionFields:
-    """Read Chinese-CLIP's format (arXiv 2211.01335), with texts {"text", "image_ids"} and images "ID<tab>BASE64"."""
+    """Read Chinese-CLIP's format (arXiv 2211.01335): a JSONL file of captions, and a TSV file of base64 images."""
     texts, images = folder / "test_texts.jsonl", folder / "test_imgs.tsv"
     captions: dict[str, list[str]] = {}
     for number, row in read_jsonl(texts):
         if len(row["image_ids"]) != 1:
-            raise DataFormatError(f"{texts}, line {number}: expected one image id, found {len(row['image_ids'])}")
+            raise DataFormatError(f"{texts}, line {number}: expected one image id (got {len(row['image_ids'])})")
         captions.setdefault(str(row["image_ids"][0]), []).append(row["text"])
     refs = _read_base64_images(images, set(captions))
     for key in captions:
         if key not in refs:
-            raise DataFormatError(f"{images} has no image {key}, which is listed in {texts}")
+            raise DataFormatError(f"{images} does not contain image {key}, to which {texts} refers")
     return {"captions_zh": make_captioned_records(((refs[key], captions[key]) for key in captions), texts)}
 
 
@@ -126,17 +125,17 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
         for number, line in enumerate(stream, 1):
             key, tab, data = line.rstrip("\n").partition("\t")
             try:
-                # Some files use the standard base64 alphabet, others the URL-safe one.
+                # Some files use the URL-safe base64 alphabet.
                 image = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
             except binascii.Error as error:
-                raise DataFormatError(f"{file}, line {number}: expected an id, a tab and base64 ({error})") from error
+                raise DataFormatError(f"{file}, line {number}: invalid base64 image data ({error})") from error
             if tab and key in ids:
                 refs[key] = InMemoryImage(image, f"{file}, line {number}")
     return refs
 
 
 def _read_xm3600(folder: Path) -> CaptionFields:
-    """Read 3,600 images with captions in 36 languages (arXiv 2205.12522). All captions are used."""
+    """Read Crossmodal-3600 (arXiv 2205.12522): 3,600 images with captions in 36 languages."""
     file = find_first_existing(folder, "captions.jsonl", "annotations/captions.jsonl")
     image_dir = find_first_existing(folder, "images")
     pairs: dict[str, list[tuple[ImageRef, list[str]]]] = {}
@@ -149,7 +148,7 @@ def _read_xm3600(folder: Path) -> CaptionFields:
 
 
 def _read_xtd10(folder: Path) -> CaptionFields:
-    """Read 1,000 COCO images with one caption in each of 11 languages (arXiv 2012.05107)."""
+    """Read XTD10 (arXiv 2012.05107): 1,000 COCO images with one caption in each of 11 languages."""
     names = read_lines(find_first_existing(folder, "XTD10/test_image_names.txt", "test_image_names.txt"))
     refs = []
     for name in names:
@@ -162,12 +161,12 @@ def _read_xtd10(folder: Path) -> CaptionFields:
         if file is not None:
             fields[f"captions_{language}"] = _read_parallel_captions(file, refs)
     if not fields:
-        raise MissingFileError(f"{folder} has no caption files, such as XTD10/test_1kcaptions_es.txt")
+        raise MissingFileError(f"{folder} contains no caption files, such as XTD10/test_1kcaptions_es.txt")
     return fields
 
 
 def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record]:
-    """Read captions from a file in which line i is the caption of image i. Blank lines are not skipped."""
+    """Read captions from a file in which line i is the caption of image i."""
     captions = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(captions) != len(refs):
         raise DataFormatError(f"{file} has {len(captions)} captions for {len(refs)} images")

@@ -1,11 +1,11 @@
-"""Readers of segmentation benchmarks with SCLIP's protocol: SCLIP's datasets and the user's images.
+"""Readers for segmentation benchmarks: the datasets used by SCLIP, and the user's images.
 
-SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP) resizes the shorter side of each image to 336 pixels (COCO-Stuff:
-448, Cityscapes: 560) and slides a window of 224 pixels over the image. In llm2clip, the window has the vision tower's
-training resolution, and the image sizes are scaled accordingly.
+The protocol follows SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP), which resizes the shorter side of each image
+to 336 pixels (COCO-Stuff: 448, Cityscapes: 560) and slides a window of 224 pixels over the image. In llm2clip, the
+window size is the vision tower's training resolution, and images are scaled accordingly.
 
-In datasets with a background class, a softmax over all names yields probabilities, and pixels without a probable class
-are assigned to the background.
+In datasets with a background class, probabilities are computed with a softmax over all class names, and pixels without
+a probable class are assigned to the background.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,45 +36,45 @@ from llm2clip.evaluate.benchmarks.coco_instances import (
 from llm2clip.io_utils import DataFormatError, MissingFileError, find_first_existing, format_count, read_lines
 
 CLASSES_FILE = "classes.txt"
-BACKGROUND = "background"  # name of the first class in `CLASSES_FILE` if the dataset has a background
+BACKGROUND = "background"  # name of the first class in datasets with a background
 _WITH_BACKGROUND: dict[str, Any] = {"has_background": True, "logit_scale": 50, "min_probability": 0.1}
-_INVALID = -1  # label table entry for invalid pixel values
-# Ids of Cityscapes' 19 evaluated classes, in the order of the train ids.
+_INVALID = -1  # lookup table entry for invalid pixel values
+# Label ids of the 19 evaluated Cityscapes classes, ordered by train id.
 # Source: helpers/labels.py in github.com/mcordts/cityscapesScripts
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# Pixel values (category ids minus one) that do not occur in COCO-Stuff's PNGs, because COCO removed the classes.
+# Pixel values (category id - 1) of classes that COCO removed. The values do not occur in COCO-Stuff's PNGs.
 # Source: labels.txt in github.com/nightrome/cocostuff
 _COCO_REMOVED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
 
 def read_class_names(name: str) -> list[list[str]]:
-    """Read the names of each class from a file in `class_names/`, whose first line states the source."""
+    """Read the names of each class from `class_names/NAME.txt`."""
     with_source = read_lines(Path(str(files("llm2clip.evaluate.benchmarks") / "class_names" / f"{name}.txt")))
     return [line.split(", ") for line in with_source if not line.startswith("#")]
 
 
 def read_coco_masks(file: Path, templates: Sequence[str]) -> SegmentationData:
-    """Read a JSON file in COCO's format with segmentation masks."""
+    """Read images and segmentation masks from a JSON file in COCO's format."""
     instances = read_coco_annotations(file, with_masks=True)
     names = [[class_name] for class_name in instances.names.values()]
     return _build_data_from_masks(instances, names, templates or get_imagenet_templates())
 
 
 def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData:
-    """Read a folder with images/, masks/ (one PNG per image, with the same name) and classes.txt.
+    """Read a folder that contains images/, masks/ (one PNG with the same name per image) and classes.txt.
 
-    Line n of classes.txt lists the comma-separated names of the class with pixel value n - 1. Pixels with value 255 are
-    ignored. If the first class is "background", the protocol for datasets with a background is used.
+    Line n of classes.txt contains comma-separated names of the class whose pixel value is n - 1. Pixels with the value
+    255 are ignored. If the first class is "background", the protocol for datasets with a background class is used.
     """
     classes_file = find_first_existing(folder, CLASSES_FILE)
     try:
-        # Empty lines are not dropped, because every line defines a class index.
+        # Do not drop empty lines, because each line number determines a class index.
         lines = classes_file.read_text(encoding="utf-8").rstrip().split("\n")
     except UnicodeDecodeError as error:
-        raise DataFormatError(f"{classes_file}: not UTF-8 text ({error})") from error
+        raise DataFormatError(f"{classes_file} must be UTF-8 text ({error})") from error
     names = [[name.strip() for name in line.split(",")] for line in lines]
     if len(names) > IGNORED or not all(all(class_names) for class_names in names):
-        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, one per class, without empty names")
+        raise DataFormatError(f"{classes_file} must contain 1 to {IGNORED} lines, one per class, and no empty names")
     image_dir, label_dir = find_first_existing(folder, "images"), find_first_existing(folder, "masks")
     image_of_stem: dict[str, FileImage] = {}
     for file in sorted(image_dir.iterdir()):
@@ -97,7 +97,7 @@ def read_mask_folder(folder: Path, templates: Sequence[str]) -> SegmentationData
 
 
 def _make_label_lookup_table(classes: Mapping[int, int], ignored: Sequence[int] = ()) -> np.ndarray:
-    """Return a table that maps pixel values to class indices, `IGNORED` or `_INVALID`, int16 of shape (256,)."""
+    """Return a table that maps a pixel value to a class index, `IGNORED` or `_INVALID`, int16 of shape (256,)."""
     table = np.full(256, _INVALID, np.int16)
     table[[*ignored, 255]] = IGNORED
     for value, label in classes.items():
@@ -106,19 +106,19 @@ def _make_label_lookup_table(classes: Mapping[int, int], ignored: Sequence[int] 
 
 
 def _read_label_file(file: Path, table: np.ndarray) -> np.ndarray:
-    """Read labels, uint8 of shape (H, W), from a single-channel PNG."""
+    """Read class indices, uint8 of shape (H, W), from a single-channel PNG."""
     try:
         with Image.open(file, formats=["PNG"]) as image:
             mode, values = image.mode, np.asarray(image)
     except Exception as error:  # Pillow can raise almost any exception for a corrupt file
         raise DataFormatError(f"{file}: cannot read the label file ({error!r})") from error
     if mode not in ("L", "P"):
-        raise DataFormatError(f"{file}: label files must have one 8-bit channel (got mode {mode})")
+        raise DataFormatError(f"{file}: a label file must have a single 8-bit channel (got Pillow mode {mode})")
     labels = table[values]
     is_invalid = labels == _INVALID
     if is_invalid.any():
         value = values[is_invalid].flat[0]
-        raise DataFormatError(f"{file} contains the label {value}, which does not exist in the dataset")
+        raise DataFormatError(f"{file} contains the pixel value {value}, which is not assigned to any class")
     return labels.astype(np.uint8)
 
 
@@ -131,7 +131,7 @@ def _build_data_from_label_files(
     templates: Sequence[str] = (),
     **protocol: Any,
 ) -> SegmentationData:
-    """Return a dataset with one label file per image. `protocol` contains other fields of `SegmentationData`."""
+    """Return a dataset with one label file per image. `protocol` sets further fields of `SegmentationData`."""
     if not images:
         raise MissingFileError(f"{source} contains no images")
     refs: list[ImageRef] = [*images]
@@ -174,9 +174,9 @@ def _read_coco_object(folder: Path) -> SegmentationData:
 def _build_data_from_masks(
     instances: CocoAnnotations, names: list[list[str]], templates: Sequence[str]
 ) -> SegmentationData:
-    """Return a dataset whose labels come from the object masks. Pixels outside all masks are background.
+    """Return a dataset whose labels are derived from object masks. Pixels outside all masks are background.
 
-    Pixels that belong to several objects get the label of the smallest object. `names` are sorted by category id.
+    Where masks overlap, pixels get the label of the smallest object. `names` are sorted by category id.
     """
     file = instances.file
     if len(names) >= IGNORED:
@@ -196,7 +196,7 @@ def _build_data_from_masks(
         for row in objects_of_image[index]:
             try:
                 mask = decode_mask(row["segmentation"], height, width)
-            except Exception as error:  # pycocotools raises many types of exceptions, even Exception itself
+            except Exception as error:  # pycocotools raises many types of exceptions, including plain Exception
                 raise DataFormatError(f"{file}: annotation {row.get('id')} has an invalid mask: {error!r}") from error
             labels[mask] = label_of_category[row["category_id"]]
         return labels
