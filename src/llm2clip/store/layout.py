@@ -10,9 +10,9 @@
       index-1a2b3c4d.npy     key index; see `KeyIndex`
 
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
-with a keys file is complete. The manifest and the index only summarise the shards and are rebuilt from them after an
-interruption. Embeddings are looked up by caption hash, never by position, so you can reorder, extend or filter the
-captions of a dataset.
+with a keys file is complete. The manifest and the index only summarise the shards, and are rebuilt from the shards
+after an interruption. Embeddings are looked up by caption hash, never by position, so you can reorder, extend or filter
+the captions of a dataset.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ NEW_STORE_ADVICE = "Delete the store and create it again with `llm2clip embed`"
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
 LOOKUP_CHUNK_SIZE = 1 << 18  # maximum number of keys to compute or look up at once
-NUM_KEY_PARTS = 16  # number of parts in which keys are sorted, to limit the memory for sorting
+NUM_KEY_PARTS = 16  # keys are sorted in this many parts to limit memory use
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions raised by corrupt JSON, Parquet and .npy files.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
-_stat_cached = lru_cache(maxsize=65536)(os.stat)  # for tar files and tables, each of which may contain many images
+_stat_cached = lru_cache(maxsize=65536)(os.stat)  # cached because tar files and tables can contain many images
 
 
 class StoreError(ValueError):
@@ -63,7 +63,7 @@ class Shard:
     """Shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # number of the shard's first row in the store
+    start: int  # store row number of the shard's first row
     rows: int
     sha256: str  # see `compute_shard_checksum`
 
@@ -84,7 +84,7 @@ def get_scales_path(folder: Path, number: int) -> Path:
 
 
 def get_index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """Return the path of the key index for exactly these shards. The name contains a hash of their metadata."""
+    """Return the path of the key index of these shards. The file name contains a hash of the shards' metadata."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
 
@@ -112,7 +112,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
     Raises:
         StoreError: The file is corrupt.
-        FormatVersionError: The shard has a different format version.
+        FormatVersionError: The shard's format version is not supported.
     """
     path = get_keys_path(folder, number)
     try:
@@ -154,7 +154,7 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
         raise build_corruption_error(path, error) from error
     if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
         raise build_corruption_error(
-            path, f"{len(column)} keys of type {column.type}, expected {shard.rows} keys of 16 bytes"
+            path, f"it has {len(column)} keys of type {column.type} instead of {shard.rows} keys of 16 bytes"
         )
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
@@ -190,7 +190,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         StoreError: The manifest is missing, corrupt or inconsistent.
-        FormatVersionError: The store has a different format version.
+        FormatVersionError: The store's format version is not supported.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -263,9 +263,9 @@ def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
 
 
 def get_image_name(ref: ImageRef) -> str:
-    """Return an image's name in a store: its key followed by its file's size and modification time.
+    """Return the name that identifies an image in a store: its key, file size and modification time.
 
-    If the file changes, its name changes too, and the image is encoded again.
+    If the image file changes, the name changes, too, and the image is encoded again.
     """
     name, path = ref.key, ref.container_path
     if path is not None and is_remote(path):
@@ -278,7 +278,7 @@ def get_image_name(ref: ImageRef) -> str:
 
 
 def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`. The last list may be shorter."""
+    """Yield lists of `size` items. The last list may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -348,12 +348,12 @@ def build_key_index(file: Path, keys: np.ndarray) -> int:
 
 
 def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, plus 64 bytes per key of a single part.
+    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, plus 64 bytes per key in one of the parts.
 
     Yields:
-        `NUM_KEY_PARTS` uint64 arrays of shape (3, n), which together contain all keys: their first halves, their second
-        halves, and their positions in `keys`. They are sorted by key and then by position. Equal keys are in the same
-        array.
+        `NUM_KEY_PARTS` uint64 arrays of shape (3, n). The rows of an array contain the first halves of n keys, the
+        second halves, and the positions in `keys`. All arrays together contain all keys, sorted by key and then by
+        position. Equal keys are in the same array.
     """
     part_of_key = keys[:, 0] // np.uint8(256 // NUM_KEY_PARTS)
     for part in range(NUM_KEY_PARTS):
@@ -364,7 +364,7 @@ def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
-    """Return a boolean mask, of shape (n,), of the sorted keys from `sort_keys` that equal the previous key."""
+    """Return a boolean mask of shape (n,) that marks repeated keys in an array from `sort_keys`."""
     repeats = np.zeros(records.shape[1], np.bool_)
     repeats[1:] = (records[:2, 1:] == records[:2, :-1]).all(axis=0)
     return repeats
