@@ -556,8 +556,8 @@ def test_align_does_not_resume_with_other_data_or_settings(
     config = dataclasses.replace(ALIGN, epochs=1, save_steps=1)
     run_align(records, store, tmp_path / "run", config)
     for change, message in (
-        ({"batch_size": 20}, r"--align\.batch_size: 10 then, 20 now"),
-        ({"lr": 0.1}, r"--align\.lr: 0\.001 then, 0\.1 now"),
+        ({"batch_size": 20}, r"--align\.batch_size: 10 saved, 20 now"),
+        ({"lr": 0.1}, r"--align\.lr: 0\.001 saved, 0\.1 now"),
     ):
         with pytest.raises(ValueError, match=message):
             run_align(records, store, tmp_path / "run", dataclasses.replace(config, **change))

@@ -63,7 +63,7 @@ class CheckpointManager:
         and training resumes from the previous checkpoint.
 
         Raises:
-            ValueError: The latest checkpoint has a different format version or is not visible on this rank, or all
+            ValueError: The latest checkpoint has an unsupported format version or is not visible on this rank, or all
                 checkpoints are corrupt.
         """
         self.folder = folder
@@ -85,9 +85,9 @@ class CheckpointManager:
         self.step = 0 if latest is None else parse_checkpoint_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
-        """Return the resumed run's number of items per step, over all ranks, or None if there is no checkpoint.
+        """Return the number of items per step, over all ranks, of the run to resume. Return None for a new run.
 
-        If the number of ranks has changed, print a message. `name` is the key of the number of items in the signature.
+        The number is stored in the signature under the key `name`. If the number of ranks has changed, print a message.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -110,11 +110,11 @@ class CheckpointManager:
         return total
 
     def get_saved_property(self, name: str) -> Any:
-        """Return a property from the signature of the checkpoint to resume from, or None if there is no checkpoint."""
+        """Return a property from the saved signature of the run to resume, or None for a new run."""
         return None if self.latest is None else self._marker["signature"].get(name)
 
     def check_signature(self, signature: Mapping[str, Any]) -> None:
-        """Raise ValueError if the latest checkpoint has another signature. Save `signature` in all later checkpoints.
+        """Raise ValueError if the latest checkpoint has a different signature. Save `signature` in later checkpoints.
 
         The signature consists of properties that must not change when the run is resumed, such as the learning rate and
         a hash of the data. The values must be JSON-serialisable.
@@ -124,7 +124,7 @@ class CheckpointManager:
             return
         saved = self._marker["signature"]
         changes = [
-            f"{name}: {saved.get(name)} then, {value} now"
+            f"{name}: {saved.get(name)} saved, {value} now"
             for name, value in signature.items()
             if saved.get(name) != value
         ]
@@ -134,7 +134,7 @@ class CheckpointManager:
                 f"{self.folder} to start this stage over"
             )
 
-    def path(self, step: int) -> Path:
+    def get_checkpoint_path(self, step: int) -> Path:
         return self.folder / f"{CHECKPOINT_PREFIX}{step}"
 
     def commit(self, step: int) -> None:
@@ -142,7 +142,7 @@ class CheckpointManager:
         state = process_state()
         wait_for_everyone()
         if state.is_main_process:
-            _mark_complete(self.path(step), {"signature": self._signature, "ranks": state.num_processes})
+            _mark_complete(self.get_checkpoint_path(step), {"signature": self._signature, "ranks": state.num_processes})
             for path in list_checkpoints(self.folder)[:-MAX_CHECKPOINTS]:
                 shutil.rmtree(path)
 
@@ -186,7 +186,7 @@ class TrainingLogCallback(TrainerCallback):
             raise_if_not_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
             self.log.write(state.global_step, **logs)
-        if "loss" in logs:  # the final summary has no loss
+        if "loss" in logs:  # the Trainer's final summary has no loss
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
 
@@ -231,7 +231,7 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
 def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
     """Return the latest intact checkpoint, and an error message if all checkpoints are corrupt.
 
-    Remove incomplete checkpoints. Rename corrupt checkpoints that are later than the returned checkpoint.
+    Remove incomplete checkpoints. Rename corrupt checkpoints that are newer than the returned checkpoint.
     """
     damages: dict[Path, str] = {}
     latest = None
@@ -290,7 +290,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     part_bytes, part_number = 0, 1
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in _iterate_state_tensors(model, optimizer):
-        tensor = full_tensor(shard.detach())  # must be called by all ranks
+        tensor = full_tensor(shard.detach())  # all ranks must call `full_tensor`
         if not is_main:
             continue
         if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
@@ -311,7 +311,7 @@ def _save_state_part(tensors: dict[str, Tensor], file: Path) -> None:
 
 @torch.no_grad()
 def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
-    """Load a state saved by `save_training_state`. The number of ranks may differ. Must be called by all ranks.
+    """Load a state that `save_training_state` saved with any number of ranks. Must be called by all ranks.
 
     Raises:
         ValueError: The saved weights are not exactly the weights that this run trains.

@@ -221,7 +221,7 @@ class TrainingLoop:
         if evaluates:
             self._evaluate(step)
         if saves:
-            folder = self.checkpoints.path(step)
+            folder = self.checkpoints.get_checkpoint_path(step)
             save_training_state(folder, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
             self.checkpoints.commit(step)
         return evaluates or saves

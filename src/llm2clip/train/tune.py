@@ -40,11 +40,11 @@ from llm2clip.models.text.sentence_transformer import LoraSession
 from llm2clip.runs.checkpoint import CheckpointManager, TrainingLogCallback, TrainingStateMixin, hash_texts
 from llm2clip.runs.ranks import (
     RaggedGather,
+    all_reduce_max,
     copy_to_meta_device,
     enable_fp32_gradient_reduction,
     gather_to_cpu,
     is_fsdp_enabled,
-    max_over_ranks,
     print_once,
     process_state,
     set_fsdp_wrap_policy,
@@ -372,7 +372,7 @@ class PairLoss(nn.Module):
         order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
         sharded, most_passes, last_pass = isinstance(self.model, FSDPModule), len(passes), passes[-1]
         if sharded or self.grad_cache:
-            most_passes = max_over_ranks(len(passes), device)
+            most_passes = all_reduce_max(len(passes), device)
         if sharded:  # all ranks must run the same number of passes, so some rerun the last one
             passes += [lambda: (last_pass()[0][:0],)] * (most_passes - len(passes))
 
