@@ -76,8 +76,8 @@ def replace_info_nce(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 def read_metrics_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the metrics of a step during the next step, as on a GPU."""
-    report = StepLogger._report_pending_steps
-    monkeypatch.setattr(StepLogger, "_report_pending_steps", lambda self, pending: report(self, pending=1))
+    report = StepLogger._log_pending_steps
+    monkeypatch.setattr(StepLogger, "_log_pending_steps", lambda self, pending: report(self, pending=1))
     monkeypatch.setattr(StepLogger, "flush", lambda self: report(self, pending=0))
 
 

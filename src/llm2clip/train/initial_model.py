@@ -45,7 +45,7 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_c
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # minimum number of steps, even if a small dataset needs more than `EPOCHS` epochs for them
+MIN_STEPS = 500  # minimum number of steps; a small dataset may therefore be used for more than `EPOCHS` epochs
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
@@ -58,9 +58,9 @@ class PretrainedParts:
     """Pretrained weights from which a model is built, on the CPU."""
 
     tower: VisionTower
-    clip: ClipTextEncoder | None  # CLIP model whose text space is inherited, or None without `--align.inherit`
-    logits: tuple[float, float | None] | None  # scale and bias of the tower's CLIP model; None if not inherited
-    random_state: Tensor  # state of PyTorch's random generator after loading, from which new weights are initialised
+    clip: ClipTextEncoder | None  # CLIP model whose embedding space is inherited, or None without `--align.inherit`
+    logits: tuple[float, float | None] | None  # logit scale and bias of the tower's CLIP model; None if not inherited
+    random_state: Tensor  # state of PyTorch's random number generator for initialising new weights
 
 
 @torch.random.fork_rng(devices=[])
@@ -68,7 +68,7 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
     """Load the pretrained weights that `create_initial_model` needs.
 
     Raises:
-        OSError: A model does not exist, or cannot be downloaded.
+        OSError: A model does not exist or cannot be downloaded.
         ValueError: A model does not support the settings.
     """
     torch.manual_seed(config.seed)
@@ -106,7 +106,7 @@ def create_initial_model(
     Args:
         train: Training records. With `config.inherit`, the adapter is trained on their texts.
         out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
-        parts: Result of `load_pretrained_parts`. Its tower becomes part of the model. Default: loaded here.
+        parts: Result of `load_pretrained_parts`, whose tower becomes part of the model. Default: load the weights.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
@@ -171,8 +171,8 @@ def inherit_text_space(
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model, modified in place.
-        store: Store of the LLM embeddings of the captions and phrases of `records`. Captions that the tokenizer could
-            not encode, and phrases that are not in the store, are skipped.
+        store: Store of LLM embeddings of the captions and phrases in `records`. Captions that the tokenizer could not
+            encode and phrases that are not in the store are skipped.
         precision: "bf16" enables autocast. For "fp32" and "fp16", the adapter is trained in float32.
     """
     table = records if isinstance(records, RecordTable) else RecordTable.from_records(records)
@@ -249,7 +249,7 @@ def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Itera
 
 
 def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store: EmbeddingStore) -> TrainingTexts:
-    """Find the embeddings of all training texts. Takes about 50 bytes of memory per text, including duplicates."""
+    """Find the embeddings of all training texts. Memory use: about 50 bytes per text, including duplicates."""
     rows, clip_rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     num_captions = 0
     digest = hashlib.sha256()
@@ -320,9 +320,9 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
 
 
 def repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
-    """Repeat the phrases until they make up about half of the texts, at most `MAX_REPEATS` times.
+    """Repeat all phrases up to `MAX_REPEATS` times, so that they make up about half of the texts if possible.
 
-    `texts` contains int64 indices. Indices below `num_captions` refer to captions, and higher indices to phrases.
+    `texts` contains int64 indices. Indices below `num_captions` are captions, and all other indices are phrases.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
     repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))

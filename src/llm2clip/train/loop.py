@@ -92,7 +92,7 @@ class TrainingLoop:
         Args:
             items: Plural noun for the training items, such as "images", for metric names and messages.
         """
-        state = process_state()  # must precede Accelerator(), which would initialise the ranks with other options
+        state = process_state()  # must precede Accelerator(), which would initialise the ranks with different options
         self.stage, self.items, self.config, self.run_dir = stage, items, config, run_dir
         self.precision = resolve_precision(stage, config.precision, state.device)
         self._trackers = make_tracker_options(report_to, run_dir)
@@ -131,7 +131,7 @@ class TrainingLoop:
         """Prepare the model and the optimizer, and load the latest checkpoint, if any.
 
         Args:
-            lr: Peak learning rate, for logging.
+            lr: Peak learning rate, used only for logging.
             eval_steps: Number of steps between evaluations. 0 disables evaluation.
         """
         self.model, self.lr, self.eval_steps = model, lr, eval_steps
@@ -144,7 +144,7 @@ class TrainingLoop:
                 self.evaluations = MetricsLog(self.run_dir / "evaluations.jsonl", resume_step)
         if self._trackers:
             if "tensorboard" in self._trackers and resume_step:
-                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # hides steps that will be repeated
+                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # hides steps that this run will repeat
             plain = int, float, str, bool
             settings = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.config).items()}
             self.accelerator.init_trackers("llm2clip", settings, self._trackers)
@@ -167,7 +167,7 @@ class TrainingLoop:
             batches: This rank's batch for each remaining step.
             compute_gradients: Function that runs the forward and backward pass, given the step number (from 1) and the
                 batch.
-            log: Log of undecodable items. Raises TooManySkipped if there are too many undecodable items.
+            log: Log of undecodable items, which raises TooManySkipped if too many items cannot be decoded.
             after_step: Function to call after each optimizer step.
 
         Raises:
@@ -212,7 +212,7 @@ class TrainingLoop:
         return loss, grad_norm
 
     def _evaluate_and_save(self, step: int, logger: "StepLogger") -> bool:
-        """Evaluate the model if due, and save a checkpoint if due. Return True if either was due."""
+        """Evaluate the model and save a checkpoint if this step requires it. Return True if either was done."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last
@@ -264,13 +264,13 @@ class StepLogger:
             failures = torch.full((), len(result.failures), dtype=torch.float32, device=loss.device)
             values.append(accelerator.reduce(failures, "sum"))
         self._pending.append((step, result, step_metrics, AsyncScalars(values)))
-        self._report_pending_steps(pending=1 if loss.device.type == "cuda" else 0)
+        self._log_pending_steps(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
-        """Log all steps that have been added. Must be called by all ranks. Raises the same errors as `add_step`."""
-        self._report_pending_steps(pending=0)
+        """Log all pending steps. Must be called by all ranks. Raises the same errors as `add_step`."""
+        self._log_pending_steps(pending=0)
 
-    def _report_pending_steps(self, pending: int) -> None:
+    def _log_pending_steps(self, pending: int) -> None:
         while len(self._pending) > pending:
             step, result, step_metrics, values = self._pending.pop(0)
             loss, grad_norm, *others = values.read()
@@ -304,7 +304,7 @@ class StepLogger:
             self.log.check()
 
     def _check_finite(self, name: str, value: float, step: int, result: StepResult) -> None:
-        """Raise FloatingPointError if a value is not finite, after listing the step's items in a file."""
+        """If a value is not finite, list the step's items in a file and raise FloatingPointError."""
         if math.isfinite(value):
             return
         stage, items = self.loop.stage, self.loop.items
@@ -332,7 +332,7 @@ class AsyncScalars:
         self._copied.record(torch.cuda.current_stream(stacked.device))
 
     def read(self) -> list[float]:
-        """Return the values, after waiting until the device has computed them."""
+        """Wait until the device has computed the values, then return the values."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
@@ -343,7 +343,7 @@ class AsyncScalars:
 
 
 def make_tracker_options(names: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue their tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
 
     Raises:
         ValueError: A tracker name is unknown.
