@@ -59,7 +59,7 @@ MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because mos
 MAX_LISTED = 20  # maximum number of listed splits or file name suffixes
 MAX_TEXTS = 50  # maximum number of texts per field on an image card
 MIN_HELD_OUT = 50  # with fewer held-out images, recall is only a rough estimate
-FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not suffixes
+FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not file name suffixes
 SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
 FIT_MAX_SKIPPED = 0.05  # default value of --max_skipped in `fit`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
@@ -131,7 +131,7 @@ def inspect_data_sources(
 
 
 def count_unsupported_files(sources: Sequence[str]) -> Counter[str]:
-    """Count the files in unsupported formats in local source folders, keyed by suffix such as ".mp4"."""
+    """Count the files of unsupported formats in local source folders, keyed by suffix such as ".mp4"."""
     formats = load_source_formats().values()
     readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
     suffixes: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
 
 
 def sample_texts(table: RecordTable, field: str, count: int) -> Iterator[str]:
-    """Yield at most `count` texts of a field, from evenly spaced records."""
+    """Yield up to `count` texts of a field from evenly spaced records."""
     num_texts = table.count_texts(field)
     rows = np.flatnonzero(num_texts)
     if not len(rows):
@@ -175,7 +175,7 @@ def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
 
 
 def describe_data_quality(overview: DataOverview) -> str:
-    """Return a sentence that states the worst problem of the data, or that the data can be used for training."""
+    """Describe the worst problem of the data in a sentence, or state that the data can be used for training."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
     size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
@@ -325,7 +325,7 @@ def _build_skipped_row_blocks(overview: DataOverview) -> list[Block]:
     if log.skipped:
         share = log.skipped.total() / max(1, log.rows_seen)
         if share > FIT_MAX_SKIPPED:
-            text = f"{share:.1%} of the rows are skipped. `fit` fails above {FIT_MAX_SKIPPED:.0%} (--max_skipped)."
+            text = f"{share:.1%} of the rows are skipped. `fit` accepts at most {FIT_MAX_SKIPPED:.0%} (--max_skipped)."
             blocks.append(Paragraph(text, BAD))
         blocks.append(Table(["reason", "skipped rows"], [(r, f"{n:,}") for r, n in log.skipped.most_common()]))
     if log.dropped:
