@@ -43,7 +43,7 @@ from llm2clip.runs.output_folder import (
 )
 from llm2clip.runs.ranks import distribute_like, full_tensor, print_once, process_state, wait_for_everyone
 
-FORMAT_VERSION = 1  # version of the checkpoint format
+FORMAT_VERSION = 1
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
 MAX_FILE_BYTES = 4 * 2**30  # maximum file size, and maximum size of the unsharded tensors in the main process's memory
 
@@ -85,7 +85,7 @@ class CheckpointManager:
         self.step = 0 if latest is None else parse_checkpoint_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
-        """Return the number of items per step, over all ranks, of the run to resume. Return None for a new run.
+        """Return the total number of items per step of the run to resume, or None for a new run.
 
         The number is stored in the signature under the key `name`. If the number of ranks has changed, print a message.
 
@@ -160,7 +160,6 @@ class TrainingLogCallback(TrainerCallback):
         """
         Args:
             metrics: JSONL file to which the main process writes metrics.
-            description: Label of the progress bar.
             advice: Text to append to the error message if the loss or gradient norm is not finite.
             log_summary: Also write the Trainer's final summary (run time, mean loss).
         """
@@ -223,9 +222,8 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)
     fsync_folder(checkpoint.parent)
-    atomic_write_text(
-        checkpoint / COMPLETE_MARKER, json.dumps({"format_version": FORMAT_VERSION, "files": sizes, **run})
-    )
+    marker = {"format_version": FORMAT_VERSION, "files": sizes, **run}
+    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(marker))
 
 
 def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
@@ -314,7 +312,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     """Load a state that `save_training_state` saved with any number of ranks. Must be called by all ranks.
 
     Raises:
-        ValueError: The saved weights are not exactly the weights that this run trains.
+        ValueError: The checkpoint does not contain exactly the weights that this run trains.
     """
     file_of: dict[str, Any] = {}  # tensor name -> file that contains the tensor
     for path in folder.glob(TENSOR_FILE.format("*")):
@@ -336,11 +334,11 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     for number, parameter in enumerate(parameters):
         prefix = f"optimizer/{names[id(parameter)]}/"
         values: dict[str, Tensor] = {}
-        for name in sorted(name for name in file_of if name.startswith(prefix)):  # same order on all ranks
+        for name in sorted(name for name in file_of if name.startswith(prefix)):  # the same order on all ranks
             value, key = file_of[name].get_tensor(name), name.removeprefix(prefix)
             # All values except the step have the parameter's shape and sharding.
             values[key] = value if key == "step" else distribute_like(parameter, value)
-        if values:  # a parameter without a gradient has no state
+        if values:  # parameters without gradients have no optimizer state
             states[number] = values
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -355,8 +353,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
 class TrainingStateMixin:
     """Mixin for transformers' Trainer that saves the training state with `save_training_state`.
 
-    The Trainer itself would also save frozen weights, and would pickle the state of sharded models. All other
-    checkpoint files are still written by the Trainer, which loads them as JSON or with `weights_only`.
+    Without this mixin, the Trainer would also save frozen weights, and would pickle the state of sharded models. The
+    Trainer still writes all other checkpoint files, and loads these files as JSON or with `weights_only`.
     """
 
     args: Any

@@ -1,7 +1,7 @@
 """Output folders: format versions, locks, and a run's config, metrics and list of checkpoints.
 
 Folders with an unsupported format version are rejected. Only one command can write to a folder at a time. A resumed run
-must have the settings that are saved in its run directory.
+must use the settings that are saved in its run directory.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from filelock import FileLock, Timeout
 from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_write_errors, hide_url_secrets
 
-CONFIG_FILE = "config.yaml"  # all settings of a run
-CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_PREFIX = "checkpoint-"  # the prefix that transformers' Trainer uses
 COMPLETE_MARKER = "complete"  # file that marks a checkpoint as complete
 TAIL_BYTES = 1 << 14  # bytes read from the end of a metrics file to find the latest metrics
-MAX_CHECKPOINTS = 2  # older checkpoints are removed
+MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older checkpoints are removed
 ENCODER_CHOICE_FILE = "encoder_choice.json"  # written by `fit --encoder.path auto`
 RUN_LOCK = ".run.lock"  # held during all stages of a run; embedding stores have an additional lock
 
@@ -56,7 +56,7 @@ def check_format_version(path: str | Path, version: Any, supported: int, advice:
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Describe the llm2clip output folder that contains these files. Return None if the folder may contain data."""
+    """Describe the llm2clip output folder that contains these files. Return None if the folder may be input data."""
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
             return description
@@ -72,7 +72,7 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def hold_folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterator[None]:
-    """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
+    """Hold a lock on a folder. The operating system releases the lock when the process ends, even if it is killed.
 
     The folder is created if needed. If another run holds the lock, wait up to `timeout` seconds, or indefinitely if
     `timeout` is negative. On file systems that do not support locks, no lock is acquired.
@@ -139,9 +139,8 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
     new = to_plain_types(config)
     if has_outputs(run_dir):
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changes = [
-            change for change in _find_changed_settings(saved, new) if change[0].split(".")[-1] not in RESUME_SAFE
-        ]
+        changes = _find_changed_settings(saved, new)
+        changes = [change for change in changes if change[0].split(".")[-1] not in RESUME_SAFE]
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -201,9 +200,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """List all checkpoints in a folder, including incomplete checkpoints, sorted by step."""
     paths = folder.glob(f"{CHECKPOINT_PREFIX}*")
-    return sorted(
-        (path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)), key=parse_checkpoint_step
-    )
+    checkpoints = [path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)]
+    return sorted(checkpoints, key=parse_checkpoint_step)
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:

@@ -22,8 +22,8 @@ PEER_FAILED = (
     "Another process exited, was killed or is not responding. The first error in the output of all processes shows the "
     "cause. Run the same command again to resume"
 )
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # collective operations fail if a rank is missing for this long
-WAIT_TIMEOUT = timedelta(days=1)  # maximum time that `wait_for_everyone` waits
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # timeout of collective operations
+WAIT_TIMEOUT = timedelta(days=1)  # timeout of `wait_for_everyone`
 
 
 def process_state() -> PartialState:
@@ -61,7 +61,7 @@ def _get_gloo_group(world: Any) -> dist.ProcessGroup:
 
 
 def is_distributed() -> bool:
-    """Return True if this process belongs to an initialised process group."""
+    """Return True if this process is part of an initialised process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -72,7 +72,7 @@ def print_once(*lines: str) -> None:
 
 
 def load_or_compute_json(file: Path, compute: Callable[[], Any]) -> Any:
-    """Load a JSON file. If it does not exist, the main process computes and writes its contents first."""
+    """Load a JSON file. If the file does not exist, the main process first computes and writes its contents."""
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))

@@ -37,7 +37,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_store_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
-MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings, so shards with large patch features have fewer items
+MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings; limits the number of items with large patch features
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -140,8 +140,6 @@ def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens:
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """Tokenized captions of a shard."""
-
     captions: list[str]  # captions that could be tokenized
     tokens: TokenizedTexts
     refused: list[tuple[str, str]]  # (caption, reason) for each caption that could not be tokenized
@@ -303,7 +301,7 @@ def encode_image_batches(
     """Decode and encode images. Undecodable images are recorded in `log`.
 
     Returns:
-        Float32 embeddings of shape (N, embed_dim), and the index in `refs` of each of the N encoded images.
+        Float32 embeddings of shape (N, embed_dim), and the indices in `refs` of the N encoded images.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
     for decoded, images, failures in iter_image_batches(refs, encoder.transform, batch_size, workers):
@@ -349,7 +347,7 @@ def embed_with_ray(
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
         folder: Store folder, on a file system shared by all machines.
-        workers: Number of workers. 0 means one per GPU in the cluster or, without GPUs, one per two CPU cores.
+        workers: Number of workers. 0 means one worker per GPU or, if there are no GPUs, one worker per two CPU cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -367,8 +365,8 @@ def embed_with_ray(
     precision = resolve_store_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
-    free_memory()  # collects the encoder's reference cycles
-    torch.cuda.empty_cache()  # free the GPU memory used to select the precision
+    free_memory()  # frees the encoder, which contains reference cycles
+    torch.cuda.empty_cache()  # frees the GPU memory that was used to select the precision
     start_ray = not ray.is_initialized()
     if start_ray:
         _start_ray()

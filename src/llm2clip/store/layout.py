@@ -63,7 +63,7 @@ class Shard:
     """Shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # store row number of the shard's first row
+    start: int  # row number of the shard's first row within the store
     rows: int
     sha256: str  # see `compute_shard_checksum`
 
@@ -153,9 +153,8 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     except READ_ERRORS as error:
         raise build_corruption_error(path, error) from error
     if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
-        raise build_corruption_error(
-            path, f"it has {len(column)} keys of type {column.type} instead of {shard.rows} keys of 16 bytes"
-        )
+        reason = f"it has {len(column)} keys of type {column.type} instead of {shard.rows} keys of 16 bytes"
+        raise build_corruption_error(path, reason)
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
@@ -302,7 +301,7 @@ class KeyIndex:
         return len(self._high)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8. Return row numbers of shape (N,), int64.
+        """Look up uint8 keys of shape (N, 16). Return int64 row numbers of shape (N,).
 
         The row number of a missing key is -1. If a key has several rows, the first row is returned.
         """
@@ -333,7 +332,7 @@ class KeyIndex:
 
 
 def build_key_index(file: Path, keys: np.ndarray) -> int:
-    """Write the index of a store's keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
+    """Write an index of a store's uint8 keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
     with atomic_path(file) as temporary:
         index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, len(keys)))
         _allocate_disk_space(temporary)
@@ -348,18 +347,18 @@ def build_key_index(file: Path, keys: np.ndarray) -> int:
 
 
 def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, plus 64 bytes per key in one of the parts.
+    """Sort uint8 keys of shape (N, 16). Memory use: 1 byte per key, plus 64 bytes per key in the current part.
 
     Yields:
         `NUM_KEY_PARTS` uint64 arrays of shape (3, n). The rows of an array contain the first halves of n keys, the
-        second halves, and the positions in `keys`. All arrays together contain all keys, sorted by key and then by
+        second halves, and the positions in `keys`. Together, the arrays contain all keys, sorted by key and then by
         position. Equal keys are in the same array.
     """
     part_of_key = keys[:, 0] // np.uint8(256 // NUM_KEY_PARTS)
     for part in range(NUM_KEY_PARTS):
         positions = np.flatnonzero(part_of_key == part)
         high, low = _split_keys_into_halves(keys[positions])
-        order = np.lexsort((low, high))  # a stable sort, so equal keys stay in order of position
+        order = np.lexsort((low, high))  # the sort is stable, so equal keys stay in order of position
         yield np.stack([high[order], low[order], positions[order].astype(np.uint64)])
 
 
@@ -371,7 +370,7 @@ def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
 
 
 def _split_keys_into_halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that preserve the sort order."""
+    """Split uint8 keys of shape (N, 16) into two uint64 halves of shape (N,) that preserve the sort order."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]
 
@@ -387,7 +386,7 @@ def _allocate_disk_space(file: Path) -> None:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files left behind by killed processes. Return their names."""
+    """Delete temporary files left behind by killed processes. Return the file names."""
     leftovers = sorted({*folder.glob(".*.part"), *folder.glob(".*.part.*")})
     for path in leftovers:
         remove_path(path)
@@ -395,6 +394,6 @@ def remove_temp_files(folder: Path) -> list[str]:
 
 
 def read_refused_captions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Map each caption that the tokenizer could not encode to its log entry (keys "caption" and "why")."""
+    """Return a log entry (keys "caption" and "why") for each caption that the tokenizer could not encode."""
     rows = (row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file))
     return {row["caption"]: row for row in rows}

@@ -42,7 +42,7 @@ def repair_store(folder: str | Path) -> list[str]:
                 raise StoreError(
                     f"{folder} has no intact manifest and no intact shard. Delete the folder and run `llm2clip embed`"
                 ) from error
-            spec = max(specs, key=specs.count)  # the most common spec
+            spec = max(specs, key=specs.count)
         for number in unreadable:
             deleted.append(_delete_keys_file(folder, number))
         for number in find_corrupt_shards(folder, layout.read_shards(folder), spec):

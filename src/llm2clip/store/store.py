@@ -42,7 +42,7 @@ TASKS_PER_CORE = 4
 
 
 class EmbeddingStore:
-    """Read access to a complete store. Pickling saves only `folder` and `read_ahead`. Unpickling reopens the store."""
+    """Complete store, opened for reading. Only `folder` and `read_ahead` are pickled. Unpickling reopens the store."""
 
     def __init__(self, folder: str | Path, read_ahead: bool | None = None) -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
@@ -59,7 +59,7 @@ class EmbeddingStore:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, and row count
+        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, then the total
         self._dtype = layout.DTYPES[self.manifest["dtype"]]
         if read_ahead is None:
             size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
@@ -102,13 +102,13 @@ class EmbeddingStore:
         return bool(self.find_keys(layout.make_caption_keys([caption]))[0] >= 0)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8. Return row numbers of shape (N,), int64, with -1 for missing keys."""
+        """Look up uint8 keys of shape (N, 16). Return int64 row numbers of shape (N,), with -1 for missing keys."""
         starts = range(0, len(keys), layout.LOOKUP_CHUNK_SIZE)
         parts = [self._index.find_keys(keys[start : start + layout.LOOKUP_CHUNK_SIZE]) for start in starts]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up N captions. Return their row numbers, of shape (N,), int64.
+        """Look up N captions. Return their row numbers as an int64 array of shape (N,).
 
         Raises:
             StoreError: A caption is not in the store.
@@ -230,9 +230,8 @@ def _memory_map_embeddings(
 
 
 def _memory_map_scales(folder: Path, shards: Sequence[Shard], shard: int) -> np.memmap[Any, Any]:
-    return _memory_map_array(
-        layout.get_scales_path(folder, shards[shard].number), (shards[shard].rows,), np.dtype(np.float32)
-    )
+    path = layout.get_scales_path(folder, shards[shard].number)
+    return _memory_map_array(path, (shards[shard].rows,), np.dtype(np.float32))
 
 
 def _memory_map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
@@ -263,15 +262,15 @@ class CaptionSource(Protocol):
     manifest: dict[str, Any]
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Return the row numbers of N captions, of shape (N,), int64."""
+        """Return the row numbers of N captions as an int64 array of shape (N,)."""
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the text inputs of N rows, of shape (N, ...)."""
+        """Return the text inputs in N rows as an array of shape (N, ...)."""
 
 
 @dataclass(frozen=True)
 class CaptionRows:
-    """Store row numbers of each record's captions in one text field.
+    """Row numbers of each record's captions in one text field.
 
     Attributes:
         rows: Row numbers of all captions, uint32 or int64. The row numbers of each record are sorted and distinct.
@@ -311,7 +310,7 @@ def find_caption_rows(
     ]
     name = hashlib.sha256(repr([*version, *fields]).encode()).hexdigest()[:32]
     folder = table.folder / f"caption-rows-{name}"
-    with hold_folder_lock(table.folder, "caption-rows.lock", timeout=-1):  # other processes wait for the complete files
+    with hold_folder_lock(table.folder, "caption-rows.lock", timeout=-1):
         if not folder.exists():
             with atomic_dir(folder) as temporary:
                 for field, captions in _look_up_all_fields(table, source, fields).items():

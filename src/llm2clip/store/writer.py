@@ -1,4 +1,4 @@
-"""Store writing: shards for new captions, plus the manifest and the key index that summarise all shards.
+"""Writing embedding stores: shards for new captions, plus the manifest and the key index that summarise all shards.
 
 `open_store_for_writing` prepares a store for any number of processes. The main process reads all captions once and
 writes the captions that have no embedding yet to a folder:
@@ -196,15 +196,13 @@ class WritePlan:
         return self.shards[state.process_index :: state.num_processes]
 
     def read_captions(self, shard: int) -> list[str]:
-        """Read the captions of a new shard."""
         captions: list[str] = pq.read_table(get_shard_path(self.incoming, shard))["text"].to_pylist()
         return captions
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Create a progress bar for the captions of this process's shards, shown only on the main process."""
-        total = sum(
-            pq.read_metadata(get_shard_path(self.incoming, shard)).num_rows for shard in self.list_local_shards()
-        )
+        paths = [get_shard_path(self.incoming, shard) for shard in self.list_local_shards()]
+        total = sum(pq.read_metadata(path).num_rows for path in paths)
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
 
@@ -230,7 +228,6 @@ def open_store_for_writing(
         captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
         folder: Store folder, created if it does not exist.
         identity, embed_dim, dtype: See `StoreWriter`.
-        shard_size: Number of captions per shard.
         keys: Key of each caption, uint8 of shape (N, 16). Default: keys from `make_caption_keys`.
 
     Raises:

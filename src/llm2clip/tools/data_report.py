@@ -61,7 +61,7 @@ MAX_TEXTS = 50  # maximum number of texts per field on an image card
 MIN_HELD_OUT = 50  # with fewer held-out images, recall is only a rough estimate
 FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not file name suffixes
 SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
-FIT_MAX_SKIPPED = 0.05  # default value of --max_skipped in `fit`
+FIT_MAX_SKIPPED = 0.05  # the default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
 
 
@@ -73,14 +73,14 @@ class DataOverview:
     sources: list[str]  # data sources from the command line
     statistics: TableStatistics
     languages: dict[str, Counter[str]]  # counts of language codes, keyed by field; empty without py3langid
-    training: list[str]  # sentences about the training and held-out images of `fit`
-    num_training: int  # number of training images of `fit`
+    training: list[str]  # sentences about the images that `fit` would train on and hold out
+    num_training: int  # number of images on which `fit` would train
     num_held_out: int
     log: SkipLog
-    skipped: list[SkippedRow]  # first skipped rows for each reason
+    skipped: list[SkippedRow]  # the first skipped rows for each reason
     unsupported_files: Counter[str]  # see `count_unsupported_files`
     table_bytes: int  # size of the record table on disk
-    seconds: float  # time for building or opening the record table
+    seconds: float  # time to build or open the record table
 
     @property
     def num_captions(self) -> int:
@@ -266,11 +266,8 @@ def _format_quantiles(histogram: Histogram) -> list[str]:
 
 def _build_language_blocks(languages: dict[str, Counter[str]]) -> list[Block]:
     if not languages:
-        return [
-            Paragraph(
-                f"To identify the languages of captions, install py3langid: `{format_install_command('reports')}`."
-            )
-        ]
+        command = format_install_command("reports")
+        return [Paragraph(f"To identify the languages of captions, install py3langid: `{command}`.")]
     sampled = {name: counts for name, counts in languages.items() if counts}
     total: Counter[str] = sum(sampled.values(), Counter())
     listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]

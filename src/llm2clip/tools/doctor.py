@@ -27,7 +27,7 @@ DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # extras that `doctor` does not che
 # Package name, version bounds and extra in a requirement such as "ray[data]<2.64,>=2.59; extra == 'ray'".
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?([^;]*)(?:;.*extra == ['\"]([\w-]+))?")
 MIN_DISK_GB = 5.0  # free disk space for the weights, embedding store and checkpoints of a small `fit` run
-MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
+MIN_MEMORY_GB = 4.0  # free memory that a small `fit` run requires
 MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per worker
 
 
@@ -187,7 +187,7 @@ def check_disk_space(run_dir: Path) -> Iterator[CheckResult]:
 def check_package_registry() -> Iterator[CheckResult]:
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
     fix = "pip and `llm2clip quickstart` download from this URL. Check the network, or set PIP_INDEX_URL to a mirror"
-    yield _check_url_is_reachable("registry", url, fix)
+    yield _check_url("registry", url, fix)
 
 
 def check_model_hub() -> Iterator[CheckResult]:
@@ -197,10 +197,10 @@ def check_model_hub() -> Iterator[CheckResult]:
         yield CheckResult("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
     fix = "use model folders or built-in names such as smollm2-135m, or set HF_ENDPOINT to a mirror of the hub"
-    yield _check_url_is_reachable("hub", ENDPOINT, fix)
+    yield _check_url("hub", ENDPOINT, fix)
 
 
-def _check_url_is_reachable(name: str, url: str, fix: str) -> CheckResult:
+def _check_url(name: str, url: str, fix: str) -> CheckResult:
     shown = hide_url_secrets(url)
     try:
         with urlopen(Request(url, method="HEAD"), timeout=5) as response:

@@ -173,7 +173,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
     """
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved_bytes = {}
-    for items in (2, 1):  # the difference in bytes between 2 items and 1 item is the size per item
+    for items in (2, 1):  # 2 items minus 1 item gives the number of bytes per item
         sizes: dict[int, int] = {}  # storage id -> bytes, so that shared storages are counted once
 
         def record_saved_tensor_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
@@ -296,12 +296,10 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
         config = AutoConfig.for_model(**known)
     else:
         try:
-            is_gguf = folder.suffix == ".gguf"
-            config = (
-                load_transformers_config(folder.parent, gguf_file=folder.name)
-                if is_gguf
-                else load_transformers_config(folder)
-            )
+            if folder.suffix == ".gguf":
+                config = load_transformers_config(folder.parent, gguf_file=folder.name)
+            else:
+                config = load_transformers_config(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and "

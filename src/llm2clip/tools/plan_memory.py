@@ -28,7 +28,7 @@ MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # fraction of device memory that is not lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits per weight, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 Parts = dict[str, float]  # component name -> bytes
@@ -154,11 +154,8 @@ class Machine:
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
         """Return the duration of a stage in hours. `flops` is the total over all devices."""
-        return (
-            flops
-            / (self.count * self.get_model_flops_utilization(stage) * self.device_spec.get_peak_flops(precision))
-            / 3600
-        )
+        peak_flops = self.device_spec.get_peak_flops(precision)
+        return flops / (self.count * self.get_model_flops_utilization(stage) * peak_flops) / 3600
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.num_shards
-    # `saved_per_layer` is added for the activation gradients of one layer.
+    # Add `saved_per_layer` for the activation gradients of one layer.
     activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _subtract_gradient_bytes(activations, image.trained / machine.num_shards, several_passes)
@@ -235,7 +232,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
 
 
 def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
-    """Return the bytes per token of all saved activations, and of the activation gradients of one layer."""
+    """Return the bytes per token of all saved activations and one layer's activation gradients."""
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
         saved = text.layers * 4 * text.hidden_size + text.saved_per_token

@@ -154,7 +154,7 @@ def _format_next_steps(out: Path) -> list[str]:
 
 
 def prepare_emoji_dataset(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
-    """Return the folder of the emoji dataset, with images of `size` by `size` pixels. Create it if necessary.
+    """Return the folder of the emoji dataset, with images of `size` by `size` pixels. Create the folder if needed.
 
     Creating the dataset takes about 10 seconds on one core and 12 MB of disk space. If OpenMoji is not cached, 31 MB
     are downloaded. If `offline` is True, an error is raised instead. The default folder is in the user's cache.

@@ -95,11 +95,9 @@ def _read_training_progress(folder: Path, started: float) -> dict[str, str | Non
     row = {"step": f"{step:,}", "loss": None if loss is None else f"{loss:.3f}"}
     checkpoint = output_folder.latest_checkpoint(folder / "checkpoints") or output_folder.latest_checkpoint(folder)
     if checkpoint is not None:
-        marker, done = (
-            checkpoint / output_folder.COMPLETE_MARKER,
-            step - output_folder.parse_checkpoint_step(checkpoint),
-        )
-        signature = read_json(marker)["signature"]  # the signature of `llava train` has no `steps`
+        marker = checkpoint / output_folder.COMPLETE_MARKER
+        done = step - output_folder.parse_checkpoint_step(checkpoint)
+        signature = read_json(marker)["signature"]  # `llava train` does not save `steps` in its signature
         steps = signature.get("steps") or read_json(checkpoint / "trainer_state.json")["max_steps"]
         row["step"] = f"{step:,} of {steps:,}"
         seconds = log.stat().st_mtime - max(started, marker.stat().st_mtime)

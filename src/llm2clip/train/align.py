@@ -169,7 +169,7 @@ def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> G
 
 def _compute_gradients(loop: TrainingLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
     config: Any = loop.config
-    # A run resumed on the same number of ranks must use the same dropout masks.
+    # A run resumed on the same number of ranks must use the same dropout masks as an uninterrupted run.
     seed = np.random.SeedSequence([config.seed, step, loop.accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     batch = batch.to(loop.device)

@@ -54,7 +54,7 @@ from llm2clip.train.optim import ADAM_BETAS
 
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
 STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to that of its token embeddings
-SORTED_STEPS = 64  # number of steps whose texts are sorted by length together
+SORTED_STEPS = 64  # texts are sorted by length within groups of this many steps
 HEAD_TEXTS = 4096  # maximum number of texts for initialising the student's last layer
 RIDGE = 1e-2  # ridge penalty, relative to the mean variance of the inputs
 TOKENIZE_CHUNK = 1 << 16
@@ -64,10 +64,10 @@ TOKENIZE_CHUNK = 1 << 16
 
 
 class Teacher:
-    """Text encoder of a trained model that reads caption embeddings from stores if possible.
+    """Text encoder of a trained model. Caption embeddings are read from stores if possible.
 
     Attributes:
-        model: llm2clip model, whose caption encoder is loaded only for texts that are in none of the stores.
+        model: llm2clip model. Its caption encoder is loaded only if a text is in none of the stores.
         stores: Stores of embeddings from the model's caption encoder.
     """
 
@@ -95,7 +95,7 @@ class Teacher:
                 self._add_embedding_store(neighbour)
 
     def _add_embedding_store(self, folder: Path) -> None:
-        """Add a store. Raise StoreError if the store's encoder differs in more than the precision."""
+        """Add a store. Raise StoreError if its encoder differs from the model's encoder in more than the precision."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]
@@ -124,7 +124,7 @@ class Teacher:
             yield from compress(chunk, mask.tolist())
 
     def _find_store_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return each text's store index and row number, both int64 of shape (N,). Texts in no store have -1."""
+        """Return each text's store index and row number (int64, shape (N,)), or -1 for texts that are in no store."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
         for number, store in enumerate(self.stores):
@@ -134,7 +134,7 @@ class Teacher:
         return numbers, rows
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Return L2-normalised text embeddings in the shared space, float32 of shape (N, embed_dim), on the CPU."""
+        """Return L2-normalised text embeddings in the shared space as a float32 CPU tensor of shape (N, embed_dim)."""
         numbers, rows = self._find_store_rows(texts)
         embeddings = torch.zeros(len(texts), self.model.config.text_dim)
         for number, store in enumerate(self.stores):
@@ -169,9 +169,8 @@ def load_student(name: str, teacher_folder: Path, embed_dim: int, config: Distil
     if kind == "static":
         if config.max_length is not None:
             raise ValueError("--distill.max_length does not apply to static students: remove this setting")
-        return CaptionEncoder(
-            _build_static_model(resolve_pretrained_name(argument) or str(teacher_folder / "text"), embed_dim)
-        )
+        tokenizer_path = resolve_pretrained_name(argument) or str(teacher_folder / "text")
+        return CaptionEncoder(_build_static_model(tokenizer_path, embed_dim))
     layers = None
     if kind == "layers":
         if not argument.isdecimal():
@@ -194,7 +193,7 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
     from transformers import AutoTokenizer
 
     check_model_source(tokenizer_path)
-    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # the folder of an llm2clip model
+    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # an llm2clip model folder
         tokenizer_path = str(Path(tokenizer_path) / "text")
     tokenizer = getattr(AutoTokenizer.from_pretrained(tokenizer_path), "backend_tokenizer", None)
     if tokenizer is None:
@@ -262,9 +261,8 @@ def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     centred = inputs - input_mean
     gram = centred.T @ centred
     penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
-    weight = torch.linalg.solve(
-        gram + penalty * torch.eye(len(gram), dtype=gram.dtype), centred.T @ (targets - target_mean)
-    ).T
+    regularised = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
+    weight = torch.linalg.solve(regularised, centred.T @ (targets - target_mean)).T
     return weight, target_mean - weight @ input_mean
 
 
@@ -283,7 +281,7 @@ def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
 
 @dataclass(frozen=True)
 class DistillTexts:
-    """Distinct training texts, tokenized by the student. Captions precede phrases.
+    """Distinct training texts, tokenized for the student. Captions precede phrases.
 
     Attributes:
         tokens: Token ids of all texts, of shape (T,), int32, in a memory-mapped file.
@@ -310,7 +308,7 @@ class DistillTexts:
         return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
 
     def get_targets(self, items: np.ndarray) -> Tensor:
-        """Return the teacher's embeddings of the texts with these indices, of shape (N, D), float32."""
+        """Return the teacher's embeddings of the texts with the given indices as a float32 tensor of shape (N, D)."""
         return torch.from_numpy(self.targets.take(self.rows[items]))
 
 
@@ -409,7 +407,7 @@ class _TokenWriter:
         self.file.flush()
         lengths = np.concatenate(self._lengths)
         return DistillTexts(
-            tokens=np.memmap(self.file, np.int32, "r"),  # remains valid after the file has been closed and deleted
+            tokens=np.memmap(self.file, np.int32, "r"),  # stays valid after the file is closed and deleted
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             targets=self.targets,
             rows=np.concatenate(self._rows),
@@ -427,7 +425,7 @@ def _list_ignored_token_ids(student: CaptionEncoder) -> set[int]:
 
 
 def sample_epoch_batches(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the indices of the texts for each step of an epoch, of shape (steps, texts_per_step), int64.
+    """Return the text indices for all steps of an epoch as an int64 array of shape (steps, texts_per_step).
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
     `repeat_phrases`. Each epoch omits a few random texts if the last step would be incomplete.

@@ -55,7 +55,7 @@ MAX_TEST_TEXTS = 1000  # maximum number of held-out texts for measuring the cosi
 
 @dataclass
 class PretrainedParts:
-    """Pretrained weights from which a model is built, on the CPU."""
+    """Pretrained weights, on the CPU, from which a model is built."""
 
     tower: VisionTower
     clip: ClipTextEncoder | None  # CLIP model whose embedding space is inherited, or None without `--align.inherit`
@@ -136,7 +136,7 @@ def make_model_config(
 ) -> LLM2CLIPConfig:
     """Return the config of the model that `align` trains. `encoder` is the caption encoder's identity, if known."""
     embed_dim = config.embed_dim or tower.feature_dim
-    if config.adapter_depth == 0:  # the shared space is the caption encoder's space
+    if config.adapter_depth == 0:  # the shared embedding space is that of the caption encoder
         embed_dim = text_dim
     return LLM2CLIPConfig(
         tower=tower.config,
@@ -166,8 +166,8 @@ def inherit_text_space(
 ) -> None:
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
-    The main process trains the adapter and saves its weights in `folder`, with a signature of the data, models and
-    settings. If `folder` already contains weights with the same signature, the saved weights are loaded instead.
+    The main process trains the adapter and saves its weights in `folder`, together with a signature of the data, models
+    and settings. If `folder` already contains weights with the same signature, the saved weights are loaded instead.
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model, modified in place.
@@ -219,13 +219,13 @@ class TrainingTexts:
     text_hash: str
 
     def load_embeddings(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the LLM and CLIP embeddings of the texts with these indices."""
+        """Return the LLM and CLIP embeddings of the texts with the given indices."""
         embeddings = torch.from_numpy(self.store.take(self.rows[items])).to(device)
         return embeddings, torch.from_numpy(self.clip_store.take(self.clip_rows[items])).to(device)
 
 
 def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[TextChunk]:
-    """Yield the captions to train on, then the phrases.
+    """Yield chunks of training captions, followed by chunks of phrases.
 
     Long captions are used only if there are no other captions, because CLIP text towers read at most 77 tokens.
 
@@ -295,7 +295,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, WARMUP_RATIO))
-    # fp16 would need loss scaling. The adapter is small enough for fp32 on GPUs without bf16.
+    # fp16 would require loss scaling, and the adapter is small enough to train in fp32 on GPUs without bf16.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     adapter.train()
     for step in ProgressBar(range(steps), desc="inherit", unit="step"):

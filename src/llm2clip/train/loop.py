@@ -43,7 +43,7 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 
-# Maximum number of consecutive steps with non-finite gradients in fp16, each of which halves the loss scale.
+# Maximum number of consecutive fp16 steps with non-finite gradients. Each of these steps halves the loss scale.
 MAX_SKIPPED_STEPS = 20
 
 Validator = Callable[[Any], dict[str, float]]
@@ -74,8 +74,7 @@ class TrainingLoop:
 
     Attributes:
         precision: Training precision: fp32, bf16 or fp16.
-        checkpoints: Checkpoints in `run_dir/checkpoints`.
-        items_per_step: Number of items per step, over all ranks, of the run to resume. None for a new run.
+        items_per_step: Total number of items per step of the run to resume, or None for a new run.
         net: The model with its distributed wrapper, available after `start`.
     """
 
@@ -192,7 +191,7 @@ class TrainingLoop:
                 step_metrics = {
                     "lr": self.lr * self._lr_factor(step - 1),
                     f"{self.items}_per_second": items_per_second,
-                    "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
+                    "data_wait": data_seconds / step_seconds,  # fraction of the step time spent waiting for the batch
                 }
                 logger.add_step(step, result, loss, grad_norm, step_metrics)
                 progress.update()
@@ -201,7 +200,7 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training() would also destroy the process group
         self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(self.model).pop("_is_accelerate_prepared", None)  # so that a later call to prepare() adds autocast again
+        vars(self.model).pop("_is_accelerate_prepared", None)  # a later call to prepare() must add autocast again
 
     def _update_weights(self, result: StepResult) -> tuple[Tensor, Tensor]:
         loss = self.accelerator.reduce(result.loss, "mean")

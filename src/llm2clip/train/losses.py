@@ -407,7 +407,7 @@ def _add_positive_pair_gradients(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the positive pairs' gradients for the images in `rows` in place. A pair's logit has the derivative -coef."""
+    """Add the positive pairs' gradients for the images in `rows` in place. d(loss)/d(logit) of each pair is -coef."""
     texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)

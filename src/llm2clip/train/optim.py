@@ -161,7 +161,7 @@ def compute_cached_loss(
         state_after = _get_random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             with torch.enable_grad(), _sync_gradients(model, n == len(passes) - 1):
-                _set_random_state(state)  # same dropout masks as in the first forward pass
+                _set_random_state(state)  # restores the dropout masks of the first forward pass
                 products = [(x * parts[n]).sum() for x, parts in zip(run(), gradients, strict=True)]
                 torch.stack(products).sum().mul(grad_output).backward()
         _set_random_state(state_after)
@@ -198,7 +198,7 @@ COMPILE_BACKEND = "inductor"
 def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool:
     """Return True if compilation, which takes one to two minutes, is likely to save time over the remaining steps.
 
-    Only towers that consist of identical blocks and are trained on a GPU are compiled. Convolutional networks are not.
+    Only towers with identical blocks that are trained on a GPU are compiled. Convolutional networks are not compiled.
     """
     if device.type != "cuda" or steps < MIN_COMPILED_STEPS or torch._dynamo.config.disable:
         return False

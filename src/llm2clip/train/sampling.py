@@ -100,7 +100,7 @@ class AlignBatches:
         """
         Args:
             records: Training data. Records without an image or without captions are ignored.
-            ranks: (rank, world size).
+            ranks: Rank of this process and world size.
             features: Store of a frozen tower's image features. If set, batches contain features instead of pixels, and
                 images without features are ignored.
             images_per_step: Number of images per step over all ranks. Default: see `resolve_images_per_step`.
@@ -134,9 +134,8 @@ class AlignBatches:
         self.config, self.store = config, store
         self.orders = EpochImageOrders(records, is_usable, config.seed, image_order, read_images=features is None)
         self.phrases = captions.get("phrases")
-        self.captions = CaptionSampler(
-            list(captions.values()), [config.caption_mix.get(kind, 0.0) for kind in captions], config
-        )
+        weights = [config.caption_mix.get(kind, 0.0) for kind in captions]
+        self.captions = CaptionSampler(list(captions.values()), weights, config)
         self.images = _RandomCropDataset(records.get_images(), TrainTransform(preprocess), config.seed)
 
     def __len__(self) -> int:
@@ -164,7 +163,7 @@ class AlignBatches:
             collate_fn=_collate_decoded_images,
             persistent_workers=False,
             **build_worker_options(workers, __name__),
-            generator=torch.Generator(),  # otherwise, the DataLoader would change the global random state
+            generator=torch.Generator(),  # without a generator, the DataLoader would change the global random state
         )
         for pixels, samples, failures in loader:
             if pixels is None:
@@ -266,9 +265,8 @@ class _RandomCropDataset(Dataset):
         epochs, images = np.array(samples, np.int64).T
         refs, generator = self.refs.take(images), torch.Generator()
         items = []
-        for sample, ref, seed in zip(
-            samples, refs, hash_counters(self.seed, epochs, images, _CROP).tolist(), strict=True
-        ):
+        seeds = hash_counters(self.seed, epochs, images, _CROP).tolist()
+        for sample, ref, seed in zip(samples, refs, seeds, strict=True):
             transform = partial(self.transform, generator=generator.manual_seed(seed))
             items.append((str(ref), decode_or_return_error(ref, transform), sample))
         return items
@@ -355,7 +353,7 @@ def _take_captions(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.nda
     """Take the next caption of each sampled kind, unless no captions of that kind are left for the image.
 
     Args:
-        shuffled: Permuted row numbers of each kind, of shape (N, captions), int64.
+        shuffled: Permuted row numbers of each kind of captions, of shape (N, captions), int64.
         counts: Number of valid row numbers in `shuffled` per kind and image, of shape (kinds, N), int64.
         kinds: Sampled kinds, of shape (captions per image, N), int64.
 

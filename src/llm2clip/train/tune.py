@@ -209,7 +209,7 @@ def _train(
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that a later call to prepare() adds autocast again
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # a later call to prepare() must add autocast again
 
 
 def _make_training_arguments(
@@ -237,7 +237,7 @@ def _make_training_arguments(
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
     )
-    args._n_gpu = 1  # one device per process; never use torch.nn.DataParallel
+    args._n_gpu = 1  # one device per process, without torch.nn.DataParallel
     return args
 
 
@@ -277,9 +277,9 @@ def pair_loss(
         scale: Factor applied to the cosine similarities (1 / temperature).
         text_ids: Ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
             texts must have the same id.
-        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each is a negative for all anchors.
-            M may differ between ranks.
-        symmetric: Each positive must also retrieve its anchor from all anchors.
+        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each hard negative is used for all
+            anchors. M may differ between ranks.
+        symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: Use the candidates of all ranks. All ranks must then call this function.
 
     Returns:
@@ -298,7 +298,7 @@ def pair_loss(
     all_negatives = extra.gather(negatives, gradients=True)
     all_anchor_ids, all_positive_ids = pairs.gather(anchor_ids), pairs.gather(positive_ids)
     candidate_ids = torch.cat([all_positive_ids, extra.gather(negative_ids)])
-    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair over all ranks
+    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
 
     def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
         excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
