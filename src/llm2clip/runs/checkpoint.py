@@ -244,8 +244,8 @@ def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
     if damages and latest is None:
         details = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in damages.items())
         return None, (
-            f"All checkpoints in {folder} are corrupt ({details}). Restore them from a backup, or delete {folder} to "
-            "start this stage over"
+            f"All checkpoints in {folder} are corrupt ({details}). Restore a checkpoint from a backup, or delete "
+            f"{folder} to start this stage over"
         )
     for checkpoint, damage in damages.items():
         new_path = checkpoint.with_name(f"{checkpoint.name}.damaged")

@@ -86,7 +86,7 @@ def hold_folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> I
         lock.acquire()
     except Timeout:
         raise FolderInUseError(
-            f"another run is writing to {folder}. Wait for it to finish, or use a different folder"
+            f"another run is writing to {folder}. Wait for that run to finish, or use a different folder"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
