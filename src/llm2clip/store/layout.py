@@ -225,7 +225,7 @@ def check_store_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path
 
 
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
-    """Check that the embeddings in `path` were created by the expected encoder, by comparing encoder identities.
+    """Compare encoder identities to check that the embeddings in `path` were created by the expected encoder.
 
     Raises:
         StoreError: The encoders differ. The message lists the settings that differ, with stored and expected values.

@@ -220,12 +220,13 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _subtract_gradient_bytes(activations, image.trained / machine.num_shards, several_passes)
-    # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
+    # Memory of the embeddings, the gathered embeddings, their gradients, and the tensors for one chunk of logits.
     chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # Distances from this rank's features to all features, intermediates and gradients, for both towers.
+        # Memory of the distances from this rank's features to all features, intermediates and gradients, for both
+        # towers.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_memory_overhead(text, machine)

@@ -427,8 +427,8 @@ def _list_ignored_token_ids(student: CaptionEncoder) -> set[int]:
 def sample_epoch_batches(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
     """Return the text indices for all steps of an epoch as an int64 array of shape (steps, texts_per_step).
 
-    The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. Each epoch omits a few random texts if the last step would be incomplete.
+    The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated (see
+    `repeat_phrases`). Each epoch omits a few random texts if the last step would be incomplete.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
@@ -453,7 +453,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def distill(
     student: CaptionEncoder, teacher: Teacher, data: DistillTexts, config: DistillConfig, run_dir: Path
 ) -> CaptionEncoder:
-    """Train a student in place on the texts, resuming from the latest checkpoint if one exists.
+    """Train a student in place on the texts in `data`, resuming from the latest checkpoint if one exists.
 
     Token embeddings are trained only for static students. Checkpoints and metrics.jsonl are written to `run_dir`.
 

@@ -232,7 +232,7 @@ class TrainingLoop:
             metrics = self.validate(self.model)
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # otherwise, FSDP keeps the gathered weights until the next backward pass
+                    module.reshard()  # without this call, FSDP keeps gathered weights until the next backward pass
             self.accelerator.log(metrics, step)
             if self.evaluations is not None:
                 self.evaluations.write(step, **metrics)

@@ -111,8 +111,8 @@ class Loss:
     Attributes:
         function: Function with the same arguments as `sigmoid_loss`, or as `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
-        matmuls: Number of matmuls between image and text embeddings for the loss and its gradient, in a single-process
-            run and per rank of a distributed run.
+        matmuls: Numbers of matmuls between image and text embeddings for the loss and its gradient: in a single-process
+            run, and per rank in a distributed run.
         chunk_tensors: Number of tensors of `LOGITS_PER_CHUNK` elements in memory at the same time.
     """
 
