@@ -225,8 +225,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # Memory of the distances from this rank's features to all features, intermediates and gradients, for both
-        # towers.
+        # For both towers: distances from this rank's features to all features, intermediates and gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_memory_overhead(text, machine)
