@@ -561,11 +561,11 @@ def test_align_does_not_resume_with_other_data_or_settings(
     ):
         with pytest.raises(ValueError, match=message):
             run_align(records, store, tmp_path / "run", dataclasses.replace(config, **change))
-    with pytest.raises(ValueError, match=r"images: .* then"):
+    with pytest.raises(ValueError, match=r"images: .* saved"):
         run_align(records[::-1], store, tmp_path / "run", config)
     other_encoder = CaptionEncoder.from_pretrained(make_llm(tmp_path / "other", seed=1), device="cpu")
     other_store = embed([text for r in records for text in r.texts], other_encoder, tmp_path / "other store")
-    with pytest.raises(ValueError, match=r"caption encoder: .* then"):
+    with pytest.raises(ValueError, match=r"caption encoder: .* saved"):
         run_align(records, other_store, tmp_path / "run", config)
 
 
