@@ -128,7 +128,7 @@ def make_checkpoint(folder: Path) -> None:
     train_layer(layer, optimizer, schedule, steps=2)
     checkpoints = CheckpointManager(folder)
     checkpoints.check_signature(SIGNATURE)
-    save_training_state(checkpoints.path(2), layer, optimizer, schedule)
+    save_training_state(checkpoints.get_checkpoint_path(2), layer, optimizer, schedule)
     checkpoints.commit(2)
 
 

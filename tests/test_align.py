@@ -76,8 +76,8 @@ def replace_info_nce(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 
 def read_metrics_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read the metrics of a step during the next step, as on a GPU."""
-    report = StepLogger._report_pending_steps
-    monkeypatch.setattr(StepLogger, "_report_pending_steps", lambda self, pending: report(self, pending=1))
+    report = StepLogger._log_pending_steps
+    monkeypatch.setattr(StepLogger, "_log_pending_steps", lambda self, pending: report(self, pending=1))
     monkeypatch.setattr(StepLogger, "flush", lambda self: report(self, pending=0))
 
 
@@ -556,16 +556,16 @@ def test_align_does_not_resume_with_other_data_or_settings(
     config = dataclasses.replace(ALIGN, epochs=1, save_steps=1)
     run_align(records, store, tmp_path / "run", config)
     for change, message in (
-        ({"batch_size": 20}, r"--align\.batch_size: 10 then, 20 now"),
-        ({"lr": 0.1}, r"--align\.lr: 0\.001 then, 0\.1 now"),
+        ({"batch_size": 20}, r"--align\.batch_size: 10 saved, 20 now"),
+        ({"lr": 0.1}, r"--align\.lr: 0\.001 saved, 0\.1 now"),
     ):
         with pytest.raises(ValueError, match=message):
             run_align(records, store, tmp_path / "run", dataclasses.replace(config, **change))
-    with pytest.raises(ValueError, match=r"images: .* then"):
+    with pytest.raises(ValueError, match=r"images: .* saved"):
         run_align(records[::-1], store, tmp_path / "run", config)
     other_encoder = CaptionEncoder.from_pretrained(make_llm(tmp_path / "other", seed=1), device="cpu")
     other_store = embed([text for r in records for text in r.texts], other_encoder, tmp_path / "other store")
-    with pytest.raises(ValueError, match=r"caption encoder: .* then"):
+    with pytest.raises(ValueError, match=r"caption encoder: .* saved"):
         run_align(records, other_store, tmp_path / "run", config)
 
 

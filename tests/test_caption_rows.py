@@ -93,7 +93,7 @@ def test_refused_captions_are_read_once_and_each_phrase_is_looked_up_once(
     for field, num_keys in (("captions", 6), ("phrases", 3)):
         reads.clear()
         looked_up.clear()
-        store_module._look_up_field_rows(table, field, store)
+        store_module._look_up_field(table, field, store)
         assert len(reads) == 1 and sum(looked_up) == num_keys, field
 
 
@@ -124,7 +124,7 @@ def test_rows_are_looked_up_again_only_if_captions_or_store_change(
         raise AssertionError("looked up again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_look_up_field_rows", fail)
+        patch.setattr(store_module, "_look_up_field", fail)
         same = build_record_table([str(tmp_path / "data.jsonl")], {}, SkipLog(), "ignore", tmp_path / "tables")
         assert list_rows(same, EmbeddingStore(store.folder)) == EXPECTED
     reversed_store = write_store(tmp_path / "reversed", TEXTS[::-1])

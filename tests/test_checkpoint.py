@@ -38,17 +38,17 @@ def test_checkpoints_resume_from_the_latest_complete_one(tmp_path: Path) -> None
 
 def test_checkpoints_reject_another_signature(tmp_path: Path) -> None:
     make_checkpoints(tmp_path, complete=(10,))
-    with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-10: steps: 20 then, 5 now"):
+    with pytest.raises(ValueError, match=r"Cannot resume from .*checkpoint-10: steps: 20 saved, 5 now"):
         CheckpointManager(tmp_path).check_signature({"steps": 5})
 
 
 def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path)
     for step in (2, 4, 10):
-        checkpoints.path(step).mkdir()
-        assert latest_checkpoint(tmp_path) != checkpoints.path(step)
+        checkpoints.get_checkpoint_path(step).mkdir()
+        assert latest_checkpoint(tmp_path) != checkpoints.get_checkpoint_path(step)
         checkpoints.commit(step)
-        assert latest_checkpoint(tmp_path) == checkpoints.path(step)
+        assert latest_checkpoint(tmp_path) == checkpoints.get_checkpoint_path(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
 
 

@@ -86,7 +86,7 @@ def test_data_page_shows_broken_images_and_escapes_all_texts(
         "`fit` would fail: 25.0% of the rows cannot be used. Most common reason: missing image (1 row)."
     )
     assert "records without an image 1\n" in text and "\x1b" not in text
-    assert "25.0% of the rows are skipped. `fit` fails above 5%" in text and "missing image 1\n" in text
+    assert "25.0% of the rows are skipped. `fit` accepts at most 5%" in text and "missing image 1\n" in text
     html = page.read_text()
     assert SCRIPT not in html and "&lt;script&gt;" in html and "&lt;b&gt;.jpg" in html
     assert "broken.png: unreadable image" in html and html.count("data:image/jpeg") == 1

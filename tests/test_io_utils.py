@@ -135,8 +135,8 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
         with atomic_path(tmp_path / "model/best.safetensors") as file:
             save_file({"a": torch.zeros(1)}, file)
         checkpoints = CheckpointManager(tmp_path / "checkpoints")
-        checkpoints.path(1).mkdir(parents=True)
-        save_file({"a": torch.zeros(1)}, checkpoints.path(1) / "state.safetensors")
+        checkpoints.get_checkpoint_path(1).mkdir(parents=True)
+        save_file({"a": torch.zeros(1)}, checkpoints.get_checkpoint_path(1) / "state.safetensors")
         checkpoints.commit(1)
     finally:
         os.umask(old)

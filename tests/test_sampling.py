@@ -92,7 +92,7 @@ def test_caption_mix_weights_the_kinds_of_captions(records: list[Record], store:
     samples = [(epoch, image) for epoch in range(20) for image in range(len(records))]
     sampled = []
     for epoch, image in samples:
-        rows, image_of_caption = batches.captions.sample(np.array([epoch]), np.array([image]))
+        rows, image_of_caption = batches.captions.sample_captions(np.array([epoch]), np.array([image]))
         assert not image_of_caption.any()
         sampled.append(rows.tolist())
     first_is_long = [rows[0] in long[image] for (_, image), rows in zip(samples, sampled, strict=True)]
@@ -118,13 +118,13 @@ def test_captions_of_a_batch_are_those_sampled_for_each_image_separately(
     config = dataclasses.replace(ALIGN, captions_per_image=captions_per_image, seed=12)
     epochs, images = rng.integers(0, 3, 300), rng.integers(0, 200, 300)
     sampler = CaptionSampler(indexes, weights, config)
-    rows, image_of_caption = sampler.sample(epochs, images)
+    rows, image_of_caption = sampler.sample_captions(epochs, images)
     assert rows.dtype == image_of_caption.dtype == np.int64
     for n, (epoch, image) in enumerate(zip(epochs.tolist(), images.tolist(), strict=True)):
         captions_by_kind = [sorted({int(row) for row in captions[image]}) for captions in kinds]
         expected = sample_captions(captions_by_kind, weights, captions_per_image, (12, epoch, image))
         assert rows[image_of_caption == n].tolist() == expected
-        alone, _ = sampler.sample(epochs[n : n + 1], images[n : n + 1])
+        alone, _ = sampler.sample_captions(epochs[n : n + 1], images[n : n + 1])
         assert alone.tolist() == expected, "the other images of a batch make no difference"
     assert (np.diff(image_of_caption) >= 0).all()
 

@@ -325,9 +325,9 @@ def test_tune_resumes_exactly(llm: Path, tmp_path: Path, change: dict[str, Any])
 def test_tune_does_not_resume_with_other_settings_or_data(llm: Path, tmp_path: Path) -> None:
     tune([CAPTIONS], open_encoder(llm), TUNE, tmp_path).rename(tmp_path / "removed")
     for change, data, message in (
-        ({"precision": "bf16"}, CAPTIONS, "precision: fp32 then, bf16 now"),
-        ({"steps": 7}, CAPTIONS, "steps: 6 then, 7 now"),
-        ({}, CAPTIONS[::-1], r"texts: .* then"),
+        ({"precision": "bf16"}, CAPTIONS, "precision: fp32 saved, bf16 now"),
+        ({"steps": 7}, CAPTIONS, "steps: 6 saved, 7 now"),
+        ({}, CAPTIONS[::-1], r"texts: .* saved"),
     ):
         with pytest.raises(ValueError, match=rf"Cannot resume from .*{message}"):
             tune([data], open_encoder(llm), dataclasses.replace(TUNE, **change), tmp_path)

@@ -43,7 +43,7 @@ from llm2clip.runs.output_folder import (
 )
 from llm2clip.runs.ranks import distribute_like, full_tensor, print_once, process_state, wait_for_everyone
 
-FORMAT_VERSION = 1  # version of the checkpoint format
+FORMAT_VERSION = 1
 TENSOR_FILE, JSON_FILE = "state-{}.safetensors", "state.json"
 MAX_FILE_BYTES = 4 * 2**30  # maximum file size, and maximum size of the unsharded tensors in the main process's memory
 
@@ -63,7 +63,7 @@ class CheckpointManager:
         and training resumes from the previous checkpoint.
 
         Raises:
-            ValueError: The latest checkpoint has a different format version or is not visible on this rank, or all
+            ValueError: The latest checkpoint has an unsupported format version or is not visible on this rank, or all
                 checkpoints are corrupt.
         """
         self.folder = folder
@@ -85,9 +85,9 @@ class CheckpointManager:
         self.step = 0 if latest is None else parse_checkpoint_step(latest)
 
     def get_saved_items_per_step(self, name: str) -> int | None:
-        """Return the resumed run's number of items per step, over all ranks, or None if there is no checkpoint.
+        """Return the total number of items per step of the run to resume, or None for a new run.
 
-        If the number of ranks has changed, print a message. `name` is the key of the number of items in the signature.
+        The number is stored in the signature under the key `name`. If the number of ranks has changed, print a message.
 
         Raises:
             ValueError: The number of items per step is not divisible by the number of ranks.
@@ -110,11 +110,11 @@ class CheckpointManager:
         return total
 
     def get_saved_property(self, name: str) -> Any:
-        """Return a property from the signature of the checkpoint to resume from, or None if there is no checkpoint."""
+        """Return a property from the saved signature of the run to resume, or None for a new run."""
         return None if self.latest is None else self._marker["signature"].get(name)
 
     def check_signature(self, signature: Mapping[str, Any]) -> None:
-        """Raise ValueError if the latest checkpoint has another signature. Save `signature` in all later checkpoints.
+        """Raise ValueError if the latest checkpoint has a different signature. Save `signature` in later checkpoints.
 
         The signature consists of properties that must not change when the run is resumed, such as the learning rate and
         a hash of the data. The values must be JSON-serialisable.
@@ -124,7 +124,7 @@ class CheckpointManager:
             return
         saved = self._marker["signature"]
         changes = [
-            f"{name}: {saved.get(name)} then, {value} now"
+            f"{name}: {saved.get(name)} saved, {value} now"
             for name, value in signature.items()
             if saved.get(name) != value
         ]
@@ -134,7 +134,7 @@ class CheckpointManager:
                 f"{self.folder} to start this stage over"
             )
 
-    def path(self, step: int) -> Path:
+    def get_checkpoint_path(self, step: int) -> Path:
         return self.folder / f"{CHECKPOINT_PREFIX}{step}"
 
     def commit(self, step: int) -> None:
@@ -142,7 +142,7 @@ class CheckpointManager:
         state = process_state()
         wait_for_everyone()
         if state.is_main_process:
-            _mark_complete(self.path(step), {"signature": self._signature, "ranks": state.num_processes})
+            _mark_complete(self.get_checkpoint_path(step), {"signature": self._signature, "ranks": state.num_processes})
             for path in list_checkpoints(self.folder)[:-MAX_CHECKPOINTS]:
                 shutil.rmtree(path)
 
@@ -160,7 +160,6 @@ class TrainingLogCallback(TrainerCallback):
         """
         Args:
             metrics: JSONL file to which the main process writes metrics.
-            description: Label of the progress bar.
             advice: Text to append to the error message if the loss or gradient norm is not finite.
             log_summary: Also write the Trainer's final summary (run time, mean loss).
         """
@@ -186,7 +185,7 @@ class TrainingLogCallback(TrainerCallback):
             raise_if_not_finite(name, logs.get(name, 0.0), state.global_step, self.checkpoints, self.advice)
         if self.log is not None and ("loss" in logs or self.log_summary):
             self.log.write(state.global_step, **logs)
-        if "loss" in logs:  # the final summary has no loss
+        if "loss" in logs:  # the Trainer's final summary has no loss
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             self.bar.update(state.global_step - self.bar.n)
 
@@ -223,15 +222,14 @@ def _mark_complete(checkpoint: Path, run: Mapping[str, Any]) -> None:
         sizes[name] = (checkpoint / name).stat().st_size
     fsync_folder(checkpoint)
     fsync_folder(checkpoint.parent)
-    atomic_write_text(
-        checkpoint / COMPLETE_MARKER, json.dumps({"format_version": FORMAT_VERSION, "files": sizes, **run})
-    )
+    marker = {"format_version": FORMAT_VERSION, "files": sizes, **run}
+    atomic_write_text(checkpoint / COMPLETE_MARKER, json.dumps(marker))
 
 
 def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
     """Return the latest intact checkpoint, and an error message if all checkpoints are corrupt.
 
-    Remove incomplete checkpoints. Rename corrupt checkpoints that are later than the returned checkpoint.
+    Remove incomplete checkpoints. Rename corrupt checkpoints that are newer than the returned checkpoint.
     """
     damages: dict[Path, str] = {}
     latest = None
@@ -246,8 +244,8 @@ def _find_intact_checkpoint(folder: Path) -> tuple[Path | None, str]:
     if damages and latest is None:
         details = "; ".join(f"{checkpoint.name}: {damage}" for checkpoint, damage in damages.items())
         return None, (
-            f"All checkpoints in {folder} are corrupt ({details}). Restore them from a backup, or delete {folder} to "
-            "start this stage over"
+            f"All checkpoints in {folder} are corrupt ({details}). Restore a checkpoint from a backup, or delete "
+            f"{folder} to start this stage over"
         )
     for checkpoint, damage in damages.items():
         new_path = checkpoint.with_name(f"{checkpoint.name}.damaged")
@@ -290,7 +288,7 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     part_bytes, part_number = 0, 1
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in _iterate_state_tensors(model, optimizer):
-        tensor = full_tensor(shard.detach())  # must be called by all ranks
+        tensor = full_tensor(shard.detach())  # all ranks must call `full_tensor`
         if not is_main:
             continue
         if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
@@ -311,10 +309,10 @@ def _save_state_part(tensors: dict[str, Tensor], file: Path) -> None:
 
 @torch.no_grad()
 def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, scaler: Any = None) -> None:
-    """Load a state saved by `save_training_state`. The number of ranks may differ. Must be called by all ranks.
+    """Load a state that `save_training_state` saved with any number of ranks. Must be called by all ranks.
 
     Raises:
-        ValueError: The saved weights are not exactly the weights that this run trains.
+        ValueError: The checkpoint does not contain exactly the weights that this run trains.
     """
     file_of: dict[str, Any] = {}  # tensor name -> file that contains the tensor
     for path in folder.glob(TENSOR_FILE.format("*")):
@@ -336,11 +334,11 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
     for number, parameter in enumerate(parameters):
         prefix = f"optimizer/{names[id(parameter)]}/"
         values: dict[str, Tensor] = {}
-        for name in sorted(name for name in file_of if name.startswith(prefix)):  # same order on all ranks
+        for name in sorted(name for name in file_of if name.startswith(prefix)):  # the same order on all ranks
             value, key = file_of[name].get_tensor(name), name.removeprefix(prefix)
             # All values except the step have the parameter's shape and sharding.
             values[key] = value if key == "step" else distribute_like(parameter, value)
-        if values:  # a parameter without a gradient has no state
+        if values:  # parameters without gradients have no optimizer state
             states[number] = values
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -355,8 +353,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
 class TrainingStateMixin:
     """Mixin for transformers' Trainer that saves the training state with `save_training_state`.
 
-    The Trainer itself would also save frozen weights, and would pickle the state of sharded models. All other
-    checkpoint files are still written by the Trainer, which loads them as JSON or with `weights_only`.
+    Without this mixin, the Trainer would also save frozen weights, and would pickle the state of sharded models. The
+    Trainer still writes all other checkpoint files, and loads these files as JSON or with `weights_only`.
     """
 
     args: Any

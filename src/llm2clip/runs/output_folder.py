@@ -1,7 +1,7 @@
 """Output folders: format versions, locks, and a run's config, metrics and list of checkpoints.
 
 Folders with an unsupported format version are rejected. Only one command can write to a folder at a time. A resumed run
-must have the settings that are saved in its run directory.
+must use the settings that are saved in its run directory.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from filelock import FileLock, Timeout
 from llm2clip.config import RESUME_SAFE
 from llm2clip.io_utils import atomic_write_jsonl, atomic_write_text, explain_write_errors, hide_url_secrets
 
-CONFIG_FILE = "config.yaml"  # all settings of a run
-CHECKPOINT_PREFIX = "checkpoint-"  # same prefix as in transformers' Trainer
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_PREFIX = "checkpoint-"  # the prefix that transformers' Trainer uses
 COMPLETE_MARKER = "complete"  # file that marks a checkpoint as complete
 TAIL_BYTES = 1 << 14  # bytes read from the end of a metrics file to find the latest metrics
-MAX_CHECKPOINTS = 2  # older checkpoints are removed
+MAX_CHECKPOINTS = 2  # number of checkpoints to keep; older checkpoints are removed
 ENCODER_CHOICE_FILE = "encoder_choice.json"  # written by `fit --encoder.path auto`
 RUN_LOCK = ".run.lock"  # held during all stages of a run; embedding stores have an additional lock
 
-# Kind of folder whose files look like data -> glob patterns that all have matches in such a folder.
+# Output folders that could be mistaken for data -> file name patterns that all have matches in such a folder.
 _NOT_DATA = {
     "a run directory": (CONFIG_FILE, "skipped.jsonl"),
     "an embedding store": ("manifest.json", "keys-*.parquet"),
@@ -42,7 +42,7 @@ class FormatVersionError(ValueError):
 def check_format_version(path: str | Path, version: Any, supported: int, advice: str) -> None:
     """Raise FormatVersionError if the format version of the file at `path` is not `supported`.
 
-    `advice` is the part of the error message that explains how to replace a file of an older version.
+    `advice` is appended to the error message and explains how to replace an outdated file.
     """
     is_number = isinstance(version, int)
     if is_number and version == supported:
@@ -56,7 +56,7 @@ def check_format_version(path: str | Path, version: Any, supported: int, advice:
 
 
 def describe_output_folder(names: Collection[str]) -> str | None:
-    """Describe the llm2clip output folder that contains these files. Return None if the folder may contain data."""
+    """Describe the llm2clip output folder that contains these files. Return None if the folder may be input data."""
     for description, patterns in _NOT_DATA.items():
         if all(fnmatch.filter(names, pattern) for pattern in patterns):
             return description
@@ -72,10 +72,10 @@ class FolderInUseError(ValueError):
 
 @contextmanager
 def hold_folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> Iterator[None]:
-    """Hold a lock on a folder. The operating system releases it when the process ends, even if the process is killed.
+    """Hold a lock on a folder. The operating system releases the lock when the process ends, even if it is killed.
 
-    The folder is created if needed. On file systems without locks, do nothing. Wait up to `timeout` seconds for another
-    run, or without a limit if `timeout` is negative.
+    The folder is created if needed. If another run holds the lock, wait up to `timeout` seconds, or indefinitely if
+    `timeout` is negative. On file systems that do not support locks, no lock is acquired.
 
     Raises:
         FolderInUseError: Another run holds the lock.
@@ -86,11 +86,11 @@ def hold_folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> I
         lock.acquire()
     except Timeout:
         raise FolderInUseError(
-            f"another run is writing to {folder}. Wait for it to finish, or use a different folder"
+            f"another run is writing to {folder}. Wait for that run to finish, or use a different folder"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-            advice = "Check the folder's permissions, and delete this file if it is not a regular file"
+            advice = "Check the folder's permissions. If the lock file is not a regular file, delete it"
             message = f"cannot lock {folder / name} ({error.strerror}). {advice}"
             raise OSError(error.errno, message) from error
     try:
@@ -101,7 +101,7 @@ def hold_folder_lock(folder: Path, name: str = ".lock", timeout: float = 0) -> I
 
 @contextmanager
 def hold_run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory on the main process. It must be acquired before the run writes any files.
+    """Hold the lock of a run directory on the main process. Acquire the lock before the run writes any files.
 
     Raises:
         FolderInUseError: Another run holds the lock.
@@ -114,7 +114,7 @@ def hold_run_lock(run_dir: Path) -> Iterator[None]:
 
 # ---- config of a run -------------------------------------------------------------------------------------------------
 
-# Section of a run's config -> command. The first section that a config contains determines the command.
+# Config section -> command. The first of these sections that a run's config contains determines the command.
 RUN_COMMANDS = {"llava": "llava", "distill": "distill", "embed": "fit", "align": "align", "tune": "tune"}
 # `align` settings may be changed until the run directory contains one of these files or folders.
 ALIGN_OUTPUTS = ("align/checkpoints", "checkpoints", "model")
@@ -133,15 +133,14 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
     may be changed until the `align` stage has written outputs. Dataclasses in `config` are converted to dicts.
 
     Raises:
-        ConfigChangedError: The saved config is different. The message lists the differences.
+        ConfigChangedError: The config differs from the saved config. The message lists the differences.
     """
     file = run_dir / CONFIG_FILE
     new = to_plain_types(config)
     if has_outputs(run_dir):
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changes = [
-            change for change in _find_changed_settings(saved, new) if change[0].split(".")[-1] not in RESUME_SAFE
-        ]
+        changes = _find_changed_settings(saved, new)
+        changes = [change for change in changes if change[0].split(".")[-1] not in RESUME_SAFE]
         if not any((run_dir / output).exists() for output in ALIGN_OUTPUTS):
             changes = [change for change in changes if not change[0].startswith("align.")]
         if changes:
@@ -164,7 +163,7 @@ def has_outputs(run_dir: Path) -> bool:
 def to_plain_types(value: Any) -> Any:
     """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML.
 
-    Credentials are removed from URLs, so that they are not saved with the settings.
+    Credentials in URLs are removed, so that no credentials are saved with the settings.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_plain_types(dataclasses.asdict(value))
@@ -193,17 +192,16 @@ def _find_changed_settings(saved: Any, new: Any, name: str = "") -> list[tuple[s
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step, or None if there is none."""
+    """Return the complete checkpoint with the highest step, or None if there are no complete checkpoints."""
     complete = [path for path in list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
     return complete[-1] if complete else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List all checkpoints in a folder, including incomplete ones, sorted by step."""
+    """List all checkpoints in a folder, including incomplete checkpoints, sorted by step."""
     paths = folder.glob(f"{CHECKPOINT_PREFIX}*")
-    return sorted(
-        (path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)), key=parse_checkpoint_step
-    )
+    checkpoints = [path for path in paths if re.fullmatch(rf"{CHECKPOINT_PREFIX}\d+", path.name)]
+    return sorted(checkpoints, key=parse_checkpoint_step)
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:
@@ -214,7 +212,7 @@ class MetricsLog:
     """JSONL file of metrics, with one object per line. Each object has a `step` field."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Prepare the file for appending. Drop lines for steps after `resume_step`, because training repeats them."""
+        """Prepare the file for appending. Delete the lines of steps after `resume_step`, which training will repeat."""
         self.path = path
         lines = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
         atomic_write_jsonl(path, lines)
@@ -225,7 +223,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
-    """Read the lines of a metrics file, or only the lines at its end. Ignore lines truncated by a killed process."""
+    """Read a metrics file, or only its last `tail_bytes` bytes. Ignore lines truncated by a killed process."""
     if not path.is_file():
         return []
     with path.open("rb") as file:

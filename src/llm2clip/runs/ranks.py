@@ -22,8 +22,8 @@ PEER_FAILED = (
     "Another process exited, was killed or is not responding. The first error in the output of all processes shows the "
     "cause. Run the same command again to resume"
 )
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # collective operations fail if a rank is missing for this long
-WAIT_TIMEOUT = timedelta(days=1)  # maximum time that `wait_for_everyone` waits
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # timeout of collective operations
+WAIT_TIMEOUT = timedelta(days=1)  # timeout of `wait_for_everyone`
 
 
 def process_state() -> PartialState:
@@ -39,8 +39,7 @@ def process_state() -> PartialState:
 def wait_for_everyone() -> None:
     """Wait until all ranks have called this function, for example while the main process evaluates the model.
 
-    The barrier uses Gloo, which fails immediately if another rank exits or is killed, because its connection closes.
-    NCCL would fail only after a timeout.
+    The barrier uses Gloo, which fails as soon as another rank exits or is killed. NCCL would fail only after a timeout.
 
     Raises:
         RuntimeError: Another rank exited, or did not call this function within `WAIT_TIMEOUT`.
@@ -57,12 +56,12 @@ def wait_for_everyone() -> None:
 
 @lru_cache(maxsize=1)
 def _get_gloo_group(world: Any) -> dist.ProcessGroup:
-    """Return a Gloo group of all ranks in the default group `world`. All ranks must make the first call."""
+    """Return a Gloo group of all ranks in the default group `world`. The first call must be made by all ranks."""
     return dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
 
 
 def is_distributed() -> bool:
-    """Return True if this process belongs to an initialised process group."""
+    """Return True if this process is part of an initialised process group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -73,7 +72,7 @@ def print_once(*lines: str) -> None:
 
 
 def load_or_compute_json(file: Path, compute: Callable[[], Any]) -> Any:
-    """Load a JSON file. If it does not exist, the main process computes and writes its contents first."""
+    """Load a JSON file. If the file does not exist, the main process first computes and writes its contents."""
     state = process_state()
     if state.is_main_process and not file.exists():
         atomic_write_text(file, json.dumps(compute(), indent=1))
@@ -147,7 +146,7 @@ def _all_gather_rows(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def max_over_ranks(value: int, device: torch.device) -> int:
+def all_reduce_max(value: int, device: torch.device) -> int:
     """Return the maximum of `value` over all ranks. Must be called by all ranks."""
     if not is_distributed():
         return value
@@ -158,9 +157,9 @@ def max_over_ranks(value: int, device: torch.device) -> int:
 
 # ---- mixed precision and FSDP ----------------------------------------------------------------------------------------
 
-# With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights. Every forward pass gathers
-# weights from all ranks, so all ranks must run the same number of forward passes. Each rank has only a shard of each
-# parameter, so parameters must be gathered before they are saved.
+# With `accelerate launch --use_fsdp --fsdp_version 2`, Accelerate shards the weights.
+# Every forward pass gathers weights from all ranks, so all ranks must run the same number of forward passes.
+# Each rank has only a shard of each parameter, so parameters must be gathered before they are saved.
 
 
 def is_fsdp_enabled() -> bool:
@@ -227,13 +226,13 @@ def gather_to_cpu(empty_model: nn.Module, sharded_model: nn.Module) -> nn.Module
 
 def full_tensor(weight: Tensor) -> Tensor:
     """Return a parameter as a single unsharded tensor. Must be called by all ranks."""
-    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # a DTensor has this method
+    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # only DTensors have this method
     return full
 
 
 def distribute_like(weight: Tensor, value: Tensor) -> Tensor:
     """Move an unsharded value, identical on all ranks, to a parameter's device, and shard it like the parameter."""
-    from torch.distributed.tensor import DTensor, distribute_tensor  # importing it takes half a second
+    from torch.distributed.tensor import DTensor, distribute_tensor  # importing DTensor takes half a second
 
     value = value.to(weight.device)
     if not isinstance(weight, DTensor):

@@ -72,7 +72,7 @@ class StageTimer:
         self._stage, self._start = "", 0.0
 
     def start(self, title: str) -> None:
-        """Stop the current stage and start a new one. `title` has the form "1/4 tune: training on captions"."""
+        """Stop the current stage and start a new stage. `title` has the form "1/4 tune: training on captions"."""
         self.stop()
         print_once(title)
         self._stage, self._start = title.split()[1].rstrip(":"), time.time()

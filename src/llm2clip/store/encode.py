@@ -37,7 +37,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_store_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
-MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings, so shards with large patch features have fewer items
+MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings; limits the number of items with large patch features
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -63,11 +63,11 @@ def embed(
         precision: Precision of the encoder; see `CaptionEncoder.encode`. For "auto", see `resolve_store_precision`.
         dtype: Storage dtype: float16, float32 or int8 (with one scale factor per row).
         device: Device on which to encode. If there are captions to encode, the encoder is moved to this device and
-            keeps only the weights needed for encoding (see `CaptionEncoder.move_for_encoding`). Default: the encoder's
-            current device, with all weights kept.
+            keeps only the weights needed for encoding (see `CaptionEncoder.move_for_encoding`). By default, the encoder
+            stays on its current device and keeps all weights.
 
     Raises:
-        TypeError, ValueError: A caption is not a string or not valid Unicode.
+        TypeError, ValueError: A caption is not a string or is not valid Unicode.
         StoreError: The store was created with a different encoder, or another run is writing to the store.
     """
     keep_freed_memory(device or encoder.device)
@@ -98,15 +98,15 @@ def resolve_store_precision(
     if (folder / MANIFEST).is_file():
         return str(read_manifest(folder)["identity"]["precision"])
 
-    def resolve() -> str:
+    def resolve_auto_precision() -> str:
         target = device or encoder.device
         return resolve_precision("embed", "auto", target, lambda: calibrate_precision(encoder, target))
 
-    return str(load_or_compute_json(folder / "precision.json", resolve))
+    return str(load_or_compute_json(folder / "precision.json", resolve_auto_precision))
 
 
 def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], precision: str, folder: Path) -> int:
-    """Return the number of tokens per batch with which these captions are encoded fastest, as measured by rank 0.
+    """Return the fastest number of tokens per batch for encoding these captions, as measured by rank 0.
 
     The result is saved in the store's folder and reused, so that a resumed run computes bit-identical embeddings. For
     fewer than 4,096 captions, the encoder's default is returned.
@@ -114,14 +114,14 @@ def load_or_tune_batch_tokens(encoder: CaptionEncoder, captions: Sequence[str], 
     if len(captions) < MIN_CAPTIONS_TO_TUNE:
         return encoder.default_batch_tokens
 
-    def measure() -> int:
+    def measure_batch_tokens() -> int:
         return tune_batch_tokens(encoder, tokenize_shard(captions, encoder).tokens, precision)
 
-    return int(load_or_compute_json(folder / f"batch_tokens-{encoder.device.type}.json", measure))
+    return int(load_or_compute_json(folder / f"batch_tokens-{encoder.device.type}.json", measure_batch_tokens))
 
 
 def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens: int, precision: str) -> None:
-    """Encode this process's shards, while threads write the previous shard and tokenize the next one."""
+    """Encode this process's shards, while threads write the previous shard and tokenize the next shard."""
     tokenized_shards = ((n, tokenize_shard(plan.read_captions(n), encoder)) for n in plan.list_local_shards())
     with (
         plan.create_progress_bar("embed", "caption") as bar,
@@ -140,15 +140,13 @@ def _encode_local_shards(plan: WritePlan, encoder: CaptionEncoder, batch_tokens:
 
 @dataclass(frozen=True)
 class TokenizedShard:
-    """Tokenized captions of a shard."""
-
     captions: list[str]  # captions that could be tokenized
     tokens: TokenizedTexts
     refused: list[tuple[str, str]]  # (caption, reason) for each caption that could not be tokenized
 
 
 def tokenize_shard(captions: Sequence[str], encoder: CaptionEncoder) -> TokenizedShard:
-    """Tokenize captions. List captions that yield no tokens or cause a tokenizer error in `refused`."""
+    """Tokenize captions. In the result, `refused` lists captions that yield no tokens or cause a tokenizer error."""
     try:
         tokens = encoder.tokenize(captions)
         if all(tokens.ids):
@@ -176,7 +174,7 @@ def write_shard(
     for name, rows in (("truncated", truncated), ("refused", refused)):
         if rows:
             file = writer.folder / f"{name}-{number:05d}.jsonl"
-            # The file already exists if an earlier run was killed before it had written the shard.
+            # The file already exists if an earlier run was killed before it wrote the shard.
             old_rows = [row for _, row in read_jsonl(file)] if file.is_file() else []
             by_caption = {row["caption"]: row for row in (*old_rows, *rows)}
             atomic_write_jsonl(file, by_caption.values())
@@ -201,7 +199,7 @@ class ImageEncoder(Protocol):
 
 
 class TowerEncoder:
-    """Image encoder made of a vision tower without a projection, for caching the features of a frozen tower."""
+    """Image encoder for caching the features of a frozen vision tower, without a projection."""
 
     def __init__(self, tower: VisionTower, precision: Precision) -> None:
         """Set the tower to eval mode. If `precision` is bf16 or fp16, the tower runs under autocast."""
@@ -250,7 +248,7 @@ def store_image_features(
     """
     keys = make_image_keys(refs)
     shard_size = max(1, min(SHARD_SIZE, MAX_SHARD_BYTES // (DTYPES[dtype].itemsize * encoder.embed_dim)))
-    indices = map(str, range(len(refs)))  # image numbers, which are stored in temporary files instead of image names
+    indices = map(str, range(len(refs)))  # the temporary files contain image numbers instead of names
     with open_store_for_writing(
         indices, folder, identity, encoder.embed_dim, dtype=dtype, shard_size=shard_size, keys=keys
     ) as plan:
@@ -262,7 +260,7 @@ def store_image_features(
                 names = [str(shard_refs[i]) for i in decoded]
                 plan.writer.write(number, names, [0] * len(names), features.numpy(), keys[shard_rows[decoded]])
     store = EmbeddingStore(folder)
-    # Each process checks the limit on failures only at the end. After an earlier error, the others would wait forever.
+    # Check the failure limit only at the end: after an earlier error, the other processes would wait forever.
     # The log already contains this process's failures. Add the images that failed in other processes.
     failed = np.flatnonzero(store.find_keys(keys) < 0)
     first_of_image = np.unique(keys[failed].view(f"V{KEY_BYTES}")[:, 0], return_index=True)[1]
@@ -303,7 +301,7 @@ def encode_image_batches(
     """Decode and encode images. Undecodable images are recorded in `log`.
 
     Returns:
-        Float32 embeddings of shape (N, embed_dim), and the index in `refs` of each of the N encoded images.
+        Float32 embeddings of shape (N, embed_dim), and the indices in `refs` of the N encoded images.
     """
     embeddings, indices = [torch.empty(0, encoder.embed_dim)], []
     for decoded, images, failures in iter_image_batches(refs, encoder.transform, batch_size, workers):
@@ -349,7 +347,7 @@ def embed_with_ray(
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
         folder: Store folder, on a file system shared by all machines.
-        workers: Number of workers. 0 means one per GPU in the cluster or, without GPUs, one per two CPU cores.
+        workers: Number of workers. 0 means one worker per GPU or, if there are no GPUs, one worker per two CPU cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -367,8 +365,8 @@ def embed_with_ray(
     precision = resolve_store_precision(precision, encoder, Path(folder), process_state().device)
     identity, embed_dim = encoder.identity(precision), encoder.embed_dim
     del encoder
-    free_memory()  # the encoder contains reference cycles
-    torch.cuda.empty_cache()  # free the GPU memory used to select the precision
+    free_memory()  # frees the encoder, which contains reference cycles
+    torch.cuda.empty_cache()  # frees the GPU memory that was used to select the precision
     start_ray = not ray.is_initialized()
     if start_ray:
         _start_ray()

@@ -10,9 +10,9 @@
       index-1a2b3c4d.npy     key index; see `KeyIndex`
 
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
-with a keys file is complete. The manifest and the index only summarise the shards and are rebuilt from them after an
-interruption. Embeddings are looked up by caption hash, never by position, so you can reorder, extend or filter the
-captions of a dataset.
+with a keys file is complete. The manifest and the index only summarise the shards, and are rebuilt from the shards
+after an interruption. Embeddings are looked up by caption hash, never by position, so you can reorder, extend or filter
+the captions of a dataset.
 """
 
 import hashlib
@@ -46,12 +46,12 @@ NEW_STORE_ADVICE = "Delete the store and create it again with `llm2clip embed`"
 MANIFEST = "manifest.json"
 KEY_BYTES = 16
 LOOKUP_CHUNK_SIZE = 1 << 18  # maximum number of keys to compute or look up at once
-NUM_KEY_PARTS = 16  # number of parts in which keys are sorted, to limit the memory for sorting
+NUM_KEY_PARTS = 16  # keys are sorted in this many parts to limit memory use
 # Spec shared by all shards of a store: encoder identity, embedding dimension and dtype.
 StoreSpec = tuple[dict[str, Any], int, str]
 # Exceptions raised by corrupt JSON, Parquet and .npy files.
 READ_ERRORS = (ValueError, KeyError, TypeError, OSError, EOFError, SyntaxError, TokenError, pa.ArrowException)
-_stat_cached = lru_cache(maxsize=65536)(os.stat)  # for tar files and tables, each of which may contain many images
+_stat_cached = lru_cache(maxsize=65536)(os.stat)  # cached because tar files and tables can contain many images
 
 
 class StoreError(ValueError):
@@ -63,7 +63,7 @@ class Shard:
     """Shard of a store. The field names are the keys in the manifest."""
 
     number: int
-    start: int  # number of the shard's first row in the store
+    start: int  # row number of the shard's first row within the store
     rows: int
     sha256: str  # see `compute_shard_checksum`
 
@@ -84,7 +84,7 @@ def get_scales_path(folder: Path, number: int) -> Path:
 
 
 def get_index_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    """Return the path of the key index for exactly these shards. The name contains a hash of their metadata."""
+    """Return the path of the key index of these shards. The file name contains a hash of the shards' metadata."""
     digest = hashlib.sha256(repr([(s.number, s.rows, s.sha256) for s in shards]).encode()).hexdigest()
     return folder / f"index-{digest[:12]}.npy"
 
@@ -112,7 +112,7 @@ def read_shard_metadata(folder: Path, number: int) -> tuple[int, str, StoreSpec]
 
     Raises:
         StoreError: The file is corrupt.
-        FormatVersionError: The shard has a different format version.
+        FormatVersionError: The shard's format version is not supported.
     """
     path = get_keys_path(folder, number)
     try:
@@ -153,9 +153,8 @@ def read_keys(folder: Path, shard: Shard) -> np.ndarray:
     except READ_ERRORS as error:
         raise build_corruption_error(path, error) from error
     if len(column) != shard.rows or column.type != pa.binary(KEY_BYTES):
-        raise build_corruption_error(
-            path, f"{len(column)} keys of type {column.type}, expected {shard.rows} keys of 16 bytes"
-        )
+        reason = f"it has {len(column)} keys of type {column.type} instead of {shard.rows} keys of 16 bytes"
+        raise build_corruption_error(path, reason)
     values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * KEY_BYTES :]
     return values[: shard.rows * KEY_BYTES].reshape(-1, KEY_BYTES)
 
@@ -190,7 +189,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         StoreError: The manifest is missing, corrupt or inconsistent.
-        FormatVersionError: The store has a different format version.
+        FormatVersionError: The store's format version is not supported.
     """
     file = folder / MANIFEST
     if not file.is_file():
@@ -226,7 +225,7 @@ def check_store_spec(manifest: dict[str, Any], expected: StoreSpec, folder: Path
 
 
 def check_identity(stored: dict[str, Any], expected: dict[str, Any], path: Path | str) -> None:
-    """Check that the embeddings in `path` were created by the expected encoder, by comparing encoder identities.
+    """Compare encoder identities to check that the embeddings in `path` were created by the expected encoder.
 
     Raises:
         StoreError: The encoders differ. The message lists the settings that differ, with stored and expected values.
@@ -263,9 +262,9 @@ def make_image_keys(refs: Iterable[ImageRef]) -> np.ndarray:
 
 
 def get_image_name(ref: ImageRef) -> str:
-    """Return an image's name in a store: its key followed by its file's size and modification time.
+    """Return the name that identifies an image in a store: its key, file size and modification time.
 
-    If the file changes, its name changes too, and the image is encoded again.
+    If the image file changes, the name changes, too, and the image is encoded again.
     """
     name, path = ref.key, ref.container_path
     if path is not None and is_remote(path):
@@ -278,7 +277,7 @@ def get_image_name(ref: ImageRef) -> str:
 
 
 def iter_chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`. The last list may be shorter."""
+    """Yield lists of `size` items. The last list may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -302,7 +301,7 @@ class KeyIndex:
         return len(self._high)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8. Return row numbers of shape (N,), int64.
+        """Look up uint8 keys of shape (N, 16). Return int64 row numbers of shape (N,).
 
         The row number of a missing key is -1. If a key has several rows, the first row is returned.
         """
@@ -333,7 +332,7 @@ class KeyIndex:
 
 
 def build_key_index(file: Path, keys: np.ndarray) -> int:
-    """Write the index of a store's keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
+    """Write an index of a store's uint8 keys, of shape (N, 16), to a .npy file. Return the number of distinct keys."""
     with atomic_path(file) as temporary:
         index = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint64, shape=(3, len(keys)))
         _allocate_disk_space(temporary)
@@ -348,30 +347,30 @@ def build_key_index(file: Path, keys: np.ndarray) -> int:
 
 
 def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Sort keys of shape (N, 16), uint8. Memory use: 1 byte per key, plus 64 bytes per key of a single part.
+    """Sort uint8 keys of shape (N, 16). Memory use: 1 byte per key, plus 64 bytes per key in the current part.
 
     Yields:
-        `NUM_KEY_PARTS` uint64 arrays of shape (3, n), which together contain all keys: their first halves, their second
-        halves, and their positions in `keys`. They are sorted by key and then by position. Equal keys are in the same
-        array.
+        `NUM_KEY_PARTS` uint64 arrays of shape (3, n). The rows of an array contain the first halves of n keys, the
+        second halves, and the positions in `keys`. Together, the arrays contain all keys, sorted by key and then by
+        position. Equal keys are in the same array.
     """
     part_of_key = keys[:, 0] // np.uint8(256 // NUM_KEY_PARTS)
     for part in range(NUM_KEY_PARTS):
         positions = np.flatnonzero(part_of_key == part)
         high, low = _split_keys_into_halves(keys[positions])
-        order = np.lexsort((low, high))  # a stable sort, so equal keys stay in order of position
+        order = np.lexsort((low, high))  # the sort is stable, so equal keys stay in order of position
         yield np.stack([high[order], low[order], positions[order].astype(np.uint64)])
 
 
 def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
-    """Return a boolean mask, of shape (n,), of the sorted keys from `sort_keys` that equal the previous key."""
+    """Return a boolean mask of shape (n,) that marks repeated keys in an array from `sort_keys`."""
     repeats = np.zeros(records.shape[1], np.bool_)
     repeats[1:] = (records[:2, 1:] == records[:2, :-1]).all(axis=0)
     return repeats
 
 
 def _split_keys_into_halves(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split keys of shape (N, 16), uint8, into two halves of shape (N,), uint64, that preserve the sort order."""
+    """Split uint8 keys of shape (N, 16) into two uint64 halves of shape (N,) that preserve the sort order."""
     halves = np.ascontiguousarray(keys).view(">u8").astype(np.uint64)
     return halves[:, 0], halves[:, 1]
 
@@ -387,7 +386,7 @@ def _allocate_disk_space(file: Path) -> None:
 
 
 def remove_temp_files(folder: Path) -> list[str]:
-    """Delete temporary files left behind by killed processes. Return their names."""
+    """Delete temporary files left behind by killed processes. Return the file names."""
     leftovers = sorted({*folder.glob(".*.part"), *folder.glob(".*.part.*")})
     for path in leftovers:
         remove_path(path)
@@ -395,6 +394,6 @@ def remove_temp_files(folder: Path) -> list[str]:
 
 
 def read_refused_captions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Map each caption that the tokenizer could not encode to its log entry (keys "caption" and "why")."""
+    """Return a log entry (keys "caption" and "why") for each caption that the tokenizer could not encode."""
     rows = (row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file))
     return {row["caption"]: row for row in rows}

@@ -28,7 +28,7 @@ def repair_store(folder: str | Path) -> list[str]:
 
     Raises:
         StoreError: The manifest and all shards are corrupt, so the encoder is unknown.
-        FormatVersionError: The manifest or a shard has a different format version.
+        FormatVersionError: The format version of the manifest or a shard is not supported.
         FolderInUseError: Another run is writing to the store.
     """
     folder = Path(folder)
@@ -42,7 +42,7 @@ def repair_store(folder: str | Path) -> list[str]:
                 raise StoreError(
                     f"{folder} has no intact manifest and no intact shard. Delete the folder and run `llm2clip embed`"
                 ) from error
-            spec = max(specs, key=specs.count)  # the most common spec
+            spec = max(specs, key=specs.count)
         for number in unreadable:
             deleted.append(_delete_keys_file(folder, number))
         for number in find_corrupt_shards(folder, layout.read_shards(folder), spec):
@@ -65,7 +65,7 @@ def _read_store_specs(folder: Path) -> tuple[list[StoreSpec], list[int]]:
 
 
 def _delete_keys_file(folder: Path, number: int) -> str:
-    """Delete a shard's keys file, which marks the shard as incomplete. Return the file's name."""
+    """Mark a shard as incomplete by deleting its keys file. Return the name of the deleted file."""
     path = layout.get_keys_path(folder, number)
     path.unlink()
     return path.name
@@ -137,7 +137,7 @@ def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy a shard's files to another store. The keys file, written last, marks the shard as complete."""
+    """Link or copy a shard's files to another store. The keys file comes last, because it marks a complete shard."""
     for file_path in (layout.get_embeddings_path, layout.get_scales_path, layout.get_keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales files

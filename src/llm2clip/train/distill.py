@@ -53,8 +53,8 @@ from llm2clip.train.loop import StepResult, TrainingLoop
 from llm2clip.train.optim import ADAM_BETAS
 
 DEFAULT_LR, STATIC_LR = 5e-4, 1e-2
-STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to its token embeddings
-SORTED_STEPS = 64  # number of steps whose texts are sorted by length together
+STATIC_LAYER_LR = 0.1  # learning rate of a static student's linear layers, relative to that of its token embeddings
+SORTED_STEPS = 64  # texts are sorted by length within groups of this many steps
 HEAD_TEXTS = 4096  # maximum number of texts for initialising the student's last layer
 RIDGE = 1e-2  # ridge penalty, relative to the mean variance of the inputs
 TOKENIZE_CHUNK = 1 << 16
@@ -64,10 +64,10 @@ TOKENIZE_CHUNK = 1 << 16
 
 
 class Teacher:
-    """Text encoder of a model, which reads caption embeddings from stores where possible.
+    """Text encoder of a trained model. Caption embeddings are read from stores if possible.
 
     Attributes:
-        model: llm2clip model, whose caption encoder is loaded only for texts that are in none of the stores.
+        model: llm2clip model. Its caption encoder is loaded only if a text is in none of the stores.
         stores: Stores of embeddings from the model's caption encoder.
     """
 
@@ -95,7 +95,7 @@ class Teacher:
                 self._add_embedding_store(neighbour)
 
     def _add_embedding_store(self, folder: Path) -> None:
-        """Add a store. Raise StoreError if the store was created with a different encoder. The precision may differ."""
+        """Add a store. Raise StoreError if its encoder differs from the model's encoder in more than the precision."""
         store = EmbeddingStore(folder)
         expected, stored = self.model.config.encoder or self.model.encoder.identity(), store.manifest["identity"]
         names = [name for name in expected if name not in ("precision", "config")]
@@ -113,18 +113,18 @@ class Teacher:
             free_memory()
 
     def open_store(self, folder: Path) -> None:
-        """Open the store of `embed_missing_texts`, which exists unless the other stores contain all texts."""
+        """Open the store that `embed_missing_texts` created in `folder`, if any."""
         if (folder / MANIFEST).is_file():
             self.stores.append(EmbeddingStore(folder))
 
     def select_texts(self, texts: Iterable[str], is_stored: bool) -> Iterator[str]:
-        """Yield the texts that are in one of the stores or, if `is_stored` is False, in none of the stores."""
+        """Yield the texts that are in any of the stores or, if `is_stored` is False, in none of the stores."""
         for chunk in iter_chunks(texts, LOOKUP_CHUNK_SIZE):
             mask = (self._find_store_rows(chunk)[0] >= 0) == is_stored
             yield from compress(chunk, mask.tolist())
 
     def _find_store_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the store index (-1 if no store contains the text) and row of each text, both of shape (N,), int64."""
+        """Return each text's store index and row number (int64, shape (N,)), or -1 for texts that are in no store."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
         for number, store in enumerate(self.stores):
@@ -134,7 +134,7 @@ class Teacher:
         return numbers, rows
 
     def encode(self, texts: Sequence[str], progress: bool = False) -> Tensor:
-        """Return L2-normalised text embeddings in the shared space, float32 of shape (N, embed_dim), on the CPU."""
+        """Return L2-normalised text embeddings in the shared space as a float32 CPU tensor of shape (N, embed_dim)."""
         numbers, rows = self._find_store_rows(texts)
         embeddings = torch.zeros(len(texts), self.model.config.text_dim)
         for number, store in enumerate(self.stores):
@@ -169,9 +169,8 @@ def load_student(name: str, teacher_folder: Path, embed_dim: int, config: Distil
     if kind == "static":
         if config.max_length is not None:
             raise ValueError("--distill.max_length does not apply to static students: remove this setting")
-        return CaptionEncoder(
-            _build_static_model(resolve_pretrained_name(argument) or str(teacher_folder / "text"), embed_dim)
-        )
+        tokenizer_path = resolve_pretrained_name(argument) or str(teacher_folder / "text")
+        return CaptionEncoder(_build_static_model(tokenizer_path, embed_dim))
     layers = None
     if kind == "layers":
         if not argument.isdecimal():
@@ -194,7 +193,7 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
     from transformers import AutoTokenizer
 
     check_model_source(tokenizer_path)
-    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # the folder of an llm2clip model
+    if (Path(tokenizer_path) / "text/tokenizer.json").is_file():  # an llm2clip model folder
         tokenizer_path = str(Path(tokenizer_path) / "text")
     tokenizer = getattr(AutoTokenizer.from_pretrained(tokenizer_path), "backend_tokenizer", None)
     if tokenizer is None:
@@ -218,7 +217,7 @@ def _build_static_model(tokenizer_path: str, embed_dim: int) -> SentenceTransfor
 def decode_vocabulary(student: CaptionEncoder) -> list[str]:
     """Return the text of each token in a static student's vocabulary, or an empty list for other students.
 
-    The texts of special tokens and of incomplete UTF-8 characters are "".
+    The text of a special token or an incomplete UTF-8 character is "".
     """
     if not student.is_static:
         return []
@@ -232,15 +231,15 @@ def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "Distill
     """Initialise the new layers of a student.
 
     The token embeddings of a static student are initialised with the teacher's embeddings of the tokens' texts. The
-    last layer of other students is initialised by ridge regression from the student's to the teacher's embeddings of a
-    sample of the training texts.
+    last layer of other students is initialised by ridge regression from the student's embeddings of sampled training
+    texts to the teacher's embeddings.
     """
     if student.is_static:
         texts = decode_vocabulary(student)
         tokens = [token for token, text in enumerate(texts) if text]
         weights = student.st[0].embedding.weight
         for chunk in iter_chunks(tokens, TOKENIZE_CHUNK):
-            # Scaled to a variance of about 1 per dimension, because the GELU would be nearly linear for small inputs.
+            # Scale embeddings to a variance of about 1 per dimension: the GELU is nearly linear for small inputs.
             weights[chunk] = teacher.encode([texts[token] for token in chunk]) * weights.shape[1] ** 0.5
         return
     sample = np.linspace(0, len(data) - 1, min(HEAD_TEXTS, len(data))).astype(np.int64)
@@ -262,9 +261,8 @@ def fit_ridge_regression(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     centred = inputs - input_mean
     gram = centred.T @ centred
     penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
-    weight = torch.linalg.solve(
-        gram + penalty * torch.eye(len(gram), dtype=gram.dtype), centred.T @ (targets - target_mean)
-    ).T
+    regularised = gram + penalty * torch.eye(len(gram), dtype=gram.dtype)
+    weight = torch.linalg.solve(regularised, centred.T @ (targets - target_mean)).T
     return weight, target_mean - weight @ input_mean
 
 
@@ -283,13 +281,13 @@ def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
 
 @dataclass(frozen=True)
 class DistillTexts:
-    """Distinct training texts, tokenized by the student. Captions precede phrases.
+    """Distinct training texts, tokenized for the student. Captions precede phrases.
 
     Attributes:
         tokens: Token ids of all texts, of shape (T,), int32, in a memory-mapped file.
         offsets: Index in `tokens` of each text's first token, followed by T, of shape (N + 1,), int64.
         targets: Store of the teacher's text embeddings in the shared space.
-        rows: Each text's row in `targets`, of shape (N,), int64.
+        rows: Row number of each text in `targets`, of shape (N,), int64.
     """
 
     tokens: np.ndarray
@@ -310,7 +308,7 @@ class DistillTexts:
         return [self.tokens[self.offsets[n] : self.offsets[n + 1]].tolist() for n in items.tolist()]
 
     def get_targets(self, items: np.ndarray) -> Tensor:
-        """Return the teacher's embeddings of the texts with these indices, of shape (N, D), float32."""
+        """Return the teacher's embeddings of the texts with the given indices as a float32 tensor of shape (N, D)."""
         return torch.from_numpy(self.targets.take(self.rows[items]))
 
 
@@ -324,17 +322,17 @@ def prepare_training_texts(
 ) -> DistillTexts:
     """Embed the training texts with the teacher, and tokenize the texts for the student. Must be called by all ranks.
 
-    Texts that the teacher's or the student's tokenizer cannot encode are skipped. Takes 25 bytes of memory per distinct
-    text, up to 60 bytes at the peak, plus one chunk of texts (about 100 MB).
+    Texts that the teacher's or the student's tokenizer cannot encode are skipped. Memory use: 25 bytes per distinct
+    text (60 bytes at the peak), plus one chunk of texts (about 100 MB).
 
     Args:
-        other_texts: File with additional texts, one per line, which count as captions.
-        folder: Output folder for targets/, the store of the teacher's text embeddings in the shared space, and for a
-            temporary file of 4 bytes per token and rank.
-        max_skipped: Maximum fraction of texts that the student's tokenizer cannot encode.
+        other_texts: File with additional texts, one per line, which are treated as captions.
+        folder: Folder for targets/, the store of the teacher's text embeddings in the shared space. Each rank also
+            writes a temporary file of 4 bytes per token.
+        max_skipped: Maximum fraction of texts that the student's tokenizer may fail to encode.
 
     Raises:
-        ValueError: There are no texts, or the student's tokenizer cannot encode too many of them.
+        ValueError: There are no texts, or the student's tokenizer fails to encode too many texts.
     """
     identity: dict[str, Any] = {"precision": "fp32"}
     identity["encoder"] = [fingerprint(store.manifest["identity"]) for store in teacher.stores]
@@ -346,15 +344,15 @@ def prepare_training_texts(
         tokenized = _TokenWriter(student, targets, file)
         captions, phrases = iterate_texts(records, other_texts)
         for chunk in iter_chunks(captions, TOKENIZE_CHUNK):
-            tokenized.add(chunk)
+            tokenized.add_texts(chunk)
         num_captions = tokenized.count
         for chunk in iter_chunks(phrases, TOKENIZE_CHUNK):
-            tokenized.add(chunk)
+            tokenized.add_texts(chunk)
         return tokenized.finish(num_captions, max_skipped)
 
 
 def iterate_texts(records: RecordTable, other_texts: Path | None) -> tuple[Iterator[str], Iterator[str]]:
-    """Return an iterator over the captions and the texts in the file, and an iterator over the phrases."""
+    """Return an iterator over the captions and the lines of `other_texts`, and an iterator over the phrases."""
     other_lines = iterate_lines(other_texts) if other_texts else ()
     return chain(records.iterate_texts(CAPTION_FIELDS), other_lines), records.iterate_texts(("phrases",))
 
@@ -366,12 +364,12 @@ class _TokenWriter:
         self.student, self.targets, self.file = student, targets, file
         self.count = 0
         self._ignored_ids = _list_ignored_token_ids(student)
-        self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # for each row of `targets`
+        self._is_seen = np.zeros(1 + sum(shard.rows for shard in targets.shards), bool)  # one flag per row of `targets`
         self._rows, self._lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         self._hash = hashlib.sha256()
         self._num_failed, self._first_failed = 0, ""
 
-    def add(self, texts: Sequence[str]) -> None:
+    def add_texts(self, texts: Sequence[str]) -> None:
         """Tokenize the texts that have an embedding and have not been added before."""
         keys = make_caption_keys(texts)
         rows = self.targets.find_keys(keys)
@@ -409,7 +407,7 @@ class _TokenWriter:
         self.file.flush()
         lengths = np.concatenate(self._lengths)
         return DistillTexts(
-            tokens=np.memmap(self.file, np.int32, "r"),  # remains valid after the file has been closed and deleted
+            tokens=np.memmap(self.file, np.int32, "r"),  # stays valid after the file is closed and deleted
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             targets=self.targets,
             rows=np.concatenate(self._rows),
@@ -427,10 +425,10 @@ def _list_ignored_token_ids(student: CaptionEncoder) -> set[int]:
 
 
 def sample_epoch_batches(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the indices of the texts for each step of an epoch, of shape (steps, texts_per_step), int64.
+    """Return the text indices for all steps of an epoch as an int64 array of shape (steps, texts_per_step).
 
-    The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated as in
-    `repeat_phrases`. Each epoch omits a few random texts if the last step would be incomplete.
+    The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated (see
+    `repeat_phrases`). Each epoch omits a few random texts if the last step would be incomplete.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(repeat_phrases(np.arange(len(data)), data.num_captions))
@@ -455,7 +453,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def distill(
     student: CaptionEncoder, teacher: Teacher, data: DistillTexts, config: DistillConfig, run_dir: Path
 ) -> CaptionEncoder:
-    """Train a student in place on the texts, resuming from the latest checkpoint if one exists.
+    """Train a student in place on the texts in `data`, resuming from the latest checkpoint if one exists.
 
     Token embeddings are trained only for static students. Checkpoints and metrics.jsonl are written to `run_dir`.
 
@@ -485,7 +483,7 @@ def distill(
     student.to(loop.device)
     # Train without dropout, because small students underfit rather than overfit.
     student.eval()
-    groups = _select_parameters(student, config)
+    groups = _select_trainable_parameters(student, config)
     loop.start(student.st, torch.optim.Adam(groups, betas=ADAM_BETAS), lr=groups[0]["lr"])
     batches = _iterate_batches(data, loop, texts_per_step, steps_per_epoch)
     loop.run(batches, partial(_compute_gradients, loop, student, data))
@@ -520,7 +518,7 @@ def _compute_gradients(
     return StepResult(loss, len(items))
 
 
-def _select_parameters(student: CaptionEncoder, config: DistillConfig) -> list[dict[str, Any]]:
+def _select_trainable_parameters(student: CaptionEncoder, config: DistillConfig) -> list[dict[str, Any]]:
     lr = config.lr or (STATIC_LR if student.is_static else DEFAULT_LR)
     student.st.requires_grad_(True)
     if student.is_static:

@@ -45,7 +45,7 @@ from llm2clip.train.optim import ADAM_BETAS, MAX_GRAD_NORM, WEIGHT_DECAY, make_c
 
 WEIGHTS = "inherited_adapter.safetensors"
 EPOCHS = 4
-MIN_STEPS = 500  # minimum number of steps, even if a small dataset needs more than `EPOCHS` epochs for them
+MIN_STEPS = 500  # minimum number of steps; a small dataset may therefore be used for more than `EPOCHS` epochs
 BATCH_SIZE = 1024
 LR = 1e-3
 WARMUP_RATIO = 0.05
@@ -55,12 +55,12 @@ MAX_TEST_TEXTS = 1000  # maximum number of held-out texts for measuring the cosi
 
 @dataclass
 class PretrainedParts:
-    """Pretrained weights from which a model is built, on the CPU."""
+    """Pretrained weights, on the CPU, from which a model is built."""
 
     tower: VisionTower
-    clip: ClipTextEncoder | None  # CLIP model whose text space is inherited, or None without `--align.inherit`
-    logits: tuple[float, float | None] | None  # scale and bias of the tower's CLIP model; None if not inherited
-    random_state: Tensor  # state of PyTorch's random generator after loading, from which new weights are initialised
+    clip: ClipTextEncoder | None  # CLIP model whose embedding space is inherited, or None without `--align.inherit`
+    logits: tuple[float, float | None] | None  # logit scale and bias of the tower's CLIP model; None if not inherited
+    random_state: Tensor  # state of PyTorch's random number generator for initialising new weights
 
 
 @torch.random.fork_rng(devices=[])
@@ -68,7 +68,7 @@ def load_pretrained_parts(config: AlignConfig) -> PretrainedParts:
     """Load the pretrained weights that `create_initial_model` needs.
 
     Raises:
-        OSError: A model does not exist, or cannot be downloaded.
+        OSError: A model does not exist or cannot be downloaded.
         ValueError: A model does not support the settings.
     """
     torch.manual_seed(config.seed)
@@ -106,7 +106,7 @@ def create_initial_model(
     Args:
         train: Training records. With `config.inherit`, the adapter is trained on their texts.
         out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
-        parts: Result of `load_pretrained_parts`. Its tower becomes part of the model. Default: loaded here.
+        parts: Result of `load_pretrained_parts`, whose tower becomes part of the model. Default: load the weights.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device
@@ -136,7 +136,7 @@ def make_model_config(
 ) -> LLM2CLIPConfig:
     """Return the config of the model that `align` trains. `encoder` is the caption encoder's identity, if known."""
     embed_dim = config.embed_dim or tower.feature_dim
-    if config.adapter_depth == 0:  # the shared space is the caption encoder's space
+    if config.adapter_depth == 0:  # the shared embedding space is that of the caption encoder
         embed_dim = text_dim
     return LLM2CLIPConfig(
         tower=tower.config,
@@ -166,13 +166,13 @@ def inherit_text_space(
 ) -> None:
     """Train the adapter of `model` to reproduce a CLIP model's text embeddings. Must be called by all ranks.
 
-    The main process trains the adapter and saves its weights in `folder`, with a signature of the data, models and
-    settings. If `folder` already contains weights with the same signature, the saved weights are loaded instead.
+    The main process trains the adapter and saves its weights in `folder`, together with a signature of the data, models
+    and settings. If `folder` already contains weights with the same signature, the saved weights are loaded instead.
 
     Args:
         model: Model with a new adapter and the same `embed_dim` as the CLIP model, modified in place.
-        store: Store of the LLM embeddings of the captions and phrases of `records`. Captions that the tokenizer could
-            not encode, and phrases that are not in the store, are skipped.
+        store: Store of LLM embeddings of the captions and phrases in `records`. Captions that the tokenizer could not
+            encode and phrases that are not in the store are skipped.
         precision: "bf16" enables autocast. For "fp32" and "fp16", the adapter is trained in float32.
     """
     table = records if isinstance(records, RecordTable) else RecordTable.from_records(records)
@@ -219,13 +219,13 @@ class TrainingTexts:
     text_hash: str
 
     def load_embeddings(self, items: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the LLM and CLIP embeddings of the texts with these indices."""
+        """Return the LLM and CLIP embeddings of the texts with the given indices."""
         embeddings = torch.from_numpy(self.store.take(self.rows[items])).to(device)
         return embeddings, torch.from_numpy(self.clip_store.take(self.clip_rows[items])).to(device)
 
 
 def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Iterator[TextChunk]:
-    """Yield the captions to train on, then the phrases.
+    """Yield chunks of training captions, followed by chunks of phrases.
 
     Long captions are used only if there are no other captions, because CLIP text towers read at most 77 tokens.
 
@@ -249,7 +249,7 @@ def iterate_training_texts(records: RecordTable, store: EmbeddingStore) -> Itera
 
 
 def find_training_texts(records: RecordTable, store: EmbeddingStore, clip_store: EmbeddingStore) -> TrainingTexts:
-    """Find the embeddings of all training texts. Takes about 50 bytes of memory per text, including duplicates."""
+    """Find the embeddings of all training texts. Memory use: about 50 bytes per text, including duplicates."""
     rows, clip_rows = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     num_captions = 0
     digest = hashlib.sha256()
@@ -295,7 +295,7 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=ADAM_BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_cosine_schedule(steps, WARMUP_RATIO))
-    # fp16 would need loss scaling. The adapter is small enough for fp32 on GPUs without bf16.
+    # fp16 would require loss scaling, and the adapter is small enough to train in fp32 on GPUs without bf16.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     adapter.train()
     for step in ProgressBar(range(steps), desc="inherit", unit="step"):
@@ -320,9 +320,9 @@ def _train_adapter(adapter: nn.Module, texts: TrainingTexts, device: torch.devic
 
 
 def repeat_phrases(texts: np.ndarray, num_captions: int) -> np.ndarray:
-    """Repeat the phrases until they make up about half of the texts, at most `MAX_REPEATS` times.
+    """Repeat all phrases up to `MAX_REPEATS` times, so that they make up about half of the texts if possible.
 
-    `texts` contains int64 indices. Indices below `num_captions` refer to captions, and higher indices to phrases.
+    `texts` contains int64 indices. Indices below `num_captions` are captions, and all other indices are phrases.
     """
     captions, phrases = texts[texts < num_captions], texts[texts >= num_captions]
     repeats = min(MAX_REPEATS, max(1, len(captions) // max(1, len(phrases))))

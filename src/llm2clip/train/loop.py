@@ -43,7 +43,7 @@ from llm2clip.runs.ranks import (
 )
 from llm2clip.train.optim import MAX_GRAD_NORM, make_cosine_schedule
 
-# Maximum number of consecutive steps with non-finite gradients in fp16, each of which halves the loss scale.
+# Maximum number of consecutive fp16 steps with non-finite gradients. Each of these steps halves the loss scale.
 MAX_SKIPPED_STEPS = 20
 
 Validator = Callable[[Any], dict[str, float]]
@@ -74,8 +74,7 @@ class TrainingLoop:
 
     Attributes:
         precision: Training precision: fp32, bf16 or fp16.
-        checkpoints: Checkpoints in `run_dir/checkpoints`.
-        items_per_step: Number of items per step, over all ranks, of the run to resume. None for a new run.
+        items_per_step: Total number of items per step of the run to resume, or None for a new run.
         net: The model with its distributed wrapper, available after `start`.
     """
 
@@ -92,7 +91,7 @@ class TrainingLoop:
         Args:
             items: Plural noun for the training items, such as "images", for metric names and messages.
         """
-        state = process_state()  # must precede Accelerator(), which would initialise the ranks with other options
+        state = process_state()  # must precede Accelerator(), which would initialise the ranks with different options
         self.stage, self.items, self.config, self.run_dir = stage, items, config, run_dir
         self.precision = resolve_precision(stage, config.precision, state.device)
         self._trackers = make_tracker_options(report_to, run_dir)
@@ -131,7 +130,7 @@ class TrainingLoop:
         """Prepare the model and the optimizer, and load the latest checkpoint, if any.
 
         Args:
-            lr: Peak learning rate, for logging.
+            lr: Peak learning rate, used only for logging.
             eval_steps: Number of steps between evaluations. 0 disables evaluation.
         """
         self.model, self.lr, self.eval_steps = model, lr, eval_steps
@@ -144,7 +143,7 @@ class TrainingLoop:
                 self.evaluations = MetricsLog(self.run_dir / "evaluations.jsonl", resume_step)
         if self._trackers:
             if "tensorboard" in self._trackers and resume_step:
-                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # hides steps that will be repeated
+                self._trackers["tensorboard"]["purge_step"] = resume_step + 1  # hides steps that this run will repeat
             plain = int, float, str, bool
             settings = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.config).items()}
             self.accelerator.init_trackers("llm2clip", settings, self._trackers)
@@ -167,7 +166,7 @@ class TrainingLoop:
             batches: This rank's batch for each remaining step.
             compute_gradients: Function that runs the forward and backward pass, given the step number (from 1) and the
                 batch.
-            log: Log of undecodable items. Raises TooManySkipped if there are too many undecodable items.
+            log: Log of undecodable items, which raises TooManySkipped if too many items cannot be decoded.
             after_step: Function to call after each optimizer step.
 
         Raises:
@@ -192,7 +191,7 @@ class TrainingLoop:
                 step_metrics = {
                     "lr": self.lr * self._lr_factor(step - 1),
                     f"{self.items}_per_second": items_per_second,
-                    "data_wait": data_seconds / step_seconds,  # fraction of the step spent waiting for the batch
+                    "data_wait": data_seconds / step_seconds,  # fraction of the step time spent waiting for the batch
                 }
                 logger.add_step(step, result, loss, grad_norm, step_metrics)
                 progress.update()
@@ -201,7 +200,7 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers:
             tracker.finish()  # accelerator.end_training() would also destroy the process group
         self.accelerator.unwrap_model(self.net, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(self.model).pop("_is_accelerate_prepared", None)  # so that a later call to prepare() adds autocast again
+        vars(self.model).pop("_is_accelerate_prepared", None)  # a later call to prepare() must add autocast again
 
     def _update_weights(self, result: StepResult) -> tuple[Tensor, Tensor]:
         loss = self.accelerator.reduce(result.loss, "mean")
@@ -212,7 +211,7 @@ class TrainingLoop:
         return loss, grad_norm
 
     def _evaluate_and_save(self, step: int, logger: "StepLogger") -> bool:
-        """Evaluate the model if due, and save a checkpoint if due. Return True if either was due."""
+        """Evaluate the model and save a checkpoint if this step requires it. Return True if either was done."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last
@@ -221,7 +220,7 @@ class TrainingLoop:
         if evaluates:
             self._evaluate(step)
         if saves:
-            folder = self.checkpoints.path(step)
+            folder = self.checkpoints.get_checkpoint_path(step)
             save_training_state(folder, self.model, self.optimizer, self.schedule, self.accelerator.scaler)
             self.checkpoints.commit(step)
         return evaluates or saves
@@ -233,7 +232,7 @@ class TrainingLoop:
             metrics = self.validate(self.model)
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # otherwise, FSDP keeps the gathered weights until the next backward pass
+                    module.reshard()  # without this call, FSDP keeps gathered weights until the next backward pass
             self.accelerator.log(metrics, step)
             if self.evaluations is not None:
                 self.evaluations.write(step, **metrics)
@@ -264,13 +263,13 @@ class StepLogger:
             failures = torch.full((), len(result.failures), dtype=torch.float32, device=loss.device)
             values.append(accelerator.reduce(failures, "sum"))
         self._pending.append((step, result, step_metrics, AsyncScalars(values)))
-        self._report_pending_steps(pending=1 if loss.device.type == "cuda" else 0)
+        self._log_pending_steps(pending=1 if loss.device.type == "cuda" else 0)
 
     def flush(self) -> None:
-        """Log all steps that have been added. Must be called by all ranks. Raises the same errors as `add_step`."""
-        self._report_pending_steps(pending=0)
+        """Log all pending steps. Must be called by all ranks. Raises the same errors as `add_step`."""
+        self._log_pending_steps(pending=0)
 
-    def _report_pending_steps(self, pending: int) -> None:
+    def _log_pending_steps(self, pending: int) -> None:
         while len(self._pending) > pending:
             step, result, step_metrics, values = self._pending.pop(0)
             loss, grad_norm, *others = values.read()
@@ -304,7 +303,7 @@ class StepLogger:
             self.log.check()
 
     def _check_finite(self, name: str, value: float, step: int, result: StepResult) -> None:
-        """Raise FloatingPointError if a value is not finite, after listing the step's items in a file."""
+        """If a value is not finite, list the step's items in a file and raise FloatingPointError."""
         if math.isfinite(value):
             return
         stage, items = self.loop.stage, self.loop.items
@@ -332,7 +331,7 @@ class AsyncScalars:
         self._copied.record(torch.cuda.current_stream(stacked.device))
 
     def read(self) -> list[float]:
-        """Return the values, after waiting until the device has computed them."""
+        """Wait until the device has computed the values, then return the values."""
         if self._copied is not None:
             self._copied.synchronize()
         values: list[float] = self._values.tolist()
@@ -343,7 +342,7 @@ class AsyncScalars:
 
 
 def make_tracker_options(names: Sequence[str], run_dir: Path) -> dict[str, Any]:
-    """Return Accelerate's options for each tracker, keyed by tracker name. Resumed runs continue their tracker run.
+    """Return Accelerate's options for each tracker, keyed by tracker name. A resumed run continues its tracker run.
 
     Raises:
         ValueError: A tracker name is unknown.

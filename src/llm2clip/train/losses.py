@@ -111,8 +111,8 @@ class Loss:
     Attributes:
         function: Function with the same arguments as `sigmoid_loss`, or as `info_nce` if `needs_bias` is False.
         needs_bias: True if a learned bias is added to the logits.
-        matmuls: Number of matmuls between image and text embeddings for the loss and its gradient, in a single-process
-            run and per rank of a distributed run.
+        matmuls: Numbers of matmuls between image and text embeddings for the loss and its gradient: in a single-process
+            run, and per rank in a distributed run.
         chunk_tensors: Number of tensors of `LOGITS_PER_CHUNK` elements in memory at the same time.
     """
 
@@ -168,7 +168,7 @@ class _InfoNCEFunction(torch.autograd.Function):
     """Multi-positive InfoNCE.
 
     Let p be the logit of a text t and its image i, and let n be the logits of the negatives. In each direction, the
-    loss contains the following term for the text:
+    text contributes the following term to the loss:
 
         -log(exp(p) / (exp(p) + sum exp(n))) = softplus(lse - p)    with lse = log(sum exp(n))
 
@@ -280,7 +280,7 @@ class _SigmoidLossFunction(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("sigmoid_loss does not support a second backward(): its saved gradients have been freed")
         grad_image, grad_text, grad_bias = ctx.gradients
-        ctx.gradients = None  # the gradients are scaled in place below
+        ctx.gradients = None  # scaling the gradients in place makes them unusable for a second backward pass
         return *_scale_gradients(grad_image, grad_text, image, scale, grad_output), grad_bias * grad_output, None
 
 
@@ -310,9 +310,9 @@ class _ImageTextLayout:
         self.weights = self.text_gather.gather(_compute_text_weights(image_of_text, num_images))
         self.num_images = num_images
 
-        # `group` contains the group number of each text. Identical texts have the same number. `by_group` lists the
-        # indices of all texts, sorted by group number. `group_starts` contains the position in `by_group` at which each
-        # group starts. If all texts are distinct, `group` is None, and the other two attributes do not exist.
+        # `group` contains a group number for each text, or is None if all texts are distinct.
+        # Identical texts have the same group number. `by_group` lists all text indices, sorted by group number.
+        # `group_starts` contains the position in `by_group` of each group's first text.
         self.group: Tensor | None = None
         if text_ids is not None:
             unique_ids, group = self.text_gather.gather(text_ids).unique(return_inverse=True)
@@ -320,7 +320,7 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # Pairs in `other_texts`, as int64 vectors of image and text indices in the batch gathered from all ranks.
+        # `other_texts` as two int64 vectors: image indices and text indices in the batch of all ranks.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)
@@ -335,14 +335,14 @@ class _ImageTextLayout:
         return image[repeated], by_id[sorted_position]
 
     def iterate_row_chunks(self, num_rows: int, num_columns: int) -> Iterator[slice]:
-        """Yield slices of rows with at most LOGITS_PER_CHUNK logits each, but at least one row."""
+        """Yield slices of at least one row and, if possible, at most LOGITS_PER_CHUNK logits."""
         chunk = LOGITS_PER_CHUNK.get(self.image_of_text.device.type, LOGITS_PER_CHUNK["cuda"])
         size = max(1, chunk // max(1, num_columns))
         for start in range(0, num_rows, size):
             yield slice(start, min(start + size, num_rows))
 
     def get_text_slice(self, images: slice) -> slice:
-        """Return the slice of this rank's texts that corresponds to a slice of its images."""
+        """Return the slice of this rank's texts that belong to a slice of this rank's images."""
         if images.stop - images.start == self.num_images:
             return slice(0, len(self.image_of_text))
         return slice(self.text_starts[images.start], self.text_starts[images.stop])
@@ -407,7 +407,7 @@ def _add_positive_pair_gradients(
     layout: _ImageTextLayout,
     rows: slice,
 ) -> None:
-    """Add the gradients of the positive pairs of the images in `rows`, in place. The logits' derivatives are -coef."""
+    """Add the positive pairs' gradients for the images in `rows` in place. d(loss)/d(logit) of each pair is -coef."""
     texts = layout.get_text_slice(rows)
     image_of_text, coef = layout.image_of_text[texts], coef[texts, None]
     grad_image.index_add_(0, image_of_text, text[texts] * coef, alpha=-1)
@@ -453,7 +453,7 @@ def _mask_logits_in_place(logits: Tensor, rows: Tensor, columns: Tensor) -> None
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> Tensor:
-    """Return the sum of ProCLIP's instance loss and structure loss between L2-normalised embeddings.
+    """Return the sum of ProCLIP's instance loss and structure loss between embeddings, after L2 normalisation.
 
     With student embeddings s_i and teacher embeddings t_i of N items:
 
@@ -469,7 +469,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
     Args:
         student, teacher: Embeddings of the same N items, of shape (N, D), not necessarily normalised. Only the
             student's embeddings receive gradients.
-        gather: Use the pairs of all ranks. If True, all ranks must call this function. If all ranks have equally many
+        gather: Use the pairs of all ranks. All ranks must then call this function. If all ranks have the same number of
             items, the loss and its gradients, averaged over ranks, equal those of a single process with all items.
 
     Returns:
@@ -484,7 +484,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, gather: bool = True) -> 
         # Both matrices have the shape (items of this rank, items of all ranks).
         student_distances = _compute_pairwise_distances(student, all_student)
         teacher_distances = _compute_pairwise_distances(teacher, all_teacher)
-        # The pair of an item with itself adds 0 to the sum.
+        # The distance from an item to itself is 0 and does not change the sum.
         total = F.smooth_l1_loss(student_distances, teacher_distances, reduction="sum")
         structure = total / max(1, len(student) * (ranks.total_size - 1))
     return instance + structure

@@ -21,12 +21,12 @@ from llm2clip.runs.ranks import print_once
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 5.0
 ADAM_BETAS = (0.9, 0.999)
-# Position embeddings, class tokens and register tokens of timm and transformers towers, which have no weight decay.
+# Position embeddings, class tokens and register tokens of timm and transformers towers have no weight decay.
 _NO_DECAY = re.compile(r"^tower\..*(pos_embed|position_embedding|cls_token|class_embedding|reg_token|register_token)")
 
 
 def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
-    """Freeze the tower, add LoRA layers, or train all tower weights. All other parameters are always trained.
+    """Freeze the tower, add LoRA layers, or unfreeze all tower weights. All other parameters are always trained.
 
     Raises:
         ValueError: The tower has no layers to which LoRA can be applied.
@@ -36,7 +36,7 @@ def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
     for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):  # has no gradient, because it is used only in DINO pretraining
+        if name.endswith("mask_token"):  # mask tokens are used only in DINO pretraining
             parameter.requires_grad_(False)
 
 
@@ -84,13 +84,13 @@ def make_cosine_schedule(steps: int, warmup_ratio: float) -> Callable[[int], flo
     """
     warmup = round(steps * warmup_ratio)
 
-    def factor(step: int) -> float:
+    def compute_lr_factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
         return 0.5 * (1 + math.cos(math.pi * progress))
 
-    return factor
+    return compute_lr_factor
 
 
 def _index_tower_layers(tower: VisionTower) -> dict[str, int]:
@@ -161,7 +161,7 @@ def compute_cached_loss(
         state_after = _get_random_state(device)
         for n, (run, state) in enumerate(zip(passes, random_states, strict=True)):
             with torch.enable_grad(), _sync_gradients(model, n == len(passes) - 1):
-                _set_random_state(state)  # same dropout masks as in the first forward pass
+                _set_random_state(state)  # restores the dropout masks of the first forward pass
                 products = [(x * parts[n]).sum() for x, parts in zip(run(), gradients, strict=True)]
                 torch.stack(products).sum().mul(grad_output).backward()
         _set_random_state(state_after)
@@ -198,7 +198,7 @@ COMPILE_BACKEND = "inductor"
 def should_compile(tower: VisionTower, device: torch.device, steps: int) -> bool:
     """Return True if compilation, which takes one to two minutes, is likely to save time over the remaining steps.
 
-    Only towers of identical blocks that are trained on a GPU are compiled, which excludes convolutional networks.
+    Only towers with identical blocks that are trained on a GPU are compiled. Convolutional networks are not compiled.
     """
     if device.type != "cuda" or steps < MIN_COMPILED_STEPS or torch._dynamo.config.disable:
         return False

@@ -30,7 +30,7 @@ from llm2clip.store.store import CaptionRows, CaptionSource, EmbeddingStore, fin
 
 HASH_DIGITS = 16
 Sample = tuple[int, int]  # (epoch, index of the image's record)
-# Counters that make the random numbers for crops, kinds of captions and captions independent.
+# Hash counters that keep the random numbers for crops, caption kinds and captions independent.
 _CROP, _KINDS, _CAPTIONS = 0, 1, 2
 
 
@@ -65,11 +65,11 @@ class Batch:
         """Copy the tensors to a device, and convert float16 tensors to float32 on that device."""
         is_cuda = device.type == "cuda"
 
-        def move(tensor: Tensor) -> Tensor:
+        def move_tensor(tensor: Tensor) -> Tensor:
             moved = tensor.to(device, non_blocking=is_cuda)
             return moved.float() if tensor.dtype == torch.float16 else moved
 
-        return self.map_tensors(move)
+        return self.map_tensors(move_tensor)
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to pinned memory, from which copies to a GPU are asynchronous."""
@@ -100,7 +100,7 @@ class AlignBatches:
         """
         Args:
             records: Training data. Records without an image or without captions are ignored.
-            ranks: (rank, world size).
+            ranks: Rank of this process and world size.
             features: Store of a frozen tower's image features. If set, batches contain features instead of pixels, and
                 images without features are ignored.
             images_per_step: Number of images per step over all ranks. Default: see `resolve_images_per_step`.
@@ -134,9 +134,8 @@ class AlignBatches:
         self.config, self.store = config, store
         self.orders = EpochImageOrders(records, is_usable, config.seed, image_order, read_images=features is None)
         self.phrases = captions.get("phrases")
-        self.captions = CaptionSampler(
-            list(captions.values()), [config.caption_mix.get(kind, 0.0) for kind in captions], config
-        )
+        weights = [config.caption_mix.get(kind, 0.0) for kind in captions]
+        self.captions = CaptionSampler(list(captions.values()), weights, config)
         self.images = _RandomCropDataset(records.get_images(), TrainTransform(preprocess), config.seed)
 
     def __len__(self) -> int:
@@ -149,7 +148,7 @@ class AlignBatches:
         Raises:
             ValueError: None of the images in a batch can be decoded.
         """
-        if first_step >= len(self):  # returns without starting workers, because the run is complete
+        if first_step >= len(self):  # the run is complete, so no workers are needed
             return
         if self.features is not None:
             for samples in self.iterate_samples(first_step):
@@ -164,12 +163,12 @@ class AlignBatches:
             collate_fn=_collate_decoded_images,
             persistent_workers=False,
             **build_worker_options(workers, __name__),
-            generator=torch.Generator(),  # otherwise, the DataLoader would change the global random state
+            generator=torch.Generator(),  # without a generator, the DataLoader would change the global random state
         )
         for pixels, samples, failures in loader:
             if pixels is None:
                 name, reason = next(iter(failures.items()))
-                raise ValueError(f"none of the images in a batch can be decoded; first failure: {name}: {reason}")
+                raise ValueError(f"none of the images in a batch can be decoded. First error: {name}: {reason}")
             yield self._make_batch(pixels, samples, failures)
 
     def iterate_samples(self, first_step: int) -> Iterator[list[Sample]]:
@@ -181,7 +180,7 @@ class AlignBatches:
 
     def _make_batch(self, images: Tensor, samples: list[Sample], failures: dict[str, str]) -> Batch:
         epochs, image_numbers = np.array(samples, np.int64).T
-        caption_rows, image_of_caption = self.captions.sample(epochs, image_numbers)
+        caption_rows, image_of_caption = self.captions.sample_captions(epochs, image_numbers)
         # With several ranks, another rank may have an identical caption.
         all_distinct = self.world_size == 1 and len(np.unique(caption_rows)) == len(caption_rows)
         return Batch(
@@ -211,12 +210,12 @@ def _take_text_rows(source: CaptionSource, rows: np.ndarray) -> Tensor:
 
 
 def allocate_pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # PyTorch reuses the pinned memory of freed tensors only after their copies to a GPU are complete.
+    # PyTorch reuses the pinned memory of a freed tensor only after all copies of the tensor to a GPU are complete.
     return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
 
 
 def _list_caption_rows(captions: CaptionRows, images: np.ndarray) -> np.ndarray:
-    """Return a (position in `images`, row number in the store) pair for each caption, of shape (K, 2), int64."""
+    """Return a (position in `images`, store row number) pair for each caption of the images, int64 of shape (K, 2)."""
     starts, counts = captions.starts[images], captions.starts[images + 1] - captions.starts[images]
     position = np.repeat(np.arange(len(images)), counts)
     first_caption = np.cumsum(counts) - counts
@@ -266,9 +265,8 @@ class _RandomCropDataset(Dataset):
         epochs, images = np.array(samples, np.int64).T
         refs, generator = self.refs.take(images), torch.Generator()
         items = []
-        for sample, ref, seed in zip(
-            samples, refs, hash_counters(self.seed, epochs, images, _CROP).tolist(), strict=True
-        ):
+        seeds = hash_counters(self.seed, epochs, images, _CROP).tolist()
+        for sample, ref, seed in zip(samples, refs, seeds, strict=True):
             transform = partial(self.transform, generator=generator.manual_seed(seed))
             items.append((str(ref), decode_or_return_error(ref, transform), sample))
         return items
@@ -277,7 +275,7 @@ class _RandomCropDataset(Dataset):
 def _collate_decoded_images(
     items: list[tuple[str, Tensor | str, Sample]],
 ) -> tuple[Tensor | None, list[Sample], dict[str, str]]:
-    """Collate decoded images. Return the pixels, the samples and the error messages, keyed by image name.
+    """Collate decoded images. Return the pixels, the samples, and the error messages keyed by image name.
 
     The pixels are stacked in the worker process, because the main process needs one file descriptor for each tensor
     that it receives. If none of the images can be decoded, the pixels are None.
@@ -308,7 +306,7 @@ class CaptionSampler:
         self.captions_by_kind, self.weights = list(captions_by_kind), np.array(weights, np.float64)
         self.seed, self.captions_per_image = config.seed, config.captions_per_image
 
-    def sample(self, epochs: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sample_captions(self, epochs: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample captions for N images. `epochs` and `images` (image indices) have shape (N,), int64.
 
         Returns:
@@ -355,7 +353,7 @@ def _take_captions(shuffled: list[np.ndarray], counts: np.ndarray, kinds: np.nda
     """Take the next caption of each sampled kind, unless no captions of that kind are left for the image.
 
     Args:
-        shuffled: Permuted row numbers of each kind, of shape (N, captions), int64.
+        shuffled: Permuted row numbers of each kind of captions, of shape (N, captions), int64.
         counts: Number of valid row numbers in `shuffled` per kind and image, of shape (kinds, N), int64.
         kinds: Sampled kinds, of shape (captions per image, N), int64.
 

@@ -40,11 +40,11 @@ from llm2clip.models.text.sentence_transformer import LoraSession
 from llm2clip.runs.checkpoint import CheckpointManager, TrainingLogCallback, TrainingStateMixin, hash_texts
 from llm2clip.runs.ranks import (
     RaggedGather,
+    all_reduce_max,
     copy_to_meta_device,
     enable_fp32_gradient_reduction,
     gather_to_cpu,
     is_fsdp_enabled,
-    max_over_ranks,
     print_once,
     process_state,
     set_fsdp_wrap_policy,
@@ -104,7 +104,7 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
 def _sample_pairs(
     sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneConfig, pairs_per_step: int | None
 ) -> pa.Table:
-    """Sample the text pairs for all steps, which are the same on all ranks. `pairs_per_step` is None for a new run."""
+    """Sample the text pairs for all steps, identically on all ranks. `pairs_per_step` is None for a new run."""
     if pairs_per_step is None:
         world_size = process_state().num_processes
         pairs_per_step = resolve_pairs_per_step(sources, config.batch_size, world_size)
@@ -125,7 +125,7 @@ def _sample_pairs(
 
 
 def _select_trainable_weights(encoder: CaptionEncoder, config: TuneConfig) -> tuple[Precision, LoraSession | None]:
-    """Make new LoRA layers trainable or, without LoRA, all LLM weights except the token embeddings.
+    """Add trainable LoRA layers or, without LoRA, unfreeze all LLM weights except the token embeddings.
 
     With LoRA, the frozen weight matrices take up nearly all memory, so the matrices are stored in the training
     precision or, with QLoRA, in 4 bits.
@@ -188,7 +188,7 @@ def _train(
         config.temperature,
         config.batch_tokens or get_default_batch_tokens(encoder.device),
         symmetric=config.symmetric,
-        # A run that is resumed on fewer ranks has larger batches per rank, which must not take more memory.
+        # A run that is resumed on fewer ranks has larger batches per rank, which must not use more memory.
         grad_cache=config.grad_cache or batch_size > config.batch_size,
     )
     trainer = _TuneTrainer(
@@ -202,14 +202,14 @@ def _train(
     TrainingLogCallback(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to_trainer(trainer)
     enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
-    # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions (`benchmarks/tune.py`).
+    # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions (see `benchmarks/tune.py`).
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
         encoder.st = gather_to_cpu(unsharded, encoder.st)
     else:
         trainer.accelerator.unwrap_model(encoder.st, keep_fp32_wrapper=False)  # removes the autocast wrapper
-        vars(encoder.st).pop("_is_accelerate_prepared", None)  # so that a later call to prepare() adds autocast again
+        vars(encoder.st).pop("_is_accelerate_prepared", None)  # a later call to prepare() must add autocast again
 
 
 def _make_training_arguments(
@@ -237,7 +237,7 @@ def _make_training_arguments(
         ddp_find_unused_parameters=False,
         disable_tqdm=False,
     )
-    args._n_gpu = 1  # one device per process; never use torch.nn.DataParallel
+    args._n_gpu = 1  # one device per process, without torch.nn.DataParallel
     return args
 
 
@@ -277,9 +277,9 @@ def pair_loss(
         scale: Factor applied to the cosine similarities (1 / temperature).
         text_ids: Ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
             texts must have the same id.
-        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each is a negative for all anchors.
-            M may differ between ranks.
-        symmetric: Each positive must also retrieve its anchor from all anchors.
+        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each hard negative is used for all
+            anchors. M may differ between ranks.
+        symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: Use the candidates of all ranks. All ranks must then call this function.
 
     Returns:
@@ -298,7 +298,7 @@ def pair_loss(
     all_negatives = extra.gather(negatives, gradients=True)
     all_anchor_ids, all_positive_ids = pairs.gather(anchor_ids), pairs.gather(positive_ids)
     candidate_ids = torch.cat([all_positive_ids, extra.gather(negative_ids)])
-    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair over all ranks
+    target = torch.arange(n, device=anchor.device) + pairs.offset  # index of each pair among the pairs of all ranks
 
     def retrieval_loss(query: Tensor, query_ids: Tensor, answer_ids: Tensor, items: Tensor, item_ids: Tensor) -> Tensor:
         excluded = (item_ids[None, :] == query_ids[:, None]) | (item_ids[None, :] == answer_ids[:, None])
@@ -354,8 +354,8 @@ class PairLoss(nn.Module):
             grad_cache: Use gradient caching for batches that take several forward passes.
         """
         super().__init__()
-        self.model = encoder.st  # the trainer replaces this with its distributed wrapper
-        self._encoder = [encoder]  # wrapped in a list, so that it is not registered as a submodule
+        self.model = encoder.st  # the trainer replaces this model with its distributed wrapper
+        self._encoder = [encoder]  # in a list, so that the encoder is not registered as a submodule
         self.scale, self.batch_tokens = 1 / temperature, batch_tokens
         self.symmetric, self.grad_cache = symmetric, grad_cache
 
@@ -367,25 +367,25 @@ class PairLoss(nn.Module):
         rows_in_order: list[int] = []
         tokenized = TokenizedTexts(tokens, [], batch["prompt_lengths"])
         for prompt_length, rows in tokenized.batches(self.batch_tokens):
-            passes.append(partial(self._encode, [tokens[row] for row in rows], prompt_length))
+            passes.append(partial(self._encode_tokens, [tokens[row] for row in rows], prompt_length))
             rows_in_order += rows
-        order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # to restore the order of the batch
+        order = copy_to_device(torch.tensor(rows_in_order).argsort(), device)  # restores the order of the batch
         sharded, most_passes, last_pass = isinstance(self.model, FSDPModule), len(passes), passes[-1]
         if sharded or self.grad_cache:
-            most_passes = max_over_ranks(len(passes), device)
-        if sharded:  # all ranks must run the same number of passes, so some rerun the last one
+            most_passes = all_reduce_max(len(passes), device)
+        if sharded:  # all ranks must run the same number of passes, so some ranks rerun the last pass
             passes += [lambda: (last_pass()[0][:0],)] * (most_passes - len(passes))
 
         def loss_function(embeddings: Tensor) -> Tensor:
             return self._compute_loss(embeddings[order], batch["pairs"], batch["text_ids"].to(embeddings.device))
 
-        # With a single pass, gradient caching would only repeat it. Caching changes the order of collective operations,
-        # so all ranks must make the same choice.
+        # With a single pass, gradient caching would only repeat the pass.
+        # Caching changes the order of collective operations, so all ranks must make the same choice.
         if self.grad_cache and most_passes > 1 and torch.is_grad_enabled():
             return compute_cached_loss(passes, loss_function, self.model, device)
         return loss_function(torch.cat([run()[0] for run in passes]))
 
-    def _encode(self, tokens: list[list[int]], prompt_length: int) -> tuple[Tensor]:
+    def _encode_tokens(self, tokens: list[list[int]], prompt_length: int) -> tuple[Tensor]:
         return (self.model(self._encoder[0].collate(tokens, prompt_length))["sentence_embedding"].float(),)
 
     def _compute_loss(self, embeddings: Tensor, pairs: int, text_ids: Tensor) -> Tensor:
