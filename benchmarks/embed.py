@@ -14,9 +14,7 @@ The methods alternate, and each of the other libraries runs in its own process. 
 (median and range), the speed relative to the other libraries, and the lowest cosine similarity to the fp32 embeddings.
 """
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,7 @@ from llm2clip.models.precision import calibrate_precision
 from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import tune_batch_tokens
+from shared import format_median, make_parser, print_header, print_row
 
 # Code that runs other libraries' encoders. It defines `methods`, a dict from names to functions that encode `texts`.
 LLM2VEC = """
@@ -145,15 +144,14 @@ def print_speed_table(seconds: Mapping[str, Sequence[float]], embeddings: Mappin
     exact = torch.from_numpy(embeddings["llm2clip, padded, fp32"])
     others = [name for name in seconds if not name.startswith("llm2clip")]
     columns = ["method", "captions/s, median (range)", *(f"relative to {o}" for o in others), "lowest cosine"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    print_header(*columns)
     for name, elapsed in seconds.items():
-        rates = sorted(len(exact) / s for s in elapsed)
-        cells = [name, f"{statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"]
+        cells = [name, format_median([len(exact) / s for s in elapsed], ".1f")]
         for other in others:
-            ratios = sorted(o / s for o, s in zip(seconds[other], elapsed, strict=True))
-            cells.append(f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            ratios = [o / s for o, s in zip(seconds[other], elapsed, strict=True)]
+            cells.append(format_median(ratios, ".2f"))
         cosine = F.cosine_similarity(torch.from_numpy(embeddings[name]).float(), exact).min()
-        print(f"| {' | '.join([*cells, f'{cosine:.6f}'])} |")
+        print_row(*cells, f"{cosine:.6f}")
 
 
 def sample_captions(sources: Sequence[str], count: int) -> list[str]:
@@ -165,7 +163,7 @@ def sample_captions(sources: Sequence[str], count: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("captions", nargs="+")
     parser.add_argument("--llm2vec", help="Python interpreter of an environment with llm2vec 0.2.3")
     args = parser.parse_args()

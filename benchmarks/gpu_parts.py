@@ -46,19 +46,13 @@ from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, compute_cached_loss, make_optimizer
 from llm2clip.train.sampling import AlignBatches
 from llm2clip.train.tune import PairCollator, PairLoss
-from search import K, vector_chunks
+from search import K
+from vectors import add_noise, vector_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
-TINY_LLM = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 260,
-}
+TINY_LLM = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 64, "head_dim": 8, "vocab_size": 260}
+TINY_LLM |= {"num_attention_heads": 6, "num_key_value_heads": 2}
 LLM_SIZES = {
     "135M": LLMS["smollm2-135m"],
     "1B": LLMS["meta-llama/llama-3.2-1b"],
@@ -75,28 +69,7 @@ TINY_OPEN_CLIP = {  # open_clip config with the tower in TINY_TOWER and 64 dimen
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
 }
-WORDS = (
-    "a",
-    "the",
-    "dog",
-    "cat",
-    "two",
-    "red",
-    "blue",
-    "on",
-    "in",
-    "snow",
-    "street",
-    "runs",
-    "sits",
-    "with",
-    "small",
-    "large",
-    "man",
-    "woman",
-    "tree",
-    "house",
-)
+WORDS = "a the dog cat two red blue on in snow street runs sits with small large man woman tree house"
 TEXT_DIM = 2048
 
 
@@ -440,9 +413,7 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
     count, dim, queries_count, sample = (2000, 32, 16, 8) if settings.tiny else (1_000_000, 1024, 256, 16)
     vectors = np.concatenate([chunk.astype(np.float16) for chunk in vector_chunks(count, dim)])
     rng = np.random.default_rng(1)
-    queries = vectors[rng.integers(count, size=queries_count)].astype(np.float32)
-    queries += 0.5 * rng.standard_normal(queries.shape, np.float32) / np.sqrt(dim)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    queries = add_noise(vectors[rng.integers(count, size=queries_count)].astype(np.float32), rng)
     expected = search_float64(vectors, queries[:sample])
 
     for dtype in (torch.float16, torch.float32):
@@ -581,7 +552,7 @@ def count_layer_parameters(encoder: CaptionEncoder) -> int:
 def random_captions(count: int) -> list[str]:
     """Return captions of 4 to 16 words, in which each byte is one token."""
     rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, rng.integers(4, 17))) for _ in range(count)]
+    return [" ".join(rng.choice(WORDS.split(), rng.integers(4, 17))) for _ in range(count)]
 
 
 def save_llm(folder: Path, shape: dict[str, Any]) -> Path:

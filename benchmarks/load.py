@@ -36,19 +36,19 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from llm2clip.data.image_refs import FileImage
 from llm2clip.io_utils import atomic_write_jsonl
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.search.backends import open_backend
 from llm2clip.search.metadata import Filter
-from llm2clip.search.types import IndexedContent, IndexedImage
-from shared import start_server
+from shared import make_parser, print_header, print_row, start_server
+from vectors import add_images
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from postgres_fixtures import PostgresServer, get_postgres_server
@@ -118,15 +118,12 @@ class Collection:
         (first,) = backend.sample_ids(1)
         thumbnail = backend.read_thumbnail(first)
         assert thumbnail is not None
-        contents, images = [], []
-        for number, vector in enumerate(self._vectors):
-            half = (vector / np.linalg.norm(vector)).astype(np.float16)
-            name = self.known[number] if number < KNOWN else f"/random/{number}.jpg"
-            captions = (self.texts[number],) if number < KNOWN else (" ".join(random.choices(WORDS, k=10)),)
-            contents.append(IndexedContent(name.encode(), half, thumbnail, width=640, height=480))
-            images.append((IndexedImage(name, FileImage(name), "/known", "0 0", captions), name.encode()))
+        names = [*self.known, *(f"/random/{number}.jpg" for number in range(RANDOM))]
+        captions = [(text,) for text in self.texts]
+        captions += [(" ".join(random.choices(WORDS, k=10)),) for _ in range(RANDOM)]
+        vectors = self._vectors / np.linalg.norm(self._vectors, axis=1, keepdims=True)
         with backend.lock():
-            backend.add_images(contents, images)
+            add_images(backend, names, vectors, captions, repeat(thumbnail))
 
 
 def choose_known_texts(model: DualEncoder) -> tuple[list[str], np.ndarray]:
@@ -158,9 +155,7 @@ class Client(threading.Thread):
         super().__init__()
         self.port, self.collection, self.indexer, self.monitor = port, collection, indexer, monitor
         self.stop = threading.Event()
-        self.kinds = [
-            self.search, self.search_words, self.search_folder, self.search_indexed, self.embed
-        ]  # fmt: skip
+        self.kinds = [self.search, self.search_words, self.search_folder, self.search_indexed, self.embed]
 
     def run(self) -> None:
         self.connect()
@@ -360,7 +355,7 @@ class Servers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--backend", choices=["postgres", "sqlite"], default="postgres", help="database of the index")
     parser.add_argument("--minutes", type=float, default=30, help="duration of the load")
     parser.add_argument("--kill_minutes", type=float, default=2, help="time between two kills")
@@ -436,12 +431,10 @@ def check_index(location: str, collection: Collection, indexer: Indexer, monitor
 
 
 def print_results(monitor: Monitor, indexer: Indexer, seconds: float) -> None:
-    print("| request | responses | per second | p50, ms | p95, ms | p99, ms | maximum, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print_header("request", "responses", "per second", "p50, ms", "p95, ms", "p99, ms", "maximum, ms")
     for kind, latencies in sorted(monitor.latencies.items()):
-        rate = f"{len(latencies):,} | {len(latencies) / seconds:.1f}"
-        percentiles = np.percentile(latencies, [50, 95, 99, 100])
-        print(f"| {kind} | {rate} | {' | '.join(f'{1000 * latency:,.0f}' for latency in percentiles)} |")
+        percentiles = [f"{1000 * latency:,.0f}" for latency in np.percentile(latencies, [50, 95, 99, 100])]
+        print_row(kind, f"{len(latencies):,}", f"{len(latencies) / seconds:.1f}", *percentiles)
     print()
     print(f"outages of the search server or the database: {len(monitor.outages)}")
     print(f"acknowledged runs of llm2clip index: {indexer.runs:,}; their images in the index: {len(indexer.names):,}")

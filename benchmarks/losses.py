@@ -7,7 +7,6 @@ each loss, and does not include the inputs. On a GPU, it is the memory allocated
 memory minus the gradients of the inputs (2 N D floats), which every loss must compute.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
+from shared import format_median, make_parser, print_header, print_row
 
 DIM, REPEATS = 1024, 3
 SCALE, BIAS = 20.0, -10.0
@@ -30,12 +30,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "open_clip SigLipLoss": siglip_loss,
     "llm2clip sigmoid_loss": sigmoid_loss,
 }
-BASELINES = {
-    "open_clip ClipLoss": "open_clip ClipLoss",
-    "llm2clip info_nce": "open_clip ClipLoss",
-    "open_clip SigLipLoss": "open_clip SigLipLoss",
-    "llm2clip sigmoid_loss": "open_clip SigLipLoss",
-}
+BASELINES = {"llm2clip info_nce": "open_clip ClipLoss", "llm2clip sigmoid_loss": "open_clip SigLipLoss"}
 
 
 def make_inputs(n: int, device: str) -> list[Tensor]:
@@ -86,30 +81,30 @@ def print_rows(n: int, device: str) -> None:
                 seconds[name].append(elapsed)
     peaks = {name: run_in_new_process(measure_peak, name, n, device) for name in LOSSES}
     gradients = 2 * n * DIM * 4 / 1e6
-    for name, baseline in BASELINES.items():
-        own = seconds[name]
+    for name, own in seconds.items():
+        baseline = BASELINES.get(name, name)
         ratio = statistics.median(a / b for a, b in zip(own, seconds[baseline], strict=True))
         working, baseline_working = peaks[name] - gradients, peaks[baseline] - gradients
-        cells = [
-            f"{n:,}",
-            name,
-            f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})",
-            f"{ratio:.2f}x",
-            f"{peaks[name]:,.0f}",
-            f"{working:,.0f}",
-            f"1/{baseline_working / max(working, 1):.0f}",
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        memory = [f"{peaks[name]:,.0f}", f"{working:,.0f}", f"1/{baseline_working / max(working, 1):.0f}"]
+        print_row(f"{n:,}", name, format_median(own, ".2f"), f"{ratio:.2f}x", *memory)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with use_onednn_matmul():
-        print("| N | loss | seconds, median (range) | time ratio | peak MB | working MB | working memory ratio |")
-        print("|---|---|---|---|---|---|---|")
+        columns = (
+            "N",
+            "loss",
+            "seconds, median (range)",
+            "time ratio",
+            "peak MB",
+            "working MB",
+            "working memory ratio",
+        )
+        print_header(*columns)
         for n in args.sizes:
             print_rows(n, args.device)
 

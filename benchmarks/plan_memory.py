@@ -8,7 +8,6 @@ measured. The largest stage needs 15 GB, and all stages together take about twen
 small models, for testing this script.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.tools.plan import plan_fit
 from llm2clip.tools.plan_costs import LLMS
 from llm2clip.tools.plan_memory import Machine, compute_peak_memory
-from shared import make_flags
+from shared import make_flags, make_parser, print_header, print_row
 
 IMAGES, CAPTIONS, TOKENS = 32, 2, 64  # number of images, captions per image, and tokens per caption
 TUNE = {"steps": 2, "batch_size": 28, "lora_r": 16}
@@ -33,7 +32,7 @@ ALIGN = {"batch_size": 4, "epochs": 0.375, "captions_per_image": 1, "adapter_dep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data and outputs")
     parser.add_argument("--tiny", action="store_true", help="use small models")
     args = parser.parse_args()
@@ -47,8 +46,7 @@ def main() -> None:
         align=AlignConfig(tower=str(tower), workers=0, **ALIGN),  # type: ignore[arg-type]
     )
     plan = plan_fit(config, Machine("cpu", tflops=1, memory=64), IMAGES, CAPTIONS, TOKENS)
-    print("| stage | planned, GB | measured, GB | planned / measured | breakdown of the plan, GB |")
-    print("|---|---|---|---|---|", flush=True)
+    print_header("stage", "planned, GB", "measured, GB", "planned / measured", "breakdown of the plan, GB")
     encoder = ["--encoder.path", str(llm)]
     commands = {
         "tune": ["tune", f"{data}@train", *encoder, *make_flags("tune", TUNE)],
@@ -63,7 +61,7 @@ def main() -> None:
         parts = plan.stage_memory[stage]
         planned = compute_peak_memory(parts) / 1e9
         description = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
-        print(f"| {stage} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} | {description} |", flush=True)
+        print_row(stage, f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}", description)
 
 
 def run(arguments: list[str]) -> float:

