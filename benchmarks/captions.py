@@ -16,7 +16,6 @@ The table of captions contains their mean rank among all images, with the model 
 contains means and standard deviations over three seeds. An interrupted benchmark can be resumed with the same command.
 """
 
-import argparse
 import json
 import random
 import shutil
@@ -35,7 +34,15 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.llava.conversations import IMAGE_TOKEN, LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
 from llm2clip.models.dual_encoder import open_dual_encoder
-from shared import format_mean_std, make_flags, run_llm2clip, write_rows_once
+from shared import (
+    format_mean_std,
+    make_flags,
+    make_parser,
+    print_header,
+    print_row,
+    run_llm2clip,
+    write_rows_once,
+)
 
 TOWER, LLM = "efficientnet-lite0", "smollm2-135m"
 ENCODER = ("--encoder.path", "all-minilm-l6-v2")
@@ -119,7 +126,7 @@ class Benchmark:
     def describe_captions(self, captions: Path, checked: Path) -> None:
         """Print the number and the mean rank of each kind of captions (see `llm2clip caption`)."""
         model = ModelEmbeddings(open_dual_encoder(str(self.out / "checker/model")), SkipLog())
-        print("| captions | number | images with captions | rank |\n|---|---|---|---|")
+        print_header("captions", "number", "images with captions", "rank")
         kinds = [(name, captions, field) for name, field in FIELDS.items()]
         for name, file, field in [*kinds, ("short, checked", checked, "short_captions")]:
             records = [record for record in open_records(f"{file}@none") if getattr(record, field)]
@@ -128,7 +135,7 @@ class Benchmark:
             images, indices = model.encode_images([record.image for record in ranked if record.image is not None])
             texts = model.encode_texts([getattr(ranked[index], field)[0] for index in indices])
             ranks = rank_captions(texts, images, images, torch.eye(len(images), dtype=torch.bool))[1]
-            print(f"| {name} | {count:,} | {len(records):,} | {ranks.mean():.1%} |", flush=True)
+            print_row(name, f"{count:,}", f"{len(records):,}", f"{ranks.mean():.1%}")
 
     def write_synthetic(self, source: Path, field: str, name: str) -> Path:
         """Write the images with synthetic captions, which become the column `captions`."""
@@ -158,9 +165,10 @@ class Benchmark:
             for name, result in zip(models, results, strict=True):
                 for metric, value in read_metrics(result["rows"][0]).items():
                     metrics[name][metric].append(value)
-        print(f"\n| captions | {' | '.join(metrics['human'])} |\n|---|{'---|' * len(metrics['human'])}")
+        print()
+        print_header("captions", *metrics["human"])
         for name, values in metrics.items():
-            print(f"| {name} | {' | '.join(map(format_mean_std, values.values()))} |")
+            print_row(name, *map(format_mean_std, values.values()))
 
 
 def read_metrics(row: dict[str, Any]) -> dict[str, float]:
@@ -172,7 +180,7 @@ def read_metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path, help="folder that contains the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--images", type=int, help="use only the first images of each data set")

@@ -18,6 +18,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from llm2clip.tools.doctor import DEVELOPER_EXTRAS
+from shared import print_header, print_row
 
 TORCH = re.compile(r"torch$|triton$|nvidia-|cuda-")  # PyTorch and its GPU libraries
 COPYLEFT = re.compile(r"GPL|General Public|MPL|Mozilla|EPL|CDDL|EUPL", re.IGNORECASE)
@@ -75,21 +76,22 @@ def main(pip_licenses: str = "pip-licenses") -> None:
     core = find_installed(lines)
     extras = set(metadata.metadata("llm2clip").get_all("Provides-Extra") or []) - {*DEVELOPER_EXTRAS}
     all_packages = core.union(*(find_installed(lines, extra) for extra in extras))
-    print("| install | packages | size | size without PyTorch |\n|---|---|---|---|")
+    print_header("install", "packages", "size", "size without PyTorch")
     for name, packages in (("core", core), ("all extras for users", all_packages)):
         sizes = {package: measure_size(package) for package in packages}
         without_torch = sum(size for package, size in sizes.items() if not TORCH.match(package))
-        print(f"| {name} | {len(packages)} | {sum(sizes.values()) / 1e6:,.0f} MB | {without_torch / 1e6:,.0f} MB |")
+        print_row(name, len(packages), *(f"{size / 1e6:,.0f} MB" for size in (sum(sizes.values()), without_torch)))
 
     by_licence = defaultdict(list)
     for package, licence in read_licences(pip_licenses, all_packages).items():
         by_licence[licence].append(package)
-    print("\n| licence | core | extras | packages |\n|---|---|---|---|")
+    print()
+    print_header("licence", "core", "extras", "packages")
     for licence, packages in sorted(by_licence.items(), key=lambda item: -len(item[1])):
         num_core = len(core.intersection(packages))
         is_listed = COPYLEFT.search(licence) or len(packages) < 3
         names = ", ".join(sorted(packages)) if is_listed else ""
-        print(f"| {licence} | {num_core} | {len(packages) - num_core} | {names} |")
+        print_row(licence, num_core, len(packages) - num_core, names)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare a vision tower before and after `align` in the same multimodal LLM.
 
-    python benchmarks/llava.py DATA --aligned MODEL [--out FOLDER]
+    python benchmarks/llava.py DATA --aligned MODEL
 
 DATA contains flickr8k/, coco_img/ and ade20k_ids/, each with a captions.jsonl. MODEL is a model folder whose tower was
 initialised from EfficientNet-Lite0 and was not trained on the val split of flickr8k.
@@ -11,7 +11,6 @@ on the val split of flickr8k: CIDEr and BLEU-4 against the five captions of each
 yes-or-no questions about objects. Install lmms-eval and Java, which its caption metrics need.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -35,7 +34,7 @@ from llm2clip.llava.conversations import (
 from llm2clip.llava.train import train_llava
 from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.vision.vision_tower import VisionTower
-from shared import format_mean_std
+from shared import format_mean_std, make_parser, print_header, print_row
 
 LLM = "smollm2-135m"
 TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")
@@ -51,19 +50,19 @@ METRICS = {
     "F1": ("pope", "pope_f1_score,none"),
 }
 SEEDS = 3
+OUT = Path("runs/llava")  # folder for models and results
 PRETRAIN_STEPS, STEPS = 30, 60  # training steps of the projector alone, and of the projector and the LLM
 CAPTIONED_IMAGES, POPE_IMAGES = 250, 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path, help="folder that contains the data sets")
     parser.add_argument("--aligned", required=True, help="folder of the aligned model")
-    parser.add_argument("--out", type=Path, default=Path("runs/llava"), help="folder for models and results")
     args = parser.parse_args()
     aligned = load_vision_tower(args.aligned)
     original = load_vision_tower(resolve_pretrained_name("efficientnet-lite0"), aligned.preprocess.size)
-    compare_towers(args.data, args.out, {"original": original, "aligned": aligned})
+    compare_towers(args.data, OUT, {"original": original, "aligned": aligned})
 
 
 def compare_towers(data: Path, out: Path, towers: dict[str, VisionTower]) -> None:
@@ -74,7 +73,7 @@ def compare_towers(data: Path, out: Path, towers: dict[str, VisionTower]) -> Non
     captioning = make_captioning_conversations(train_records)
     instruction = make_instruction_conversations(train_records)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in towers}
-    print(f"| tower | seed | {' | '.join(METRICS)} |\n|---|---|{'---|' * len(METRICS)}")
+    print_header("tower", "seed", *METRICS)
     for seed in range(SEEDS):
         config = dataclasses.replace(CONFIG, seed=seed)
         pretrain = sample_conversations(captioning, PRETRAIN_STEPS * config.pretrain_batch_size, seed)
@@ -85,10 +84,10 @@ def compare_towers(data: Path, out: Path, towers: dict[str, VisionTower]) -> Non
                 train_model(out, name, tower, pretrain, instruct, config=config)
             metrics = evaluate(run / "model", tasks)
             runs[name].append(metrics)
-            print(f"| {name} | {seed} | {' | '.join(f'{metrics[key]:.1f}' for key in METRICS)} |", flush=True)
+            print_row(name, seed, *(f"{metrics[key]:.1f}" for key in METRICS))
     for name, results in runs.items():
         means = [format_mean_std([metrics[key] for metrics in results]) for key in METRICS]
-        print(f"| {name}, mean | | {' | '.join(means)} |")
+        print_row(f"{name}, mean", "", *means)
 
 
 def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:

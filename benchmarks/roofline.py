@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pretended_gpu.tensors import REPLACED
+from shared import print_header, print_row
 
 # Rates that good kernels reach on an H100, in FLOP/s, and its memory bandwidth in bytes/s.
 SHEET_RATE = 989e12  # bf16 rate in the data sheet
@@ -201,7 +202,7 @@ def main() -> None:
     Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment, method-assign]  # fake tensors are not pinned
     REPLACED.clear()  # operations on fake tensors only compute shapes
     _foreach_supported_types.append(FakeTensor)
-    print("| step | GPU time, ms | per second | MFU, % | largest shares of GPU time |\n|---|---|---|---|---|")
+    print_header("step", "GPU time, ms", "per second", "MFU, %", "largest shares of GPU time")
     for make_steps in (align_steps, partial(llm_steps, train=False), partial(llm_steps, train=True)):
         fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
         for name, run, flops, items, unit in make_steps(fake_tensors):
@@ -210,9 +211,7 @@ def main() -> None:
             seconds = roofline.seconds.total()
             shares = ", ".join(f"{kind} {time / seconds:.0%}" for kind, time in roofline.seconds.most_common(5))
             mfu = 100 * flops / seconds / SHEET_RATE
-            print(
-                f"| {name} | {1e3 * seconds:.1f} | {items / seconds:,.0f} {unit} | {mfu:.0f} | {shares} |", flush=True
-            )
+            print_row(name, f"{1e3 * seconds:.1f}", f"{items / seconds:,.0f} {unit}", f"{mfu:.0f}", shares)
 
 
 if __name__ == "__main__":

