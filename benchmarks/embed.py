@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +90,9 @@ class OtherLibrary:
 
     def __init__(self, python: str, methods: str, folder: Path) -> None:
         self.out = folder / "embeddings.npy"
-        arguments = [str(folder / "encoder"), str(folder / "texts.json"), str(self.out)]
-        code = WORKER.replace("{methods}", methods)
-        self.process = subprocess.Popen(
-            [python, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [python, "-c", WORKER.replace("{methods}", methods)]
+        command += [str(folder / "encoder"), str(folder / "texts.json"), str(self.out)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, method: str) -> Result:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -106,12 +105,10 @@ def other_methods(folder: Path, llm2vec_python: str | None) -> dict[str, Method]
     """Start the processes of the other libraries and return their encoding methods."""
     st = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder)
     methods: dict[str, Method] = {
-        "unsorted batches of 32": lambda: st.run("unsorted batches of 32"),
-        "SentenceTransformer.encode": lambda: st.run("SentenceTransformer.encode"),
+        name: partial(st.run, name) for name in ("unsorted batches of 32", "SentenceTransformer.encode")
     }
     if llm2vec_python:
-        llm2vec = OtherLibrary(llm2vec_python, LLM2VEC, folder)
-        methods["LLM2Vec.encode"] = lambda: llm2vec.run("LLM2Vec.encode")
+        methods["LLM2Vec.encode"] = partial(OtherLibrary(llm2vec_python, LLM2VEC, folder).run, "LLM2Vec.encode")
     return methods
 
 

@@ -28,6 +28,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import LayerNorm, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from data import PREPROCESS, write_store
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.pairs import Pair
@@ -47,6 +48,7 @@ from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, compute_cached_l
 from llm2clip.train.sampling import AlignBatches
 from llm2clip.train.tune import PairCollator, PairLoss
 from search import K
+from shared import read_rows
 from vectors import add_noise, vector_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -363,8 +365,8 @@ def measure_losses(settings: PartSettings) -> Iterator[dict[str, Any]]:
     size = "256" if settings.tiny else "32768"
     command = [sys.executable, str(script), "--sizes", size, "--device", DEVICE.type]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    header, _, *lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
-    for cells in lines:
+    header, _, *rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+    for cells in rows:
         yield dict(zip(header, cells, strict=True))
 
 
@@ -377,32 +379,16 @@ def measure_data(settings: PartSettings) -> Iterator[dict[str, Any]]:
     for n in range(count):
         small = rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)
         Image.fromarray(small).resize((500, 400)).save(folder / f"{n}.jpg")
-    size = 32 if settings.tiny else 224
-    tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=size)
-    model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=16), tower)
     records = [Record(id=str(n), image=FileImage(str(folder / f"{n}.jpg")), captions=("a",)) for n in range(count)]
+    table = RecordTable.from_records(records)
+    store = write_store(table, settings.out / "store")
     for workers in [0] if settings.tiny else [0, 8, 16]:
-        epochs = 1 if settings.tiny else 8
-        config = AlignConfig(batch_size=count // 2, epochs=epochs, workers=workers)
-        table = RecordTable.from_records(records)
-        batches = AlignBatches(table, _NoStore(), model.tower.preprocess, config).iterate_batches(0)
+        config = AlignConfig(batch_size=count // 2, epochs=1 if settings.tiny else 8, workers=workers)
+        batches = AlignBatches(table, store, PREPROCESS, config).iterate_batches(0)
         first = len(next(batches).images)  # excludes the time to start the workers
         start = time.perf_counter()
         images = sum(len(batch.images) for batch in batches)
         yield {"workers": workers, "images": first + images, "images/s": images / (time.perf_counter() - start)}
-
-
-class _NoStore:
-    """Stand-in for an embedding store, in which all captions have the same all-zero embedding."""
-
-    def __init__(self) -> None:
-        self.manifest: dict[str, Any] = {}
-
-    def find_rows(self, captions: Any) -> np.ndarray:
-        return np.zeros(len(list(captions)), np.int64)
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros((len(rows), TEXT_DIM), np.float32)
 
 
 def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
@@ -467,8 +453,7 @@ def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """Yield the predictions of `llm2clip plan`, and the measurements of the `align` part in eager mode."""
     machine = Machine(find_device_name() or "h100")
     file = settings.out / "align.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    measured = {row["method"]: row for row in rows}
+    measured = {row["method"]: row for row in read_rows(file)} if file.exists() else {}
     for tower, (timm_name, _, batch) in align_towers(settings).items():
         align = AlignConfig(tower=f"timm:{timm_name}", batch_size=batch, captions_per_image=1, embed_dim=512)
         plan = plan_fit(FitConfig(encoder=EncoderConfig(), tune=TuneConfig(), align=align), machine, 1_000_000, 1, 36)

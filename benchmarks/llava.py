@@ -38,7 +38,7 @@ from shared import format_mean_std, make_parser, print_header, print_row
 
 LLM = "smollm2-135m"
 TRAIN = ("flickr8k/captions.jsonl@train", "coco_img/captions.jsonl", "ade20k_ids/captions.jsonl")
-TEST = ("flickr8k/captions.jsonl@val",)
+TEST = "flickr8k/captions.jsonl@val"
 CONFIG = LlavaConfig(
     pretrain_lr=2e-3, pretrain_batch_size=64, lr=2e-4, batch_size=64, micro_batch_size=32, save_steps=1000
 )
@@ -67,7 +67,8 @@ def main() -> None:
 
 def compare_towers(data: Path, out: Path, towers: dict[str, VisionTower]) -> None:
     """Train and evaluate a model with each tower and seed. Print a table row per run, and the mean per tower."""
-    train_records, test_records = read_records(data, TRAIN), read_records(data, TEST)
+    train_records = [record for source in TRAIN for record in open_records(str(data / source))]
+    test_records = list(open_records(str(data / TEST)))
     sample = random.Random(0).sample(test_records, min(CAPTIONED_IMAGES, len(test_records)))
     tasks = write_tasks(out / "tasks", sample, sample[:POPE_IMAGES])
     captioning = make_captioning_conversations(train_records)
@@ -92,19 +93,13 @@ def compare_towers(data: Path, out: Path, towers: dict[str, VisionTower]) -> Non
 
 def write_tasks(folder: Path, captioned: list[Record], asked_about: list[Record]) -> list[dict[str, Any]]:
     """Write the images of two tasks, and the questions about `asked_about`. Return variants of lmms-eval's tasks."""
-    captions = []
-    for n, record in enumerate(captioned):
-        captions.append((record, {"img_id": n, "caption": list(record.captions)}))
+    captions = [(record, {"img_id": n, "caption": list(record.captions)}) for n, record in enumerate(captioned)]
     questions = []
     record_by_id = {record.id: record for record in asked_about}
     for conversation in make_object_conversations(asked_about):
         for question, answer in conversation.turns:
-            row = {
-                "question_id": len(questions),
-                "question": question.removesuffix(SHORT_ANSWER),
-                "answer": answer.lower(),
-            }
-            questions.append((record_by_id[conversation.id], row))
+            row = {"question_id": len(questions), "question": question.removesuffix(SHORT_ANSWER)}
+            questions.append((record_by_id[conversation.id], {**row, "answer": answer.lower()}))
     caption_settings = {
         "doc_to_text": SHORT_CAPTION_PROMPTS[0],
         "generation_kwargs": {"max_new_tokens": 32, "num_beams": 3, "do_sample": False},
@@ -157,10 +152,6 @@ def train_model(
         (run / "features").symlink_to(features.resolve())
     train_llava(str(built), pretrain, instruct, config=config, out=run, log=SkipLog())
     shutil.rmtree(built)
-
-
-def read_records(data: Path, sources: tuple[str, ...]) -> list[Record]:
-    return [record for source in sources for record in open_records(str(data / source))]
 
 
 def sample_conversations(conversations: list[Conversation], count: int, seed: int) -> list[Conversation]:

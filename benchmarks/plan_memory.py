@@ -11,6 +11,7 @@ small models, for testing this script.
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,11 +67,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> float:
     """Run Python with these arguments in a new process, and return the process's peak memory in GB."""
-    log = os.open(os.devnull, os.O_WRONLY)
-    actions = [(os.POSIX_SPAWN_DUP2, log, 1)]
-    pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], os.environ, file_actions=actions)
-    _, status, usage = os.wait4(pid, 0)
-    os.close(log)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: python {' '.join(arguments)}")
     return usage.ru_maxrss * 1024 / 1e9
