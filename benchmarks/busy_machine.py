@@ -24,7 +24,6 @@ STEPS, TOKENS = 3, 1024
 SETTINGS = {
     "GOMP_SPINCOUNT=300000 (libgomp's default)": {"GOMP_SPINCOUNT": "300000"},
     "GOMP_SPINCOUNT=0 (llm2clip's default)": {"GOMP_SPINCOUNT": "0"},
-    "one thread": {"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"},
 }
 
 

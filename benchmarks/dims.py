@@ -60,8 +60,7 @@ def main() -> None:
         command = ["evaluate", first, f"{flickr}@val", "--dims", *DIMS, "--out", str(folder / "evaluate")]
         run_llm2clip([*command, "--baselines", str(folder / "unrotated.npz"), *others], log)
     rows = summarize([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(SEEDS)])
-    header = ["model", "dimensions", "I2T R@1", "T2I R@1", "T2I, % of all dimensions"]
-    write_table(out / "table.md", header, rows)
+    write_table(out / "table.md", ["model", "dimensions", "T2I R@1"], rows)
 
 
 def write_rotated_embeddings(model: Path, flickr: str, file: Path) -> None:
@@ -85,23 +84,16 @@ def write_rotated_embeddings(model: Path, flickr: str, file: Path) -> None:
 
 
 def summarize(files: list[Path]) -> list[list[str]]:
-    """Return a table row with R@1 for each model and number of dimensions."""
-    scores: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    """Return a table row with T2I R@1 for each model and number of dimensions."""
+    recalls: dict[tuple[str, int], list[float]] = defaultdict(list)
     names = [next(iter(MODELS)), "unrotated", *list(MODELS)[1:]]  # in the order in which `evaluate` lists the models
     for file in files:
         results = json.loads(file.read_text())["results"]
         full_models = list(dict.fromkeys(result["full model"] for result in results))
         for result in results:
             name = names[full_models.index(result["full model"])]
-            row = result["rows"][0]
-            scores[name, result["dimensions"]].append((row["I2T"]["R@1"], row["T2I"]["R@1"]))
-    rows = []
-    for (name, dim), values in scores.items():
-        full_dim = max(other_dim for other, other_dim in scores if other == name)
-        i2t, t2i = zip(*values, strict=True)
-        fractions = [100 * part / full for (_, part), (_, full) in zip(values, scores[name, full_dim], strict=True)]
-        rows.append([name, str(dim), *map(format_mean_std, (i2t, t2i, fractions))])
-    return rows
+            recalls[name, result["dimensions"]].append(result["rows"][0]["T2I"]["R@1"])
+    return [[name, str(dim), format_mean_std(values)] for (name, dim), values in recalls.items()]
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@
 
 2,048 random captions from all sources are encoded with the weights of SmolLM2-135M by each of these methods:
 
-- `SentenceTransformer.encode` in unsorted batches of 32, padded to the longest caption, as in a plain loop;
 - `SentenceTransformer.encode` with its default settings;
 - `LLM2Vec.encode` with its default settings, run with the interpreter PYTHON from a separate environment
   (`pip install torch llm2vec==0.2.3`);
-- llm2clip, padded and packed, in fp32, in bf16 and in the precision that `auto` chooses.
+- llm2clip in fp32, in bf16 and in the precision that `auto` chooses.
 
 The methods alternate, and each of the other libraries runs in its own process. The table shows captions per second
-(median and range), the speed relative to the other libraries, and the lowest cosine similarity to the fp32 embeddings.
+(median and range), and the lowest cosine similarity to llm2clip's fp32 embeddings without packing.
 """
 
 import json
@@ -32,7 +31,7 @@ from llm2clip.data.records import open_records
 from llm2clip.models.precision import calibrate_precision
 from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.packing import tune_batch_tokens
+from llm2clip.models.text.packing import PACKED, tune_batch_tokens
 from shared import format_median, make_parser, print_header, print_row
 
 # Code that runs other libraries' encoders. It defines `methods`, a dict from names to functions that encode `texts`.
@@ -58,12 +57,7 @@ methods = {"LLM2Vec.encode": lambda: encoder.encode(texts, show_progress_bar=Fal
 SENTENCE_TRANSFORMERS = """
 from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(folder)
-methods = {
-    "unsorted batches of 32": lambda: np.concatenate(
-        [st.encode(texts[i:i + 32]) for i in range(0, len(texts), 32)]
-    ),
-    "SentenceTransformer.encode": lambda: st.encode(texts),
-}
+methods = {"SentenceTransformer.encode": lambda: st.encode(texts)}
 """
 # Read method names from stdin, one per line. For each method, save the embeddings and print the time in seconds.
 WORKER = """
@@ -101,24 +95,11 @@ class OtherLibrary:
         return np.load(self.out), seconds
 
 
-def other_methods(folder: Path, llm2vec_python: str | None) -> dict[str, Method]:
-    """Start the processes of the other libraries and return their encoding methods."""
-    st = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder)
-    methods: dict[str, Method] = {
-        name: partial(st.run, name) for name in ("unsorted batches of 32", "SentenceTransformer.encode")
-    }
-    if llm2vec_python:
-        methods["LLM2Vec.encode"] = partial(OtherLibrary(llm2vec_python, LLM2VEC, folder).run, "LLM2Vec.encode")
-    return methods
-
-
-def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], attention: str, precision: str) -> Method:
+def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], precision: str) -> Method:
     """Tune the number of tokens per batch, and return a function that encodes the texts."""
-    encoder.llm.set_attn_implementation(attention)
     batch_tokens = tune_batch_tokens(encoder, encoder.tokenize(texts), precision)
 
     def run() -> Result:
-        encoder.llm.set_attn_implementation(attention)
         start = time.perf_counter()
         embeddings = encoder.encode(texts, precision=precision, batch_tokens=batch_tokens)
         return embeddings.numpy(), time.perf_counter() - start
@@ -137,20 +118,6 @@ def run_in_turn(methods: Mapping[str, Method]) -> tuple[dict[str, list[float]], 
     return seconds, embeddings
 
 
-def print_speed_table(seconds: Mapping[str, Sequence[float]], embeddings: Mapping[str, np.ndarray]) -> None:
-    exact = torch.from_numpy(embeddings["llm2clip, padded, fp32"])
-    others = [name for name in seconds if not name.startswith("llm2clip")]
-    columns = ["method", "captions/s, median (range)", *(f"relative to {o}" for o in others), "lowest cosine"]
-    print_header(*columns)
-    for name, elapsed in seconds.items():
-        cells = [name, format_median([len(exact) / s for s in elapsed], ".1f")]
-        for other in others:
-            ratios = [o / s for o, s in zip(seconds[other], elapsed, strict=True)]
-            cells.append(format_median(ratios, ".2f"))
-        cosine = F.cosine_similarity(torch.from_numpy(embeddings[name]).float(), exact).min()
-        print_row(*cells, f"{cosine:.6f}")
-
-
 def sample_captions(sources: Sequence[str], count: int) -> list[str]:
     """Return a random sample of the distinct captions from all sources."""
     records = (record for source in sources for record in open_records(source, image_check="ignore"))
@@ -165,20 +132,28 @@ def main() -> None:
     parser.add_argument("--llm2vec", help="Python interpreter of an environment with llm2vec 0.2.3")
     args = parser.parse_args()
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained_name(ENCODER))
-    precisions = list(dict.fromkeys(["fp32", "bf16", calibrate_precision(encoder)]))
     texts = sample_captions(args.captions, COUNT)
     keep_freed_memory(encoder.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         encoder.save_pretrained(folder / "encoder")
         (folder / "texts.json").write_text(json.dumps(texts))
-        methods = other_methods(folder, args.llm2vec)
-        for precision in precisions:
-            if precision in ("fp32", "bf16"):
-                methods[f"llm2clip, padded, {precision}"] = llm2clip_method(encoder, texts, "sdpa", precision)
-            methods[f"llm2clip, packed, {precision}"] = llm2clip_method(encoder, texts, "packed", precision)
+        others = [("SentenceTransformer.encode", sys.executable, SENTENCE_TRANSFORMERS)]
+        if args.llm2vec:
+            others.append(("LLM2Vec.encode", args.llm2vec, LLM2VEC))
+        methods: dict[str, Method] = {}
+        for name, python, code in others:
+            methods[name] = partial(OtherLibrary(python, code, folder).run, name)
+        encoder.llm.set_attn_implementation("sdpa")
+        exact = encoder.encode(texts, precision="fp32")
+        encoder.llm.set_attn_implementation(PACKED)
+        for precision in dict.fromkeys(["fp32", "bf16", calibrate_precision(encoder)]):
+            methods[f"llm2clip, {precision}"] = llm2clip_method(encoder, texts, precision)
         seconds, embeddings = run_in_turn(methods)
-    print_speed_table(seconds, embeddings)
+    print_header("method", "captions/s, median (range)", "lowest cosine")
+    for name, elapsed in seconds.items():
+        cosine = F.cosine_similarity(torch.from_numpy(embeddings[name]).float(), exact).min()
+        print_row(name, format_median([len(texts) / each for each in elapsed], ".1f"), f"{cosine:.6f}")
 
 
 if __name__ == "__main__":

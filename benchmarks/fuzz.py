@@ -294,12 +294,8 @@ def tar_seeds() -> list[bytes]:
 class Reader:
     """A reader under test.
 
-    Args:
-        seeds: Valid inputs.
-        mutate: Function that mutates an input.
-        read: Function that reads an input, using a folder that contains only an image x.png. It returns descriptions of
-            unexpected exceptions for which rows were skipped, and raises an exception if the input is rejected.
-        documented: Exceptions that a reader may raise to reject an input.
+    `read` reads an input, using a folder that contains only an image x.png. It returns descriptions of the unexpected
+    exceptions for which rows were skipped, and raises one of the `documented` exceptions to reject the input.
     """
 
     seeds: Callable[[], list[bytes]]

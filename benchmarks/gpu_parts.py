@@ -77,8 +77,6 @@ TEXT_DIM = 2048
 
 @dataclass
 class PartSettings:
-    """Settings of a part: whether to use tiny models, and the output folder."""
-
     tiny: bool
     out: Path
 
@@ -104,7 +102,7 @@ def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """
     captions = random_captions(64 if settings.tiny else 16_384)
     sample = captions[:64]
-    for name, shape in llm_sizes(settings, get_available_memory() / 1e9).items():
+    for name, shape in llm_sizes(settings).items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE))
         tokens = sum(len(ids) for ids in encoder.tokenize(captions).ids)
@@ -191,16 +189,10 @@ def vit_tiny_clip_quickgelu_32(pretrained: bool = False, **options: Any) -> Visi
 
 @dataclass
 class AlignStep:
-    """A training step in bf16.
-
-    Attributes:
-        run: Function that runs the step.
-        gradient: Function that returns the gradients of all N parameters as a float32 CPU tensor of shape (N,).
-        flops: Model FLOPs of the step.
-    """
+    """A training step in bf16, and its model FLOPs."""
 
     run: Callable[[], None]
-    gradient: Callable[[], Tensor]
+    gradient: Callable[[], Tensor]  # returns the gradients of all N parameters, of shape (N,), float32, on the CPU
     flops: float
 
 
@@ -312,7 +304,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
     pairs = 4 if settings.tiny else 256
     texts = random_captions(2 * pairs)
     rows = [dataclasses.asdict(Pair(a, p)) for a, p in zip(texts[:pairs], texts[pairs:], strict=True)]
-    sizes = llm_sizes(settings, get_available_memory() / 1e9)
+    sizes = llm_sizes(settings)
     sizes.pop("8B", None)  # the gradients and float32 weights of an 8B model do not fit in GPU memory
     for name, shape in sizes.items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
@@ -522,11 +514,11 @@ def step_row(name: str, step: Callable[[], None], count: int, unit: str, flops: 
         return {"method": name, "ms": "out of memory"}
 
 
-def llm_sizes(settings: PartSettings, memory_gb: float) -> dict[str, dict[str, Any]]:
+def llm_sizes(settings: PartSettings) -> dict[str, dict[str, Any]]:
     """Return the configs of the LLMs that fit in memory, keyed by name. With --tiny, all layers are tiny."""
     if settings.tiny:
         return {f"tiny {name}": {**shape, **TINY_LLM} for name, shape in LLM_SIZES.items()}
-    return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or memory_gb > 60}
+    return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or get_available_memory() > 60e9}
 
 
 def count_layer_parameters(encoder: CaptionEncoder) -> int:

@@ -7,8 +7,8 @@ initialised from EfficientNet-Lite0 and was not trained on the val split of flic
 
 SmolLM2-135M-Instruct is trained with each tower on the same conversations, in the same order and for the same number of
 steps. The conversations come from the train split of flickr8k, coco_img and ade20k_ids. lmms-eval evaluates the models
-on the val split of flickr8k: CIDEr and BLEU-4 against the five captions of each image, and accuracy and F1 for
-yes-or-no questions about objects. Install lmms-eval and Java, which its caption metrics need.
+on the val split of flickr8k: CIDEr against the five captions of each image, and accuracy for yes-or-no questions about
+objects. Install lmms-eval and Java, which its caption metrics need.
 """
 
 import dataclasses
@@ -45,9 +45,7 @@ CONFIG = LlavaConfig(
 # Name in the table -> task and metric in lmms-eval.
 METRICS = {
     "CIDEr": ("flickr30k_test", "flickr_CIDEr,none"),
-    "BLEU-4": ("flickr30k_test", "flickr_Bleu_4,none"),
     "accuracy": ("pope", "pope_accuracy,none"),
-    "F1": ("pope", "pope_f1_score,none"),
 }
 SEEDS = 3
 OUT = Path("runs/llava")  # folder for models and results
