@@ -18,8 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import PACKED, tune_batch_tokens
 from shared import format_median, make_parser, print_header, print_row
 
-# Code that runs other libraries' encoders. It defines `methods`, a dict from names to functions that encode `texts`.
+# Code that loads other libraries' encoders. It defines `encode`, a function that encodes `texts`.
 LLM2VEC = """
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -52,23 +51,23 @@ tokenizer = PreTrainedTokenizerFast(
 theta = json.load(open(folder + "/config.json"))["rope_parameters"]["rope_theta"]
 model = LlamaBiModel.from_pretrained(folder, torch_dtype=torch.float32, rope_theta=theta)
 encoder = LLM2Vec(model, tokenizer, pooling_mode="mean", max_length=512, skip_instruction=False)
-methods = {"LLM2Vec.encode": lambda: encoder.encode(texts, show_progress_bar=False).numpy()}
+encode = lambda: encoder.encode(texts, show_progress_bar=False).numpy()
 """
 SENTENCE_TRANSFORMERS = """
 from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(folder)
-methods = {"SentenceTransformer.encode": lambda: st.encode(texts)}
+encode = lambda: st.encode(texts)
 """
-# Read method names from stdin, one per line. For each method, save the embeddings and print the time in seconds.
+# For each line of stdin, encode the texts, save the embeddings and print the time in seconds.
 WORKER = """
 import json, sys, time
 import numpy as np
 folder, texts, out = sys.argv[1:]
 texts = json.load(open(texts))
-{methods}
+{code}
 for line in sys.stdin:
     start = time.perf_counter()
-    embeddings = methods[line.strip()]()
+    embeddings = encode()
     seconds = time.perf_counter() - start
     np.save(out, embeddings)
     print(json.dumps(seconds), flush=True)
@@ -82,15 +81,15 @@ Method = Callable[[], Result]
 class OtherLibrary:
     """Encoder from another library, which runs in its own process."""
 
-    def __init__(self, python: str, methods: str, folder: Path) -> None:
+    def __init__(self, python: str, code: str, folder: Path) -> None:
         self.out = folder / "embeddings.npy"
-        command = [python, "-c", WORKER.replace("{methods}", methods)]
+        command = [python, "-c", WORKER.replace("{code}", code)]
         command += [str(folder / "encoder"), str(folder / "texts.json"), str(self.out)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, method: str) -> Result:
+    def encode(self) -> Result:
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(method, file=self.process.stdin, flush=True)
+        print(file=self.process.stdin, flush=True)
         seconds = float(json.loads(self.process.stdout.readline()))
         return np.load(self.out), seconds
 
@@ -105,17 +104,6 @@ def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], precision: st
         return embeddings.numpy(), time.perf_counter() - start
 
     return run
-
-
-def run_in_turn(methods: Mapping[str, Method]) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Run each method `REPEATS` times. Return the times in seconds and the embeddings for each method."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    embeddings: dict[str, np.ndarray] = {}
-    for _ in range(REPEATS):
-        for name, method in methods.items():
-            embeddings[name], elapsed = method()
-            seconds[name].append(elapsed)
-    return seconds, embeddings
 
 
 def sample_captions(sources: Sequence[str], count: int) -> list[str]:
@@ -138,22 +126,25 @@ def main() -> None:
         folder = Path(temporary)
         encoder.save_pretrained(folder / "encoder")
         (folder / "texts.json").write_text(json.dumps(texts))
-        others = [("SentenceTransformer.encode", sys.executable, SENTENCE_TRANSFORMERS)]
-        if args.llm2vec:
-            others.append(("LLM2Vec.encode", args.llm2vec, LLM2VEC))
         methods: dict[str, Method] = {}
-        for name, python, code in others:
-            methods[name] = partial(OtherLibrary(python, code, folder).run, name)
+        methods["SentenceTransformer.encode"] = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder).encode
+        if args.llm2vec:
+            methods["LLM2Vec.encode"] = OtherLibrary(args.llm2vec, LLM2VEC, folder).encode
         encoder.llm.set_attn_implementation("sdpa")
         exact = encoder.encode(texts, precision="fp32")
         encoder.llm.set_attn_implementation(PACKED)
         for precision in dict.fromkeys(["fp32", "bf16", calibrate_precision(encoder)]):
             methods[f"llm2clip, {precision}"] = llm2clip_method(encoder, texts, precision)
-        seconds, embeddings = run_in_turn(methods)
+        rates: dict[str, list[float]] = {name: [] for name in methods}
+        cosines: dict[str, float] = {}
+        for _ in range(REPEATS):
+            for name, method in methods.items():
+                embeddings, seconds = method()
+                rates[name].append(len(texts) / seconds)
+                cosines[name] = float(F.cosine_similarity(torch.from_numpy(embeddings).float(), exact).min())
     print_header("method", "captions/s, median (range)", "lowest cosine")
-    for name, elapsed in seconds.items():
-        cosine = F.cosine_similarity(torch.from_numpy(embeddings[name]).float(), exact).min()
-        print_row(name, format_median([len(texts) / each for each in elapsed], ".1f"), f"{cosine:.6f}")
+    for name in methods:
+        print_row(name, format_median(rates[name], ".1f"), f"{cosines[name]:.6f}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/text_towers.py DATA --out runs/text_towers [--stage frozen] [--only NAME ...]
 
-DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. All models are trained on the
+DATA contains flickr8k and ade20k_ids, each with a captions.jsonl and images. All models are trained on the
 images that `fit DATA/flickr8k/captions.jsonl` trains on. Encoders are tuned on the captions of these images only. The
 stages are:
 
