@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from llm2clip.tools.doctor import DEVELOPER_EXTRAS
 from shared import print_header, print_row
@@ -33,10 +34,6 @@ SPDX = {
 }  # fmt: skip
 
 
-def normalize(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def find_installed(requirements: Iterable[str], extra: str = "") -> set[str]:
     """Return the names of the installed packages that the requirements need, directly or indirectly."""
     packages: set[str] = set()
@@ -47,7 +44,7 @@ def find_installed(requirements: Iterable[str], extra: str = "") -> set[str]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": parent_extra}):
             continue
-        name = normalize(requirement.name)
+        name = canonicalize_name(requirement.name)
         for child_extra in ("", *requirement.extras):
             if (name, child_extra) in visited:
                 continue
@@ -67,7 +64,7 @@ def read_licences(pip_licenses: str, packages: Iterable[str]) -> dict[str, str]:
     """Return the licence of each package according to pip-licenses."""
     command = [pip_licenses, "--python", sys.executable, "--from", "mixed", "--format", "json", "--with-system"]
     entries = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    licences = {normalize(entry["Name"]): entry["License"] for entry in entries}
+    licences = {canonicalize_name(entry["Name"]): entry["License"] for entry in entries}
     return {package: SPDX.get(licences[package], licences[package]) for package in packages}
 
 

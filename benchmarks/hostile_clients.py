@@ -2,13 +2,12 @@
 
     python benchmarks/hostile_clients.py [--minutes 10] [--only scan_bomb key_bomb ...]
 
-The honest client first sends 50 requests of each kind, one after the other. Then it sends 5 requests per second (text
-searches, searches with a caption filter, small images and thumbnails), for 20 seconds alone, and then together with the
-hostile clients. Latencies are measured from the time at which a request was due, so delays caused by a hanging server
-are counted in full. Each hostile client is a process with its own loopback address. It knows the token and runs all
-attacks at the same time. An attack is repeated 0.1 seconds after it ends. The hostile processes have low priority,
-because clients usually run on other machines and do not compete with the server for its CPU. At the end, the server is
-stopped with SIGTERM while the attacks continue.
+The honest client first sends 50 requests of each kind, one after the other. Then it sends 5 requests per second, for 20
+seconds alone, and then together with the hostile clients. Latencies are measured from the time at which a request was
+due, so delays caused by a hanging server are counted in full. Each hostile client is a process with its own loopback
+address. It knows the token and runs all attacks at the same time. The hostile processes have low priority, because
+clients usually run on other machines and do not compete with the server for its CPU. At the end, the server is stopped
+with SIGTERM while the attacks continue.
 
 The model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each. One of the
 image files is 23 MB in size.

@@ -13,7 +13,7 @@ stages are:
 
 Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. If a text tower fails,
 its error is written to OUT/NAME/error.txt, and the next one is measured. Results are in OUT/NAME/*.json, tables in
-OUT/*.md. "busy" is the share of the machine's CPU time that other programs used during a step.
+OUT/*.md.
 
 With `--captions captions_zh` or `captions_de`, models are trained and tested on captions in this language. Use another
 OUT folder for each language, and the stages `frozen` and `choice`. `--encoder NAME=FOLDER` measures another encoder.
@@ -45,7 +45,7 @@ from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 from reproduce_claims import Interval, bootstrap_interval
 from shared import make_parser, write_table
-from text_towers_data import DEFAULT, FLICKR, GEMMA, MINILM, SMOLLM, TESTS, VARIANTS, Benchmark, Variant
+from text_towers_data import DEFAULT, FLICKR, TESTS, VARIANTS, Benchmark, Variant
 
 SAMPLE = 1000  # number of images whose captions and features are compared
 
@@ -140,15 +140,11 @@ def format_duration(step: dict[str, Any]) -> str:
     if not step:
         return "–"
     note = ", resumed" if step["resumed"] else ""
-    minutes = [step[key] / 60 for key in ("CPU seconds", "seconds")]
-    return f"{minutes[0]:.1f} CPU min, {minutes[1]:.1f} min, {step['busy']:.0%} busy{note}"
+    return f"{step['CPU seconds'] / 60:.1f} CPU min, {step['seconds'] / 60:.1f} min{note}"
 
 
 def write_choice_tables(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Write the scores and R@1 (seed 0) of each text tower, and the rank correlation of each score with R@1.
-
-    Points of one family, such as the layers of an LLM, are not independent, so rho is also listed for each family.
-    """
+    """Write the scores and R@1 (seed 0) of each text tower, and the rank correlation of each score with R@1."""
     points: dict[str, dict[str, float]] = {}
     for name in names:
         folder = benchmark.out / name
@@ -165,12 +161,8 @@ def write_choice_tables(benchmark: Benchmark, names: Sequence[str]) -> None:
     untuned = [name for name in points if VARIANTS[name].tuning is None]
     groups = {"all": list(points), "untuned": untuned}
     groups["untuned, as by default"] = [name for name in untuned if VARIANTS[name].bidirectional is None]
-    for family in (SMOLLM, GEMMA, MINILM):
-        groups[f"untuned {family}"] = [name for name in untuned if VARIANTS[name].encoder == family]
     rows = []
     for group, members in groups.items():
-        if len(members) < 3:
-            continue
         recalls = [points[name]["R@1"] for name in members]
         rhos = [spearmanr([points[name][label] for name in members], recalls).statistic for label in labels[:-1]]
         rows.append([group, str(len(members)), *(f"{rho:.2f}" for rho in rhos)])

@@ -9,7 +9,6 @@ OUT/
   NAME/speed.json              queries per second
 """
 
-import os
 import random
 import shutil
 import statistics
@@ -313,17 +312,7 @@ class FrozenEmbeddings:
 def run_timed(function: Callable[[], dict[str, Any]], resumed_if: Path | None = None) -> dict[str, Any]:
     """Run a step and return its result with its duration. A resumed step's duration covers only its last part."""
     is_resumed = resumed_if is not None and resumed_if.exists()
-    busy_before = read_busy_seconds()
     timer = Timer()
     with timer:
         result = function()
-    others = read_busy_seconds() - busy_before - timer.cpu
-    busy = max(0.0, others) / (timer.seconds * (os.cpu_count() or 1))
-    return {**result, "seconds": timer.seconds, "CPU seconds": timer.cpu, "busy": busy, "resumed": is_resumed}
-
-
-def read_busy_seconds() -> float:
-    """Return the CPU seconds that all programs have used since this machine started."""
-    fields = Path("/proc/stat").read_text().split()[1:8]
-    user, nice, system, _idle, _wait, *interrupts = map(int, fields)
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return {**result, "seconds": timer.seconds, "CPU seconds": timer.cpu, "resumed": is_resumed}
