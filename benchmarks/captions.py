@@ -1,19 +1,16 @@
-"""Compare models trained on human captions, on synthetic captions, and on mixtures of both, on photographs.
+"""Compare models trained on human captions, on synthetic captions, and on mixtures of both.
 
     python benchmarks/captions.py DATA --out runs/captions [--images 3000]
 
 DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The steps are:
 
-1. A LLaVA is built from EfficientNet-Lite0 and SmolLM2-135M, and trained on the captions of coco_img and ade20k_ids.
-2. `llm2clip caption` writes two short captions and a dense one for each of Flickr8k's training images.
-3. `align` trains the heads of a frozen EfficientNet-Lite0 at 160 pixels on cached features, with all-MiniLM-L6-v2 as
-   the caption encoder and one caption per image and step. The models are trained on human captions, on half human and
-   half synthetic captions, on synthetic captions, and on those short captions that `llm2clip caption --check` accepts.
-   The model of --check is trained in the same way, on coco_img and ade20k_ids.
-4. The models are tested on the human captions of Flickr8k's validation images.
+1. Build a LLaVA from EfficientNet-Lite0 and SmolLM2-135M, and train it on the captions of coco_img and ade20k_ids.
+2. Write two short captions and a dense one for each of Flickr8k's training images, with and without `--check`.
+3. Train the heads of a frozen EfficientNet-Lite0 with all-MiniLM-L6-v2 as the caption encoder. The model of `--check` is
+   trained in the same way, on coco_img and ade20k_ids.
+4. Test the models on the human captions of Flickr8k's validation images.
 
-The table contains means and standard deviations over three seeds. An interrupted benchmark can be resumed with the same
-command.
+The table contains means and standard deviations over three seeds. To resume an interrupted run, repeat the command.
 """
 
 import json

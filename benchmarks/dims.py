@@ -1,15 +1,15 @@
-"""Compare ways to make embeddings smaller, and adapters of several depths, on photographs.
+"""Compare ways to make embeddings smaller, and adapters of several depths.
 
     python benchmarks/dims.py DATA --out runs/dims
 
 DATA contains flickr8k and coco_img, each with a captions.jsonl and images. The models are trained on Flickr8k's
 training images and coco_img, and tested on Flickr8k's 1,000 validation images. The caption encoder is
 all-MiniLM-L6-v2. The vision tower is a frozen EfficientNet-Lite0 at 160 pixels, so only the heads are trained, on
-cached features. `unrotated` is the default model, randomly rotated: how well its embeddings could be truncated if their
-first dimensions were not the principal components of the training captions.
+cached features. `unrotated` is the default model with randomly rotated embeddings, whose first dimensions are not the
+principal components of the training captions.
 
 Every model is evaluated with all dimensions and with the first 256, 128 and 64. The table OUT/table.md contains the
-mean and the standard deviation over the seeds. An interrupted benchmark can be resumed with the same command.
+mean and the standard deviation over the seeds. To resume an interrupted run, repeat the command.
 """
 
 import json
@@ -73,14 +73,10 @@ def write_rotated_embeddings(model: Path, flickr: str, file: Path) -> None:
     texts = embeddings.encode_texts(captions)
     dim = images.shape[1]
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))).Q  # (D, D)
+    arrays = {"images": (images @ rotation).numpy(), "texts": (texts @ rotation).numpy()}
+    names = [str(refs[i]) for i in indices]
     with atomic_path(file) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            images=(images @ rotation).numpy(),
-            image_names=[str(refs[i]) for i in indices],
-            texts=(texts @ rotation).numpy(),
-            captions=captions,
-        )
+        np.savez(stream, **arrays, image_names=names, captions=captions)
 
 
 def summarize(files: list[Path]) -> list[list[str]]:

@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared import make_parser, read_rows
+from shared import format_table, make_parser, read_rows
 
 PARTS = {  # name -> time limit in seconds
     "environment": 90,
@@ -137,14 +137,9 @@ def write_results(out: Path, statuses: dict[str, str]) -> None:
 def format_part(out: Path, part: str, status: str) -> str:
     """Return the Markdown table of a part. The columns are all keys of the part's rows, in order of appearance."""
     rows = read_part(out, part)
-    lines = [f"## {part}\n", f"{status}\n"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    if columns:
-        lines += [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        cells = [format_cell(row.get(name, "")) for name in columns]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    cells = [[format_cell(row.get(name, "")) for name in columns] for row in rows]
+    return f"## {part}\n\n{status}\n\n" + (format_table(columns, cells) if rows else "")
 
 
 def format_cell(value: Any) -> str:

@@ -10,11 +10,8 @@ is restarted at once, and the database after 5 seconds. At the end, the search s
 more, and the index must contain exactly the acknowledged images.
 
 While the search server or the database is down, requests may receive status 503 with the header Retry-After, or lose
-their connection. All other errors are problems. The exit status is 1 if there are any. Latencies are those of responses
-with status 200.
-
-The model is the tiny random model of the tests. The index contains 200 images with known embeddings, and 5,000 images
-with random embeddings.
+their connection. All other errors are problems. The exit status is 1 if there are any. The model is the tiny random
+model of the tests. The index contains 200 images with known embeddings, and 5,000 images with random embeddings.
 """
 
 import argparse

@@ -3,11 +3,8 @@
     python benchmarks/relevance.py DATA MODEL [MODEL ...]
 
 DATA contains flickr8k (its validation split is used) and coco_img, each with a captions.jsonl and images. A query is
-the last caption of an image. The images of 400 queries are removed from the index, and the images of 400 other queries
-stay in. The indexes are built without and with the other captions. Queries without an answer:
-
-    removed     captions of the removed images
-    other set   captions of the other data set
+the last caption of an image. The index contains the images of 400 queries, but not the images of 400 other queries
+(`removed`) or the other dataset (`other set`). The indexes are built without and with the other captions.
 
 Two scores of a query are compared: the largest relevance of the first 10 hits (see llm2clip.search.relevance), and the
 cosine similarity of the most similar image. AUROC is the probability that a query with an answer has a higher score
@@ -38,7 +35,7 @@ RESAMPLES = 300  # for confidence intervals
 
 
 class Data(NamedTuple):
-    """Images and captions of a data set: embeddings of shape (N, D) of the images and of their last captions."""
+    """Images and captions of a dataset: embeddings of shape (N, D) of the images and of their last captions."""
 
     records: list[Record]
     images: np.ndarray
@@ -78,7 +75,7 @@ def embed_data(model: DualEncoder, source: str) -> Data:
 
 
 def test_index(label: str, model: DualEncoder, data: Data, other: Data, with_captions: bool) -> None:
-    """Search in an index of a data set, and print a table row for each kind of queries without an answer."""
+    """Search in an index of a dataset, and print a table row for each kind of queries without an answer."""
     order = np.random.default_rng(0).permutation(len(data.records))
     absent, present, indexed = order[:QUERIES], order[QUERIES : 2 * QUERIES], order[QUERIES:]
     foreign = np.random.default_rng(1).permutation(len(other.records))[:QUERIES]

@@ -29,10 +29,14 @@ def print_row(*cells: object) -> None:
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a Markdown table to a file, and print it."""
-    lines = [header, ["---"] * len(header), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = format_table(header, rows)
     file.write_text(text)
     print(f"\n{file}\n{text}", flush=True)
 
