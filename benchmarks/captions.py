@@ -6,8 +6,8 @@ DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and 
 
 1. Build a LLaVA from EfficientNet-Lite0 and SmolLM2-135M, and train it on the captions of coco_img and ade20k_ids.
 2. Write two short captions and a dense one for each of Flickr8k's training images, with and without `--check`.
-3. Train the heads of a frozen EfficientNet-Lite0 with all-MiniLM-L6-v2 as the caption encoder. The model of `--check` is
-   trained in the same way, on coco_img and ade20k_ids.
+3. Train the heads of a frozen EfficientNet-Lite0 with all-MiniLM-L6-v2 as the caption encoder. The model of `--check`
+   is trained in the same way, on coco_img and ade20k_ids.
 4. Test the models on the human captions of Flickr8k's validation images.
 
 The table contains means and standard deviations over three seeds. To resume an interrupted run, repeat the command.

@@ -3,8 +3,8 @@
     python benchmarks/relevance.py DATA MODEL [MODEL ...]
 
 DATA contains flickr8k (its validation split is used) and coco_img, each with a captions.jsonl and images. A query is
-the last caption of an image. The index contains the images of 400 queries, but not the images of 400 other queries
-(`removed`) or the other dataset (`other set`). The indexes are built without and with the other captions.
+the last caption of an image. The images of 400 queries are in the index. Queries without an answer are captions of 400
+removed images and of the other dataset. The indexes are built without and with the other captions of their images.
 
 Two scores of a query are compared: the largest relevance of the first 10 hits (see llm2clip.search.relevance), and the
 cosine similarity of the most similar image. AUROC is the probability that a query with an answer has a higher score

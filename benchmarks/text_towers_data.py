@@ -244,10 +244,9 @@ class Benchmark:
 
     def _train(self, name: str, store: EmbeddingStore, config: AlignConfig) -> dict[str, Any]:
         kind = "frozen" if config.tower_lr == 0 else "trained"
+        run_dir = self.out / name / f"align-{kind}-{config.seed}"
         tests = [FLICKR] if VARIANTS[name].is_point else list(self.tests)
-        return self.train_and_test(
-            self.splits.train, store, config, self.out / name / f"align-{kind}-{config.seed}", tests
-        )
+        return self.train_and_test(self.splits.train, store, config, run_dir, tests)
 
     def train_and_test(
         self, records: RecordTable, store: EmbeddingStore, config: AlignConfig, run_dir: Path, tests: Sequence[str]
