@@ -2,10 +2,8 @@
 
     python benchmarks/caption_endpoint.py
 
-The server runs in a process of its own. It fails for 30% of the requests: statuses 429, 500 and 503, answers that are
-not chat completions, connections that are closed before or in the middle of an answer, answers of 10 MB, and slow
-answers. It counts its answers for each image and prompt. The command is killed with SIGKILL after equal parts of the
-work, and run again each time.
+The server fails for 30% of the requests: error statuses, malformed, large and slow answers, and closed connections. The
+command is killed with SIGKILL after equal parts of the work, and run again each time.
 """
 
 import json
@@ -57,7 +55,7 @@ def start_command(url: str, photos: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def measure_kills(folder: Path) -> None:
-    """Kill and resume a run, and print how often each caption was asked for."""
+    """Kill and resume a run, and print how often each caption was requested."""
     photos, out = make_photos(folder / "photos", IMAGES), folder / "captions.jsonl"
     total = IMAGES * CAPTIONS_PER_IMAGE
     with start_server() as url:

@@ -25,15 +25,7 @@ import yaml
 
 from llm2clip.data.records import open_records
 from llm2clip.llava.conversations import IMAGE_TOKEN, LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
-from shared import (
-    format_mean_std,
-    make_flags,
-    make_parser,
-    print_header,
-    print_row,
-    run_llm2clip,
-    write_rows_once,
-)
+from shared import format_mean_std, make_flags, make_parser, print_header, print_row, run_llm2clip, write_rows_once
 
 TOWER, LLM = "efficientnet-lite0", "smollm2-135m"
 ENCODER = ("--encoder.path", "all-minilm-l6-v2")

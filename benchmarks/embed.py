@@ -5,8 +5,7 @@
 2,048 random captions from all sources are encoded with the weights of SmolLM2-135M by each of these methods:
 
 - `SentenceTransformer.encode` with its default settings;
-- `LLM2Vec.encode` with its default settings, run with the interpreter PYTHON from a separate environment
-  (`pip install torch llm2vec==0.2.3`);
+- `LLM2Vec.encode` with its default settings, run by PYTHON in an environment with torch and llm2vec==0.2.3;
 - llm2clip in fp32, in bf16 and in the precision that `auto` chooses.
 
 The methods alternate, and each of the other libraries runs in its own process. The table shows captions per second

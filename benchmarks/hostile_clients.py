@@ -66,7 +66,6 @@ MULTIPART = f"Content-Type: multipart/form-data; boundary={BOUNDARY.decode()}\r\
 VISUAL = {"clip": {"visual": {"modelName": "ViT-B-16__openai"}}}
 FACES = {"facial-recognition": {"detection": {"modelName": "buffalo_l"}, "recognition": {"modelName": "buffalo_l"}}}
 TEXTUAL = {"clip": {"textual": {"modelName": "ViT-B-16__openai", "options": {"language": "en"}}}}
-HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 
 
 # ---- hostile clients ------------------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ class HonestClient:
 
     def __init__(self, port: int, immich: bool) -> None:
         self.port = port
-        self.headers = HONEST_HEADERS
+        self.headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
         self.latencies: list[float] = []
         self.errors: Counter[str] = Counter()
         stream = io.BytesIO()

@@ -230,12 +230,11 @@ class Client(threading.Thread):
         number = random.randrange(SAMPLES)
         text = self.collection.sample_texts[number]
         response = self.post("text to embed", "/embed", {"input": text})
-        return response and check_embedding(response, self.collection.sample_vectors[number])
-
-
-def check_embedding(response: Any, expected: np.ndarray) -> str | None:
-    difference = float(np.abs(np.array(response["data"][0]["embedding"]) - expected).max())
-    return None if difference < 1e-4 else f"the embedding differs from that of the model by {difference:.1e}"
+        if response is None:
+            return None
+        embedding = np.array(response["data"][0]["embedding"])
+        difference = float(np.abs(embedding - self.collection.sample_vectors[number]).max())
+        return None if difference < 1e-4 else f"the embedding differs from that of the model by {difference:.1e}"
 
 
 # ---- index ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Compare text towers: retrieval on photographs after `align`, and scores that might choose an encoder before training.
+"""Compare text towers: retrieval after `align`, and scores that might choose an encoder before training.
 
     python benchmarks/text_towers.py DATA --out runs/text_towers [--stage frozen] [--only NAME ...]
 
@@ -11,9 +11,8 @@ stages are:
     trained    Train the heads and the vision tower with the settings of the `cpu-llm` config. Requires `frozen`.
     speed      Measure the number of queries per second on an idle machine. Requires `frozen`.
 
-Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. If a text tower fails,
-its error is written to OUT/NAME/error.txt, and the next one is measured. Results are in OUT/NAME/*.json, tables in
-OUT/*.md.
+Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. The error of a text
+tower that fails is written to OUT/NAME/error.txt. Results are in OUT/NAME/*.json, tables in OUT/*.md.
 
 With `--captions captions_zh` or `captions_de`, models are trained and tested on captions in this language. Use another
 OUT folder for each language, and the stages `frozen` and `choice`. `--encoder NAME=FOLDER` measures another encoder.
