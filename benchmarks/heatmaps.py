@@ -52,8 +52,7 @@ def main() -> None:
 def find_cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ...]) -> np.ndarray:
     """Return a boolean mask of shape (h, w) that is True for each cell whose centre is inside a box.
 
-    `boxes` has shape (B, 4): left, top, right and bottom, in pixels of the original image. `size` is the width and
-    height of that image, and `grid` the height and width of the heat map, in cells.
+    `size` is the width and height of the image in pixels, and `grid` the height and width of the heat map in cells.
     """
     x = (np.arange(grid[1]) + 0.5) / grid[1] * size[0]
     y = (np.arange(grid[0]) + 0.5) / grid[0] * size[1]

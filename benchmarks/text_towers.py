@@ -2,9 +2,8 @@
 
     python benchmarks/text_towers.py DATA --out runs/text_towers [--stage frozen] [--only NAME ...]
 
-DATA contains flickr8k and ade20k_ids, each with a captions.jsonl and images. All models are trained on the
-images that `fit DATA/flickr8k/captions.jsonl` trains on. Encoders are tuned on the captions of these images only. The
-stages are:
+DATA contains flickr8k and ade20k_ids, each with a captions.jsonl and images. All models are trained on the images that
+`fit DATA/flickr8k/captions.jsonl` trains on. Encoders are tuned on the captions of these images only. The stages are:
 
     frozen     For each text tower: tune its encoder, embed the captions, and train the heads of a frozen vision tower.
     choice     Compute scores of each untrained text tower, and Spearman's rho of each score and R@1 after `frozen`.

@@ -32,7 +32,6 @@ def add_noise(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def initialize_index(backend: IndexBackend, dim: int) -> None:
-    """Initialise an index whose embeddings are not those of a model."""
     backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": dim})
 
 
