@@ -14,9 +14,10 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel
 
 from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.tools.plan_costs import LLMS
 from measurements import run_in_new_process
 from shared import print_header, print_row
 
@@ -31,9 +32,8 @@ def measure_steps() -> tuple[float, float]:
     """Return the median seconds of a step alone, and next to an endless loop."""
     torch.manual_seed(0)
     keep_freed_memory(torch.device("cpu"))
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    config = LlamaConfig(vocab_size=1000, hidden_size=576, intermediate_size=1536, num_hidden_layers=12, **heads)
-    model = LlamaModel(config)
+    shape = {**LLMS["smollm2-135m"], "num_hidden_layers": 12, "vocab_size": 1000}
+    model = AutoModel.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
     ids = torch.randint(1000, (TOKENS // 32, 32))
 
     def run_step() -> float:
