@@ -14,16 +14,17 @@ import sys
 import time
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoConfig, AutoModel
 
 from llm2clip.cpu_tuning import keep_freed_memory
+from llm2clip.tools.plan_costs import LLMS
 from measurements import run_in_new_process
+from shared import print_header, print_row
 
 STEPS, TOKENS = 3, 1024
 SETTINGS = {
     "GOMP_SPINCOUNT=300000 (libgomp's default)": {"GOMP_SPINCOUNT": "300000"},
     "GOMP_SPINCOUNT=0 (llm2clip's default)": {"GOMP_SPINCOUNT": "0"},
-    "one thread": {"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"},
 }
 
 
@@ -31,15 +32,8 @@ def measure_steps() -> tuple[float, float]:
     """Return the median seconds of a step alone, and next to an endless loop."""
     torch.manual_seed(0)
     keep_freed_memory(torch.device("cpu"))
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-    )
-    model = LlamaModel(config)
+    shape = {**LLMS["smollm2-135m"], "num_hidden_layers": 12, "vocab_size": 1000}
+    model = AutoModel.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
     ids = torch.randint(1000, (TOKENS // 32, 32))
 
     def run_step() -> float:
@@ -59,12 +53,12 @@ def measure_steps() -> tuple[float, float]:
 
 def main() -> None:
     print(f"{os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}")
-    print("| setting | alone, ms | next to the loop, ms | ratio |\n|---|---|---|---|")
+    print_header("setting", "alone, ms", "next to the loop, ms", "ratio")
     os.environ.pop("OMP_NUM_THREADS", None)
     for name, environment in SETTINGS.items():
         os.environ.update(environment)  # read by the new process
         alone, busy = run_in_new_process(measure_steps)
-        print(f"| {name} | {1e3 * alone:,.0f} | {1e3 * busy:,.0f} | {busy / alone:.2f}x |", flush=True)
+        print_row(name, f"{1e3 * alone:,.0f}", f"{1e3 * busy:,.0f}", f"{busy / alone:.2f}x")
 
 
 if __name__ == "__main__":

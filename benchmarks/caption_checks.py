@@ -7,7 +7,6 @@ each of 400 images) is rejected, and which share of the same captions after each
 image.
 """
 
-import argparse
 from itertools import islice
 
 import torch
@@ -17,13 +16,14 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.models.dual_encoder import open_dual_encoder
+from shared import make_parser, print_header, print_row
 
 IMAGES, CAPTIONS_PER_IMAGE = 400, 2
 MAX_RANKS = (0.1, 0.2, 0.25, 0.3, 0.5)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("source", help="source of images with human captions")
     parser.add_argument("model")
     args = parser.parse_args()
@@ -39,10 +39,10 @@ def main() -> None:
     for image in (own, other):
         is_own = image[:, None] == torch.arange(len(images))  # (captions, images)
         ranks.append(rank_captions(texts, images[image], images, is_own)[1])
-    print("| maximum rank | human captions rejected | wrong captions rejected |\n|---|---|---|")
+    print_header("maximum rank", "human captions rejected", "wrong captions rejected")
     for max_rank in MAX_RANKS:
         own_rejected, other_rejected = ((rank > max_rank).float().mean() for rank in ranks)
-        print(f"| {max_rank} | {own_rejected:.1%} | {other_rejected:.1%} |")
+        print_row(max_rank, f"{own_rejected:.1%}", f"{other_rejected:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """Caption images with a failing server, killing the command several times.
 
-    python benchmarks/caption_endpoint.py [--images 1000] [--kills 5]
+    python benchmarks/caption_endpoint.py
 
-The server runs in a process of its own. It fails for 30% of the requests: statuses 429, 500 and 503, answers that are
-not chat completions, connections that are closed before or in the middle of an answer, answers of 10 MB, and slow
-answers. It counts its answers for each image and prompt. The command is killed with SIGKILL after equal parts of the
-work, and run again each time.
+The server fails for 30% of the requests: error statuses, malformed, large and slow answers, and closed connections. The
+command is killed with SIGKILL after equal parts of the work, and run again each time.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -22,18 +19,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from shared import print_header, print_row
+
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 from caption_fixtures import make_photos  # noqa: E402
 
+IMAGES, KILLS = 1000, 5
 CAPTIONS_PER_IMAGE = 3  # of the default prompts
 CONCURRENCY = 8
 
 
 @contextmanager
-def start_server(*flags: str) -> Iterator[str]:
+def start_server() -> Iterator[str]:
     """Start a server in a process of its own and yield its URL."""
-    command = [sys.executable, str(TESTS / "caption_fixtures.py"), *flags]
+    command = [sys.executable, str(TESTS / "caption_fixtures.py"), "--fault_rate", "0.3"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -54,14 +54,14 @@ def start_command(url: str, photos: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def measure_kills(folder: Path, num_images: int, num_kills: int) -> None:
-    """Kill and resume a run, and print how often each caption was asked for."""
-    photos, out = make_photos(folder / "photos", num_images), folder / "captions.jsonl"
-    total = num_images * CAPTIONS_PER_IMAGE
-    with start_server("--fault_rate", "0.3") as url:
-        for kill in range(num_kills):
+def measure_kills(folder: Path) -> None:
+    """Kill and resume a run, and print how often each caption was requested."""
+    photos, out = make_photos(folder / "photos", IMAGES), folder / "captions.jsonl"
+    total = IMAGES * CAPTIONS_PER_IMAGE
+    with start_server() as url:
+        for kill in range(KILLS):
             process = start_command(url, photos, out)
-            while len(read_counts(url)["answered"]) < total * (kill + 1) / (num_kills + 1):
+            while len(read_counts(url)["answered"]) < total * (kill + 1) / (KILLS + 1):
                 if process.poll() is not None:
                     raise RuntimeError(f"the command ended with status {process.returncode}")
                 time.sleep(0.05)
@@ -76,20 +76,16 @@ def measure_kills(folder: Path, num_images: int, num_kills: int) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     complete = sum(len(row["captions"]) == 2 and len(row["long_captions"]) == 1 for row in rows)
     answers = sum(answered.values())
-    print("| records with all captions | requests | captions | answered twice | most that could be answered twice |")
-    print("|---|---|---|---|---|")
-    cells = f"{complete:,} of {num_images:,} | {counts['requests']:,} | {len(answered):,} of {total:,}"
-    print(f"| {cells} | {answers - len(answered)} | {num_kills * CONCURRENCY} |")
+    columns = ("records with all captions", "requests", "captions", "answered twice")
+    print_header(*columns, "most that could be answered twice")
+    cells = (f"{complete:,} of {IMAGES:,}", f"{counts['requests']:,}", f"{len(answered):,} of {total:,}")
+    print_row(*cells, answers - len(answered), KILLS * CONCURRENCY)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--kills", type=int, default=5)
-    args = parser.parse_args()
     os.environ["PYTHONPATH"] = str(TESTS.parent / "src")
     with tempfile.TemporaryDirectory() as folder:
-        measure_kills(Path(folder), args.images, args.kills)
+        measure_kills(Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,41 +1,31 @@
-"""Compare models trained on human captions, on synthetic captions, and on mixtures of both, on photographs.
+"""Compare models trained on human captions, on synthetic captions, and on mixtures of both.
 
     python benchmarks/captions.py DATA --out runs/captions [--images 3000]
 
 DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. The steps are:
 
-1. A LLaVA is built from EfficientNet-Lite0 and SmolLM2-135M, and trained on the captions of coco_img and ade20k_ids.
-2. `llm2clip caption` writes two short captions and a dense one for each of Flickr8k's training images.
-3. `align` trains the heads of a frozen EfficientNet-Lite0 at 160 pixels on cached features, with all-MiniLM-L6-v2 as
-   the caption encoder and one caption per image and step. The models are trained on human captions, on half human and
-   half synthetic captions, on synthetic captions, and on those short captions that `llm2clip caption --check` accepts.
-   The model of --check is trained in the same way, on coco_img and ade20k_ids.
-4. The models are tested on the human captions of Flickr8k's validation images.
+1. Build a LLaVA from EfficientNet-Lite0 and SmolLM2-135M, and train it on the captions of coco_img and ade20k_ids.
+2. Write two short captions and a dense one for each of Flickr8k's training images, with and without `--check`.
+3. Train the heads of a frozen EfficientNet-Lite0 with all-MiniLM-L6-v2 as the caption encoder. The model of `--check`
+   is trained in the same way, on coco_img and ade20k_ids.
+4. Test the models on the human captions of Flickr8k's validation images.
 
-The table of captions contains their mean rank among all images, with the model of --check. The table of models
-contains means and standard deviations over three seeds. An interrupted benchmark can be resumed with the same command.
+The table contains means and standard deviations over three seeds. To resume an interrupted run, repeat the command.
 """
 
-import argparse
 import json
 import random
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from llm2clip.caption.checks import rank_captions
 from llm2clip.data.records import open_records
-from llm2clip.data.skip_log import SkipLog
-from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.llava.conversations import IMAGE_TOKEN, LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
-from llm2clip.models.dual_encoder import open_dual_encoder
-from shared import format_mean_std, make_flags, run_llm2clip, write_rows_once
+from shared import format_mean_std, make_flags, make_parser, print_header, print_row, run_llm2clip, write_rows_once
 
 TOWER, LLM = "efficientnet-lite0", "smollm2-135m"
 ENCODER = ("--encoder.path", "all-minilm-l6-v2")
@@ -48,9 +38,8 @@ PROMPTS = {
     "sampled": {"kind": "short", "text": SHORT_CAPTION_PROMPTS[2], "temperature": 0.7, "max_tokens": 40},
     "dense": {"kind": "dense", "text": LONG_CAPTION_PROMPTS[0], "temperature": 0, "max_tokens": 120},
 }
-FIELDS = {"human": "captions", "short": "short_captions", "dense": "long_captions"}
+FIELDS = {"short": "short_captions", "dense": "long_captions"}
 SEEDS = 3
-RANKED_IMAGES = 1000  # number of images with whose captions the mean rank is computed
 
 
 class Benchmark:
@@ -116,20 +105,6 @@ class Benchmark:
             folders = ["--store", self.out / "store", "--features", self.out / "features", "--out", out]
             self.run("align", f"{captions}@none", *ENCODER, *flags, *folders)
 
-    def describe_captions(self, captions: Path, checked: Path) -> None:
-        """Print the number and the mean rank of each kind of captions (see `llm2clip caption`)."""
-        model = ModelEmbeddings(open_dual_encoder(str(self.out / "checker/model")), SkipLog())
-        print("| captions | number | images with captions | rank |\n|---|---|---|---|")
-        kinds = [(name, captions, field) for name, field in FIELDS.items()]
-        for name, file, field in [*kinds, ("short, checked", checked, "short_captions")]:
-            records = [record for record in open_records(f"{file}@none") if getattr(record, field)]
-            count = sum(len(getattr(record, field)) for record in records)
-            ranked = records[:RANKED_IMAGES]
-            images, indices = model.encode_images([record.image for record in ranked if record.image is not None])
-            texts = model.encode_texts([getattr(ranked[index], field)[0] for index in indices])
-            ranks = rank_captions(texts, images, images, torch.eye(len(images), dtype=torch.bool))[1]
-            print(f"| {name} | {count:,} | {len(records):,} | {ranks.mean():.1%} |", flush=True)
-
     def write_synthetic(self, source: Path, field: str, name: str) -> Path:
         """Write the images with synthetic captions, which become the column `captions`."""
         rows = [
@@ -146,33 +121,25 @@ class Benchmark:
             models[f"{name}-50"] = captions, {"captions": 0.5, FIELDS[name]: 0.5}
             models[f"{name}-100"] = self.write_synthetic(captions, FIELDS[name], name), {"captions": 1}
         models["checked"] = self.write_synthetic(checked, "short_captions", "short-checked"), {"captions": 1}
-        metrics: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in models}
+        recalls: dict[str, dict[str, list[float]]] = {name: {"I2T": [], "T2I": []} for name in models}
         for seed in range(SEEDS):
             folder = self.out / f"seed-{seed}"
             for name, (file, mix) in models.items():
                 self.align(file, mix, folder / name, seed)
             first, *others = [folder / name / "model" for name in models]
-            command = ["evaluate", first, f"{self.val}@none", "--short_queries", "--baselines", *others]
+            command = ["evaluate", first, f"{self.val}@none", "--baselines", *others]
             self.run(*command, "--out", folder / "evaluate")
             results = json.loads((folder / "evaluate/results.json").read_text())["results"]
             for name, result in zip(models, results, strict=True):
-                for metric, value in read_metrics(result["rows"][0]).items():
-                    metrics[name][metric].append(value)
-        print(f"\n| captions | {' | '.join(metrics['human'])} |\n|---|{'---|' * len(metrics['human'])}")
-        for name, values in metrics.items():
-            print(f"| {name} | {' | '.join(map(format_mean_std, values.values()))} |")
-
-
-def read_metrics(row: dict[str, Any]) -> dict[str, float]:
-    metrics: dict[str, float] = {f"{direction} R@1": row[direction]["R@1"] for direction in ("I2T", "T2I")}
-    for length in row["short queries"]:
-        if length["words"] in ("1", "2", "3"):
-            metrics[f"mAP, {length['words']} words"] = length["mAP"]
-    return metrics
+                for direction, values in recalls[name].items():
+                    values.append(result["rows"][0][direction]["R@1"])
+        print_header("captions", "I2T R@1", "T2I R@1")
+        for name, directions in recalls.items():
+            print_row(name, *map(format_mean_std, directions.values()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path, help="folder that contains the data sets")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--images", type=int, help="use only the first images of each data set")
@@ -180,7 +147,6 @@ def main() -> None:
     benchmark = Benchmark(args.data, args.out, args.images)
     benchmark.train_llava()
     captions, checked = benchmark.write_captions()
-    benchmark.describe_captions(captions, checked)
     benchmark.train_models(captions, checked)
 
 

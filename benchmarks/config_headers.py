@@ -10,10 +10,8 @@ import dataclasses
 import re
 import shlex
 import textwrap
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,6 +21,7 @@ from llm2clip.cli.tools import make_plan_from_args
 from llm2clip.tools.plan import FitPlan, format_hours
 from llm2clip.tools.plan_memory import compute_peak_memory
 
+PARSER = build_parser()[0]
 IMAGES = 3_000_000  # each with two captions of 84 tokens, the defaults of `llm2clip plan`
 # The first line of an estimate, and its continuation lines, which are indented.
 ESTIMATE = re.compile(r"^# - (?P<count>\d+) x (?P<device>[\w-]+)(?P<rest>.*\n(?:#   .*\n)*)", re.MULTILINE)
@@ -39,7 +38,6 @@ def update_header(name: str, text: str, count: int = 0) -> str:
 
     Only the first `count` estimates are updated, or all of them if `count` is 0.
     """
-    parser = _build_parser()
     stages = yaml.safe_load(text).keys()
 
     def replace_estimate(match: re.Match[str]) -> str:
@@ -47,7 +45,7 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         flags = rest.partition(":")[0]
         command = ["plan", "--images", str(IMAGES), "--count", match["count"], "--device", match["device"]]
         command += ["--config", name, *shlex.split(flags)]
-        plan = make_plan_from_args(parser.instantiate(parser.parse_args(command)).plan)
+        plan = make_plan_from_args(PARSER.instantiate(PARSER.parse_args(command)).plan)
         parts = []
         if "encoder" in stages:
             parts = [describe_stage(plan, stage) for stage in ("tune", "embed") if stage in plan.stage_memory]
@@ -58,11 +56,6 @@ def update_header(name: str, text: str, count: int = 0) -> str:
         return textwrap.fill(line, 120, initial_indent="# ", subsequent_indent="#   ", break_on_hyphens=False) + "\n"
 
     return ESTIMATE.sub(replace_estimate, text, count=count)
-
-
-@cache
-def _build_parser() -> Any:
-    return build_parser()[0]
 
 
 def describe_stage(plan: FitPlan, stage: str) -> str:

@@ -7,7 +7,6 @@ Each step runs in a new process. CPU seconds include the worker processes. The t
 backs ("private" memory), summed over all processes, and the private memory of the process at the end of the step.
 """
 
-import argparse
 import gc
 import os
 import shutil
@@ -29,6 +28,7 @@ from llm2clip.store.writer import open_store_for_writing
 from llm2clip.train.sampling import AlignBatches
 from measurements import Timer, list_processes, run_in_new_process
 from samples import make_samples
+from shared import make_parser, print_header, print_row
 
 IMAGE_SIZE = 224
 PREPROCESS = PreprocessConfig(IMAGE_SIZE, "squash", 1.0, "bicubic", (0.5,) * 3, (0.5,) * 3)
@@ -116,12 +116,12 @@ def prepare_store(source: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder for the samples and the tables")
     parser.add_argument("--samples", type=int, nargs="+", default=[400_000, 2_000_000, 8_000_000])
     args = parser.parse_args()
-    print("| images | step | CPU, s | CPU, µs per image | wall, s | peak memory, MB | memory at the end, MB |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("images", "step", "CPU, s", "CPU, µs per image", "wall, s", "peak memory, MB", "memory at the end, MB")
+    print_header(*columns)
     for count in args.samples:
         source, work = make_samples(args.folder, count, pixels=32), args.folder / f"work-{count}"
         for step, (part, cores) in STEPS.items():
@@ -130,8 +130,8 @@ def main() -> None:
             if part == "align":
                 run_in_new_process(prepare_store, source, work)
             cpu, seconds, peak, private = run_in_new_process(measure_step, part, cores, source, work)
-            cells = f"{cpu:.1f} | {1e6 * cpu / count:.1f} | {seconds:.1f} | {peak:,.0f} | {private:,.0f}"
-            print(f"| {count:,} | {step} | {cells} |", flush=True)
+            times = (f"{cpu:.1f}", f"{1e6 * cpu / count:.1f}", f"{seconds:.1f}")
+            print_row(f"{count:,}", step, *times, f"{peak:,.0f}", f"{private:,.0f}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from llm2clip.tools.doctor import DEVELOPER_EXTRAS
+from shared import print_header, print_row
 
 TORCH = re.compile(r"torch$|triton$|nvidia-|cuda-")  # PyTorch and its GPU libraries
 COPYLEFT = re.compile(r"GPL|General Public|MPL|Mozilla|EPL|CDDL|EUPL", re.IGNORECASE)
@@ -32,10 +34,6 @@ SPDX = {
 }  # fmt: skip
 
 
-def normalize(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def find_installed(requirements: Iterable[str], extra: str = "") -> set[str]:
     """Return the names of the installed packages that the requirements need, directly or indirectly."""
     packages: set[str] = set()
@@ -46,7 +44,7 @@ def find_installed(requirements: Iterable[str], extra: str = "") -> set[str]:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": parent_extra}):
             continue
-        name = normalize(requirement.name)
+        name = canonicalize_name(requirement.name)
         for child_extra in ("", *requirement.extras):
             if (name, child_extra) in visited:
                 continue
@@ -66,7 +64,7 @@ def read_licences(pip_licenses: str, packages: Iterable[str]) -> dict[str, str]:
     """Return the licence of each package according to pip-licenses."""
     command = [pip_licenses, "--python", sys.executable, "--from", "mixed", "--format", "json", "--with-system"]
     entries = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    licences = {normalize(entry["Name"]): entry["License"] for entry in entries}
+    licences = {canonicalize_name(entry["Name"]): entry["License"] for entry in entries}
     return {package: SPDX.get(licences[package], licences[package]) for package in packages}
 
 
@@ -75,21 +73,22 @@ def main(pip_licenses: str = "pip-licenses") -> None:
     core = find_installed(lines)
     extras = set(metadata.metadata("llm2clip").get_all("Provides-Extra") or []) - {*DEVELOPER_EXTRAS}
     all_packages = core.union(*(find_installed(lines, extra) for extra in extras))
-    print("| install | packages | size | size without PyTorch |\n|---|---|---|---|")
+    print_header("install", "packages", "size", "size without PyTorch")
     for name, packages in (("core", core), ("all extras for users", all_packages)):
         sizes = {package: measure_size(package) for package in packages}
         without_torch = sum(size for package, size in sizes.items() if not TORCH.match(package))
-        print(f"| {name} | {len(packages)} | {sum(sizes.values()) / 1e6:,.0f} MB | {without_torch / 1e6:,.0f} MB |")
+        print_row(name, len(packages), *(f"{size / 1e6:,.0f} MB" for size in (sum(sizes.values()), without_torch)))
 
     by_licence = defaultdict(list)
     for package, licence in read_licences(pip_licenses, all_packages).items():
         by_licence[licence].append(package)
-    print("\n| licence | core | extras | packages |\n|---|---|---|---|")
+    print()
+    print_header("licence", "core", "extras", "packages")
     for licence, packages in sorted(by_licence.items(), key=lambda item: -len(item[1])):
         num_core = len(core.intersection(packages))
         is_listed = COPYLEFT.search(licence) or len(packages) < 3
         names = ", ".join(sorted(packages)) if is_listed else ""
-        print(f"| {licence} | {num_core} | {len(packages) - num_core} | {names} |")
+        print_row(licence, num_core, len(packages) - num_core, names)
 
 
 if __name__ == "__main__":

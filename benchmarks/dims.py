@@ -1,26 +1,17 @@
-"""Compare ways to make embeddings smaller, and adapters of several depths, on photographs.
+"""Compare ways to make embeddings smaller, and adapters of several depths.
 
     python benchmarks/dims.py DATA --out runs/dims
 
 DATA contains flickr8k and coco_img, each with a captions.jsonl and images. The models are trained on Flickr8k's
 training images and coco_img, and tested on Flickr8k's 1,000 validation images. The caption encoder is
 all-MiniLM-L6-v2. The vision tower is a frozen EfficientNet-Lite0 at 160 pixels, so only the heads are trained, on
-cached features. The models are:
-
-    default       the default settings: 512 dimensions, and an adapter of depth 1. The first dimensions are the
-                  principal components of the training captions
-    unrotated     the default model, randomly rotated: how well its embeddings could be truncated without principal
-                  components
-    matryoshka    --align.matryoshka_dims '[64, 128, 256]'
-    depth-0       --align.adapter_depth 0, which has the encoder's 384 dimensions and is not rotated
-    depth-1-384   --align.embed_dim 384, for comparison with depth-0
-    depth-4       --align.adapter_depth 4
+cached features. `unrotated` is the default model with randomly rotated embeddings, whose first dimensions are not the
+principal components of the training captions.
 
 Every model is evaluated with all dimensions and with the first 256, 128 and 64. The table OUT/table.md contains the
-mean and the standard deviation over the seeds. An interrupted benchmark can be resumed with the same command.
+mean and the standard deviation over the seeds. To resume an interrupted run, repeat the command.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -33,22 +24,22 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
 from llm2clip.io_utils import atomic_path
 from llm2clip.models.dual_encoder import open_dual_encoder
-from shared import format_mean_std, run_llm2clip
+from shared import format_mean_std, make_parser, run_llm2clip, write_table
 
 ENCODER = "all-minilm-l6-v2"
 DIMS, SEEDS = ("64", "128", "256"), 3
 MODELS = {
     "default": [],
     "matryoshka": ["--align.matryoshka_dims", "[64, 128, 256]"],
-    "depth-0": ["--align.adapter_depth", "0"],
-    "depth-1-384": ["--align.embed_dim", "384"],
+    "depth-0": ["--align.adapter_depth", "0"],  # has the encoder's 384 dimensions
+    "depth-1-384": ["--align.embed_dim", "384"],  # for comparison with depth-0
     "depth-4": ["--align.adapter_depth", "4"],
 }
 FROZEN = ["--align.image_size", "160", "--align.tower_lr", "0", "--align.epochs", "10", "--align.eval_steps", "0"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -68,9 +59,8 @@ def main() -> None:
         first, *others = [str(folder / name / "model") for name in MODELS]
         command = ["evaluate", first, f"{flickr}@val", "--dims", *DIMS, "--out", str(folder / "evaluate")]
         run_llm2clip([*command, "--baselines", str(folder / "unrotated.npz"), *others], log)
-    table = make_table([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(SEEDS)])
-    (out / "table.md").write_text(table)
-    print(table)
+    rows = summarize([out / f"seed-{seed}" / "evaluate/results.json" for seed in range(SEEDS)])
+    write_table(out / "table.md", ["model", "dimensions", "T2I R@1"], rows)
 
 
 def write_rotated_embeddings(model: Path, flickr: str, file: Path) -> None:
@@ -83,35 +73,23 @@ def write_rotated_embeddings(model: Path, flickr: str, file: Path) -> None:
     texts = embeddings.encode_texts(captions)
     dim = images.shape[1]
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))).Q  # (D, D)
+    arrays = {"images": (images @ rotation).numpy(), "texts": (texts @ rotation).numpy()}
+    names = [str(refs[i]) for i in indices]
     with atomic_path(file) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream,
-            images=(images @ rotation).numpy(),
-            image_names=[str(refs[i]) for i in indices],
-            texts=(texts @ rotation).numpy(),
-            captions=captions,
-        )
+        np.savez(stream, **arrays, image_names=names, captions=captions)
 
 
-def make_table(files: list[Path]) -> str:
-    """Return the R@1 of each model and number of dimensions as a Markdown table."""
-    scores: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+def summarize(files: list[Path]) -> list[list[str]]:
+    """Return a table row with T2I R@1 for each model and number of dimensions."""
+    recalls: dict[tuple[str, int], list[float]] = defaultdict(list)
     names = [next(iter(MODELS)), "unrotated", *list(MODELS)[1:]]  # in the order in which `evaluate` lists the models
     for file in files:
         results = json.loads(file.read_text())["results"]
         full_models = list(dict.fromkeys(result["full model"] for result in results))
         for result in results:
             name = names[full_models.index(result["full model"])]
-            row = result["rows"][0]
-            scores[name, result["dimensions"]].append((row["I2T"]["R@1"], row["T2I"]["R@1"]))
-    lines = ["| model | dimensions | I2T R@1 | T2I R@1 | T2I, % of all dimensions |", "|---|---|---|---|---|"]
-    for (name, dim), values in scores.items():
-        full_dim = max(other_dim for other, other_dim in scores if other == name)
-        i2t, t2i = zip(*values, strict=True)
-        fractions = [100 * part / full for (_, part), (_, full) in zip(values, scores[name, full_dim], strict=True)]
-        cells = map(format_mean_std, (i2t, t2i, fractions))
-        lines.append(f"| {name} | {dim} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            recalls[name, result["dimensions"]].append(result["rows"][0]["T2I"]["R@1"])
+    return [[name, str(dim), format_mean_std(values)] for (name, dim), values in recalls.items()]
 
 
 if __name__ == "__main__":

@@ -4,24 +4,20 @@
 
 2,048 random captions from all sources are encoded with the weights of SmolLM2-135M by each of these methods:
 
-- `SentenceTransformer.encode` in unsorted batches of 32, padded to the longest caption, as in a plain loop;
 - `SentenceTransformer.encode` with its default settings;
-- `LLM2Vec.encode` with its default settings, run with the interpreter PYTHON from a separate environment
-  (`pip install torch llm2vec==0.2.3`);
-- llm2clip, padded and packed, in fp32, in bf16 and in the precision that `auto` chooses.
+- `LLM2Vec.encode` with its default settings, run by PYTHON in an environment with torch and llm2vec==0.2.3;
+- llm2clip in fp32, in bf16 and in the precision that `auto` chooses.
 
 The methods alternate, and each of the other libraries runs in its own process. The table shows captions per second
-(median and range), the speed relative to the other libraries, and the lowest cosine similarity to the fp32 embeddings.
+(median and range), and the lowest cosine similarity to llm2clip's fp32 embeddings without packing.
 """
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +29,10 @@ from llm2clip.data.records import open_records
 from llm2clip.models.precision import calibrate_precision
 from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.packing import tune_batch_tokens
+from llm2clip.models.text.packing import PACKED, tune_batch_tokens
+from shared import format_median, make_parser, print_header, print_row
 
-# Code that runs other libraries' encoders. It defines `methods`, a dict from names to functions that encode `texts`.
+# Code that loads other libraries' encoders. It defines `encode`, a function that encodes `texts`.
 LLM2VEC = """
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -53,28 +50,23 @@ tokenizer = PreTrainedTokenizerFast(
 theta = json.load(open(folder + "/config.json"))["rope_parameters"]["rope_theta"]
 model = LlamaBiModel.from_pretrained(folder, torch_dtype=torch.float32, rope_theta=theta)
 encoder = LLM2Vec(model, tokenizer, pooling_mode="mean", max_length=512, skip_instruction=False)
-methods = {"LLM2Vec.encode": lambda: encoder.encode(texts, show_progress_bar=False).numpy()}
+encode = lambda: encoder.encode(texts, show_progress_bar=False).numpy()
 """
 SENTENCE_TRANSFORMERS = """
 from sentence_transformers import SentenceTransformer
 st = SentenceTransformer(folder)
-methods = {
-    "unsorted batches of 32": lambda: np.concatenate(
-        [st.encode(texts[i:i + 32]) for i in range(0, len(texts), 32)]
-    ),
-    "SentenceTransformer.encode": lambda: st.encode(texts),
-}
+encode = lambda: st.encode(texts)
 """
-# Read method names from stdin, one per line. For each method, save the embeddings and print the time in seconds.
+# For each line of stdin, encode the texts, save the embeddings and print the time in seconds.
 WORKER = """
 import json, sys, time
 import numpy as np
 folder, texts, out = sys.argv[1:]
 texts = json.load(open(texts))
-{methods}
+{code}
 for line in sys.stdin:
     start = time.perf_counter()
-    embeddings = methods[line.strip()]()
+    embeddings = encode()
     seconds = time.perf_counter() - start
     np.save(out, embeddings)
     print(json.dumps(seconds), flush=True)
@@ -88,72 +80,29 @@ Method = Callable[[], Result]
 class OtherLibrary:
     """Encoder from another library, which runs in its own process."""
 
-    def __init__(self, python: str, methods: str, folder: Path) -> None:
+    def __init__(self, python: str, code: str, folder: Path) -> None:
         self.out = folder / "embeddings.npy"
-        arguments = [str(folder / "encoder"), str(folder / "texts.json"), str(self.out)]
-        code = WORKER.replace("{methods}", methods)
-        self.process = subprocess.Popen(
-            [python, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [python, "-c", WORKER.replace("{code}", code)]
+        command += [str(folder / "encoder"), str(folder / "texts.json"), str(self.out)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, method: str) -> Result:
+    def encode(self) -> Result:
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(method, file=self.process.stdin, flush=True)
+        print(file=self.process.stdin, flush=True)
         seconds = float(json.loads(self.process.stdout.readline()))
         return np.load(self.out), seconds
 
 
-def other_methods(folder: Path, llm2vec_python: str | None) -> dict[str, Method]:
-    """Start the processes of the other libraries and return their encoding methods."""
-    st = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder)
-    methods: dict[str, Method] = {
-        "unsorted batches of 32": lambda: st.run("unsorted batches of 32"),
-        "SentenceTransformer.encode": lambda: st.run("SentenceTransformer.encode"),
-    }
-    if llm2vec_python:
-        llm2vec = OtherLibrary(llm2vec_python, LLM2VEC, folder)
-        methods["LLM2Vec.encode"] = lambda: llm2vec.run("LLM2Vec.encode")
-    return methods
-
-
-def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], attention: str, precision: str) -> Method:
+def llm2clip_method(encoder: CaptionEncoder, texts: Sequence[str], precision: str) -> Method:
     """Tune the number of tokens per batch, and return a function that encodes the texts."""
-    encoder.llm.set_attn_implementation(attention)
     batch_tokens = tune_batch_tokens(encoder, encoder.tokenize(texts), precision)
 
     def run() -> Result:
-        encoder.llm.set_attn_implementation(attention)
         start = time.perf_counter()
         embeddings = encoder.encode(texts, precision=precision, batch_tokens=batch_tokens)
         return embeddings.numpy(), time.perf_counter() - start
 
     return run
-
-
-def run_in_turn(methods: Mapping[str, Method]) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Run each method `REPEATS` times. Return the times in seconds and the embeddings for each method."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    embeddings: dict[str, np.ndarray] = {}
-    for _ in range(REPEATS):
-        for name, method in methods.items():
-            embeddings[name], elapsed = method()
-            seconds[name].append(elapsed)
-    return seconds, embeddings
-
-
-def print_speed_table(seconds: Mapping[str, Sequence[float]], embeddings: Mapping[str, np.ndarray]) -> None:
-    exact = torch.from_numpy(embeddings["llm2clip, padded, fp32"])
-    others = [name for name in seconds if not name.startswith("llm2clip")]
-    columns = ["method", "captions/s, median (range)", *(f"relative to {o}" for o in others), "lowest cosine"]
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for name, elapsed in seconds.items():
-        rates = sorted(len(exact) / s for s in elapsed)
-        cells = [name, f"{statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"]
-        for other in others:
-            ratios = sorted(o / s for o, s in zip(seconds[other], elapsed, strict=True))
-            cells.append(f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-        cosine = F.cosine_similarity(torch.from_numpy(embeddings[name]).float(), exact).min()
-        print(f"| {' | '.join([*cells, f'{cosine:.6f}'])} |")
 
 
 def sample_captions(sources: Sequence[str], count: int) -> list[str]:
@@ -165,25 +114,36 @@ def sample_captions(sources: Sequence[str], count: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("captions", nargs="+")
     parser.add_argument("--llm2vec", help="Python interpreter of an environment with llm2vec 0.2.3")
     args = parser.parse_args()
     encoder = CaptionEncoder.from_pretrained(resolve_pretrained_name(ENCODER))
-    precisions = list(dict.fromkeys(["fp32", "bf16", calibrate_precision(encoder)]))
     texts = sample_captions(args.captions, COUNT)
     keep_freed_memory(encoder.device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         encoder.save_pretrained(folder / "encoder")
         (folder / "texts.json").write_text(json.dumps(texts))
-        methods = other_methods(folder, args.llm2vec)
-        for precision in precisions:
-            if precision in ("fp32", "bf16"):
-                methods[f"llm2clip, padded, {precision}"] = llm2clip_method(encoder, texts, "sdpa", precision)
-            methods[f"llm2clip, packed, {precision}"] = llm2clip_method(encoder, texts, "packed", precision)
-        seconds, embeddings = run_in_turn(methods)
-    print_speed_table(seconds, embeddings)
+        methods: dict[str, Method] = {}
+        methods["SentenceTransformer.encode"] = OtherLibrary(sys.executable, SENTENCE_TRANSFORMERS, folder).encode
+        if args.llm2vec:
+            methods["LLM2Vec.encode"] = OtherLibrary(args.llm2vec, LLM2VEC, folder).encode
+        encoder.llm.set_attn_implementation("sdpa")
+        exact = encoder.encode(texts, precision="fp32")
+        encoder.llm.set_attn_implementation(PACKED)
+        for precision in dict.fromkeys(["fp32", "bf16", calibrate_precision(encoder)]):
+            methods[f"llm2clip, {precision}"] = llm2clip_method(encoder, texts, precision)
+        rates: dict[str, list[float]] = {name: [] for name in methods}
+        cosines: dict[str, float] = {}
+        for _ in range(REPEATS):
+            for name, method in methods.items():
+                embeddings, seconds = method()
+                rates[name].append(len(texts) / seconds)
+                cosines[name] = float(F.cosine_similarity(torch.from_numpy(embeddings).float(), exact).min())
+    print_header("method", "captions/s, median (range)", "lowest cosine")
+    for name in methods:
+        print_row(name, format_median(rates[name], ".1f"), f"{cosines[name]:.6f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ test on a few inputs.
     python benchmarks/fuzz.py [--readers NAME ...] [--count 100000] [--seconds 600]
 """
 
-import argparse
 import copy
 import csv
 import gzip
@@ -52,6 +51,7 @@ from llm2clip.models.official_layout import read_official_checkpoint
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.search.metadata import read_exif
 from measurements import memory_mb
+from shared import make_parser, print_header, print_row
 
 MEMORY_LIMIT = 2 << 30  # address space in bytes, in addition to the imported libraries
 TIME_LIMIT = 10.0  # CPU seconds per input
@@ -294,12 +294,8 @@ def tar_seeds() -> list[bytes]:
 class Reader:
     """A reader under test.
 
-    Args:
-        seeds: Valid inputs.
-        mutate: Function that mutates an input.
-        read: Function that reads an input, using a folder that contains only an image x.png. It returns descriptions of
-            unexpected exceptions for which rows were skipped, and raises an exception if the input is rejected.
-        documented: Exceptions that a reader may raise to reject an input.
+    `read` reads an input, using a folder that contains only an image x.png. It returns descriptions of the unexpected
+    exceptions for which rows were skipped, and raises one of the `documented` exceptions to reject the input.
     """
 
     seeds: Callable[[], list[bytes]]
@@ -470,19 +466,18 @@ def fuzz(name: str, count: int, seconds: float) -> None:
             failures.append(f"input {number}: {signal.Signals(-exit_code).name}")
             number += 1
     counts = [number, outcomes["read"], outcomes["rejected"], outcomes["failed"]]
-    cells = [name, *(f"{value:,}" for value in counts), f"{slowest:.2f} s", f"{peak:.0f} MB"]
-    print(f"| {' | '.join(cells)} |", flush=True)
+    print_row(name, *(f"{value:,}" for value in counts), f"{slowest:.2f} s", f"{peak:.0f} MB")
     for failure in failures[:MAX_FAILURES]:
         print(failure[:300], file=sys.stderr)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
     parser.add_argument("--count", type=int, default=100_000, help="number of inputs per reader")
     parser.add_argument("--seconds", type=float, default=600, help="wall-clock time per reader")
     args = parser.parse_args()
-    print("| reader | inputs | read | rejected | failed | slowest | memory |\n|---|---|---|---|---|---|---|")
+    print_header("reader", "inputs", "read", "rejected", "failed", "slowest", "memory")
     for name in args.readers:
         fuzz(name, args.count, args.seconds)
 

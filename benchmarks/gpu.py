@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from shared import format_table, make_parser, read_rows
+
 PARTS = {  # name -> time limit in seconds
     "environment": 90,
     "tests": 240,
@@ -46,7 +48,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, JSON and logs")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=25, help="time limit for all parts together")
@@ -122,7 +124,7 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
 
 def read_part(out: Path, part: str) -> list[dict[str, Any]]:
     file = out / f"{part}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list(read_rows(file)) if file.exists() else []
 
 
 def write_results(out: Path, statuses: dict[str, str]) -> None:
@@ -135,14 +137,9 @@ def write_results(out: Path, statuses: dict[str, str]) -> None:
 def format_part(out: Path, part: str, status: str) -> str:
     """Return the Markdown table of a part. The columns are all keys of the part's rows, in order of appearance."""
     rows = read_part(out, part)
-    lines = [f"## {part}\n", f"{status}\n"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    if columns:
-        lines += [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        cells = [format_cell(row.get(name, "")) for name in columns]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    cells = [[format_cell(row.get(name, "")) for name in columns] for row in rows]
+    return f"## {part}\n\n{status}\n\n" + (format_table(columns, cells) if rows else "")
 
 
 def format_cell(value: Any) -> str:

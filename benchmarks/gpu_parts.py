@@ -28,6 +28,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import LayerNorm, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from data import PREPROCESS, write_store
 from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.pairs import Pair
@@ -46,19 +47,14 @@ from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import MAX_GRAD_NORM, compile_blocks, compute_cached_loss, make_optimizer
 from llm2clip.train.sampling import AlignBatches
 from llm2clip.train.tune import PairCollator, PairLoss
-from search import K, vector_chunks
+from search import K
+from shared import read_rows
+from vectors import add_noise, vector_chunks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
-TINY_LLM = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 260,
-}
+TINY_LLM = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 64, "head_dim": 8, "vocab_size": 260}
+TINY_LLM |= {"num_attention_heads": 6, "num_key_value_heads": 2}
 LLM_SIZES = {
     "135M": LLMS["smollm2-135m"],
     "1B": LLMS["meta-llama/llama-3.2-1b"],
@@ -75,35 +71,12 @@ TINY_OPEN_CLIP = {  # open_clip config with the tower in TINY_TOWER and 64 dimen
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
 }
-WORDS = (
-    "a",
-    "the",
-    "dog",
-    "cat",
-    "two",
-    "red",
-    "blue",
-    "on",
-    "in",
-    "snow",
-    "street",
-    "runs",
-    "sits",
-    "with",
-    "small",
-    "large",
-    "man",
-    "woman",
-    "tree",
-    "house",
-)
+WORDS = "a the dog cat two red blue on in snow street runs sits with small large man woman tree house"
 TEXT_DIM = 2048
 
 
 @dataclass
 class PartSettings:
-    """Settings of a part: whether to use tiny models, and the output folder."""
-
     tiny: bool
     out: Path
 
@@ -129,7 +102,7 @@ def measure_encode(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """
     captions = random_captions(64 if settings.tiny else 16_384)
     sample = captions[:64]
-    for name, shape in llm_sizes(settings, get_available_memory() / 1e9).items():
+    for name, shape in llm_sizes(settings).items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
         encoder = CaptionEncoder.from_pretrained(folder, device=str(DEVICE))
         tokens = sum(len(ids) for ids in encoder.tokenize(captions).ids)
@@ -216,16 +189,10 @@ def vit_tiny_clip_quickgelu_32(pretrained: bool = False, **options: Any) -> Visi
 
 @dataclass
 class AlignStep:
-    """A training step in bf16.
-
-    Attributes:
-        run: Function that runs the step.
-        gradient: Function that returns the gradients of all N parameters as a float32 CPU tensor of shape (N,).
-        flops: Model FLOPs of the step.
-    """
+    """A training step in bf16, and its model FLOPs."""
 
     run: Callable[[], None]
-    gradient: Callable[[], Tensor]
+    gradient: Callable[[], Tensor]  # returns the gradients of all N parameters, of shape (N,), float32, on the CPU
     flops: float
 
 
@@ -337,7 +304,7 @@ def measure_tune(settings: PartSettings) -> Iterator[dict[str, Any]]:
     pairs = 4 if settings.tiny else 256
     texts = random_captions(2 * pairs)
     rows = [dataclasses.asdict(Pair(a, p)) for a, p in zip(texts[:pairs], texts[pairs:], strict=True)]
-    sizes = llm_sizes(settings, get_available_memory() / 1e9)
+    sizes = llm_sizes(settings)
     sizes.pop("8B", None)  # the gradients and float32 weights of an 8B model do not fit in GPU memory
     for name, shape in sizes.items():
         folder = save_llm(settings.out / f"llm-{name}", shape)
@@ -390,8 +357,8 @@ def measure_losses(settings: PartSettings) -> Iterator[dict[str, Any]]:
     size = "256" if settings.tiny else "32768"
     command = [sys.executable, str(script), "--sizes", size, "--device", DEVICE.type]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    header, _, *lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
-    for cells in lines:
+    header, _, *rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+    for cells in rows:
         yield dict(zip(header, cells, strict=True))
 
 
@@ -404,32 +371,16 @@ def measure_data(settings: PartSettings) -> Iterator[dict[str, Any]]:
     for n in range(count):
         small = rng.integers(0, 255, (50, 40, 3), dtype=np.uint8)
         Image.fromarray(small).resize((500, 400)).save(folder / f"{n}.jpg")
-    size = 32 if settings.tiny else 224
-    tower = VisionTower.from_pretrained("timm:test_vit", pretrained=False, image_size=size)
-    model = LLM2CLIP(LLM2CLIPConfig(tower.config, text_dim=TEXT_DIM, embed_dim=16), tower)
     records = [Record(id=str(n), image=FileImage(str(folder / f"{n}.jpg")), captions=("a",)) for n in range(count)]
+    table = RecordTable.from_records(records)
+    store = write_store(table, settings.out / "store")
     for workers in [0] if settings.tiny else [0, 8, 16]:
-        epochs = 1 if settings.tiny else 8
-        config = AlignConfig(batch_size=count // 2, epochs=epochs, workers=workers)
-        table = RecordTable.from_records(records)
-        batches = AlignBatches(table, _NoStore(), model.tower.preprocess, config).iterate_batches(0)
+        config = AlignConfig(batch_size=count // 2, epochs=1 if settings.tiny else 8, workers=workers)
+        batches = AlignBatches(table, store, PREPROCESS, config).iterate_batches(0)
         first = len(next(batches).images)  # excludes the time to start the workers
         start = time.perf_counter()
         images = sum(len(batch.images) for batch in batches)
         yield {"workers": workers, "images": first + images, "images/s": images / (time.perf_counter() - start)}
-
-
-class _NoStore:
-    """Stand-in for an embedding store, in which all captions have the same all-zero embedding."""
-
-    def __init__(self) -> None:
-        self.manifest: dict[str, Any] = {}
-
-    def find_rows(self, captions: Any) -> np.ndarray:
-        return np.zeros(len(list(captions)), np.int64)
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros((len(rows), TEXT_DIM), np.float32)
 
 
 def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
@@ -440,9 +391,7 @@ def measure_search(settings: PartSettings) -> Iterator[dict[str, Any]]:
     count, dim, queries_count, sample = (2000, 32, 16, 8) if settings.tiny else (1_000_000, 1024, 256, 16)
     vectors = np.concatenate([chunk.astype(np.float16) for chunk in vector_chunks(count, dim)])
     rng = np.random.default_rng(1)
-    queries = vectors[rng.integers(count, size=queries_count)].astype(np.float32)
-    queries += 0.5 * rng.standard_normal(queries.shape, np.float32) / np.sqrt(dim)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    queries = add_noise(vectors[rng.integers(count, size=queries_count)].astype(np.float32), rng)
     expected = search_float64(vectors, queries[:sample])
 
     for dtype in (torch.float16, torch.float32):
@@ -496,8 +445,7 @@ def measure_plan(settings: PartSettings) -> Iterator[dict[str, Any]]:
     """Yield the predictions of `llm2clip plan`, and the measurements of the `align` part in eager mode."""
     machine = Machine(find_device_name() or "h100")
     file = settings.out / "align.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    measured = {row["method"]: row for row in rows}
+    measured = {row["method"]: row for row in read_rows(file)} if file.exists() else {}
     for tower, (timm_name, _, batch) in align_towers(settings).items():
         align = AlignConfig(tower=f"timm:{timm_name}", batch_size=batch, captions_per_image=1, embed_dim=512)
         plan = plan_fit(FitConfig(encoder=EncoderConfig(), tune=TuneConfig(), align=align), machine, 1_000_000, 1, 36)
@@ -566,11 +514,11 @@ def step_row(name: str, step: Callable[[], None], count: int, unit: str, flops: 
         return {"method": name, "ms": "out of memory"}
 
 
-def llm_sizes(settings: PartSettings, memory_gb: float) -> dict[str, dict[str, Any]]:
+def llm_sizes(settings: PartSettings) -> dict[str, dict[str, Any]]:
     """Return the configs of the LLMs that fit in memory, keyed by name. With --tiny, all layers are tiny."""
     if settings.tiny:
         return {f"tiny {name}": {**shape, **TINY_LLM} for name, shape in LLM_SIZES.items()}
-    return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or memory_gb > 60}
+    return {name: shape for name, shape in LLM_SIZES.items() if name != "8B" or get_available_memory() > 60e9}
 
 
 def count_layer_parameters(encoder: CaptionEncoder) -> int:
@@ -581,7 +529,7 @@ def count_layer_parameters(encoder: CaptionEncoder) -> int:
 def random_captions(count: int) -> list[str]:
     """Return captions of 4 to 16 words, in which each byte is one token."""
     rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, rng.integers(4, 17))) for _ in range(count)]
+    return [" ".join(rng.choice(WORDS.split(), rng.integers(4, 17))) for _ in range(count)]
 
 
 def save_llm(folder: Path, shape: dict[str, Any]) -> Path:

@@ -20,6 +20,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.train.losses import info_nce
 from llm2clip.train.optim import compute_cached_loss
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
+from shared import print_header, print_row
 
 STEPS = ((512, 512), (512, 128), (2048, 2048), (2048, 128), (16384, 128))  # (batch size, micro-batch size)
 IMAGE_SIZE, TEXT_DIM = 64, 576
@@ -54,7 +55,7 @@ def measure_step(batch_size: int, micro_batch_size: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print("| batch size | micro-batch size | memory, MB | images/s |\n|---|---|---|---|")
+    print_header("batch size", "micro-batch size", "memory, MB", "images/s")
     for batch_size, micro_batch_size in STEPS:
         memory, rate = run_in_new_process(measure_step, batch_size, micro_batch_size)
-        print(f"| {batch_size:,} | {micro_batch_size:,} | {memory:,.0f} | {rate:.0f} |", flush=True)
+        print_row(f"{batch_size:,}", f"{micro_batch_size:,}", f"{memory:,.0f}", f"{rate:.0f}")

@@ -1,13 +1,12 @@
 """Measure whether the heat maps of `llm2clip search` point at objects: the pointing game (arXiv 1608.00507).
 
-    python benchmarks/heatmaps.py MODEL ROOT [--image_size 336]
+    python benchmarks/heatmaps.py MODEL ROOT
 
 ROOT contains COCO in the subfolder coco/. For each image and each class in it, the query is "a photo of a CLASS.", and
 the heat map hits if its maximum is inside a box of the class. "Chance" is the fraction of heat map cells inside these
 boxes. The 95% confidence intervals are computed by bootstrapping over images.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,13 @@ from llm2clip.evaluate.benchmarks import BENCHMARKS
 from llm2clip.evaluate.metrics import bootstrap_intervals
 from llm2clip.models.dual_encoder import open_dual_encoder
 from llm2clip.search.explain import compute_heatmap, require_dense_encoder
+from shared import make_parser, print_header, print_row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model", help="model, as in `llm2clip evaluate`")
     parser.add_argument("root", type=Path, help="folder with COCO in the subfolder coco/")
-    parser.add_argument("--image_size", type=int, help="shorter side of the images in pixels; default: as in search")
     args = parser.parse_args()
     model = open_dual_encoder(args.model)
     dense = require_dense_encoder(model)
@@ -35,7 +34,7 @@ def main() -> None:
     hits: list[list[float]] = []  # for each image, 1 or 0 for each class in it
     chances: list[float] = []
     for ref, size, boxes, labels in zip(tqdm(data.images), data.sizes, data.boxes, data.labels, strict=True):
-        pixels = dense.resize(load_image(ref), args.image_size or dense.localization_size)
+        pixels = dense.resize(load_image(ref), dense.localization_size)
         hits.append([])
         for label in np.unique(labels):
             heatmap = compute_heatmap(dense, pixels, queries[label])
@@ -46,17 +45,14 @@ def main() -> None:
     counts = torch.tensor([len(image) for image in hits], dtype=torch.float64)
     low, high = (100 * bootstrap_intervals(sums[:, None], counts)).flatten().tolist()
     rate = 100 * np.mean([hit for image in hits for hit in image])
-    print("| queries | hits, % (95% interval) | chance, % |\n|---|---|---|")
-    print(f"| {len(chances):,} | {rate:.1f} ({low:.1f} to {high:.1f}) | {100 * np.mean(chances):.1f} |")
+    print_header("queries", "hits, % (95% interval)", "chance, %")
+    print_row(f"{len(chances):,}", f"{rate:.1f} ({low:.1f} to {high:.1f})", f"{100 * np.mean(chances):.1f}")
 
 
 def find_cells_in_boxes(boxes: np.ndarray, size: tuple[int, int], grid: tuple[int, ...]) -> np.ndarray:
     """Return a boolean mask of shape (h, w) that is True for each cell whose centre is inside a box.
 
-    Args:
-        boxes: B boxes of shape (B, 4), as left, top, right, bottom, in pixels of the original image.
-        size: width and height of the original image.
-        grid: height and width of the heat map, in cells.
+    `size` is the width and height of the image in pixels, and `grid` the height and width of the heat map in cells.
     """
     x = (np.arange(grid[1]) + 0.5) / grid[1] * size[0]
     y = (np.arange(grid[0]) + 0.5) / grid[0] * size[1]

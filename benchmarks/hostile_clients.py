@@ -1,17 +1,16 @@
 """Measure how a server responds to an honest client while eight hostile clients attack it.
 
-    python benchmarks/hostile_clients.py [--minutes 10] [--index INDEX] [--hostile 8] [--only scan_bomb key_bomb ...]
+    python benchmarks/hostile_clients.py [--minutes 10] [--only scan_bomb key_bomb ...]
 
-The honest client first sends 50 requests of each kind, one after the other. Then it sends 5 requests per second (text
-searches, searches with a caption filter, small images and thumbnails), for 20 seconds alone, and then together with the
-hostile clients. Latencies are measured from the time at which a request was due, so delays caused by a hanging server
-are counted in full. Each hostile client is a process with its own loopback address. It knows the token and runs all
-attacks at the same time. An attack is repeated 0.1 seconds after it ends. The hostile processes have low priority,
-because clients usually run on other machines and do not compete with the server for its CPU. At the end, the server is
-stopped with SIGTERM while the attacks continue.
+The honest client first sends 50 requests of each kind, one after the other. Then it sends 5 requests per second, for 20
+seconds alone, and then together with the hostile clients. Latencies are measured from the time at which a request was
+due, so delays caused by a hanging server are counted in full. Each hostile client is a process with its own loopback
+address. It knows the token and runs all attacks at the same time. The hostile processes have low priority, because
+clients usually run on other machines and do not compete with the server for its CPU. At the end, the server is stopped
+with SIGTERM while the attacks continue.
 
-By default, the model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each.
-One of the image files is 23 MB in size. An index passed with `--index` must contain images with the ids 1 to 20.
+The model is the tiny random model of the tests, and the index contains 20,000 images with 5 captions each. One of the
+image files is 23 MB in size.
 
     python benchmarks/hostile_clients.py --immich [--model MODEL]
 
@@ -19,7 +18,6 @@ does the same for the routes of `llm2clip serve --immich`. The honest client the
 The service of `--immich_upstream` never answers.
 """
 
-import argparse
 import asyncio
 import base64
 import http.client
@@ -34,9 +32,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import repeat
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ import numpy as np
 from PIL import Image
 
 from measurements import memory_mb
-from shared import start_server
+from shared import make_parser, print_header, print_row, start_server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hostile_fixtures import refinement_scans
@@ -53,6 +53,7 @@ from hostile_fixtures import refinement_scans
 TOKEN = "benchmark"
 FLAGS = ("--precision", "fp32", "--mcp", "--list_models_without_token")
 PAUSE = 0.1  # seconds until an attack is repeated
+HOSTILE_CLIENTS = 8
 RATE = 5  # requests per second of the honest client
 BASELINE_SECONDS = 20
 IMAGES, CAPTIONS = 20_000, 5
@@ -65,181 +66,58 @@ MULTIPART = f"Content-Type: multipart/form-data; boundary={BOUNDARY.decode()}\r\
 VISUAL = {"clip": {"visual": {"modelName": "ViT-B-16__openai"}}}
 FACES = {"facial-recognition": {"detection": {"modelName": "buffalo_l"}, "recognition": {"modelName": "buffalo_l"}}}
 TEXTUAL = {"clip": {"textual": {"modelName": "ViT-B-16__openai", "options": {"language": "en"}}}}
-HONEST_HEADERS = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
 
 
 # ---- hostile clients ------------------------------------------------------------------------------------------------
 
 
-class Attacker:
-    """A hostile client, which sends all requests from the same loopback address."""
+@dataclass(frozen=True)
+class Request:
+    """A request, and whether the client reads the response."""
 
-    def __init__(self, port: int, number: int) -> None:
-        self.port, self.address = port, f"127.0.0.{number + 2}"  # the honest client uses 127.0.0.1
+    head: str
+    body: bytes = b""
+    read: bool = True
 
-    async def send(self, head: str, body: bytes = b"", read: bool = True) -> None:
-        """Send a request on a new connection, and wait until the server has responded or closed the connection.
+    async def send(self, port: int, address: str) -> None:
+        """Send the request on a new connection, and wait until the server has responded or closed the connection.
 
         If `read` is False, do not read the response, but wait until the server resets the connection.
         """
-        reader, writer = await asyncio.open_connection(
-            "127.0.0.1", self.port, local_addr=(self.address, 0), limit=1 << 12
-        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0), limit=1 << 12)
         try:
-            writer.write(head.encode() + body)
+            writer.write(self.head.encode() + self.body)
             await writer.drain()
-            while read and await reader.read(1 << 16):
+            while self.read and await reader.read(1 << 16):
                 pass
-            while not read and not writer.transport.is_closing():
+            while not self.read and not writer.transport.is_closing():
                 await asyncio.sleep(0.1)
         finally:
             writer.transport.abort()
 
-    async def post(
-        self, path: str, body: bytes, headers: str = JSON, framing: str | None = None, read: bool = True
-    ) -> None:
-        """Send a body. `framing` are the headers that state its length."""
-        if framing is None:
-            framing = f"Content-Length: {len(body)}\r\nConnection: close\r\n"
-        await self.send(f"POST {path} HTTP/1.1\r\n{HEAD}{headers}{framing}\r\n", body, read)
 
-    async def post_too_large(self, path: str, headers: str = JSON) -> None:
-        """Send a body that is larger than the limit, without a Content-Length header."""
-        await self.post(path, TOO_LARGE_BODY, headers, "Transfer-Encoding: chunked\r\n")
-
-    async def post_unfinished(self, path: str, body: bytes, headers: str = JSON) -> None:
-        """Send all bytes of a body except the last."""
-        await self.post(path, body, headers, f"Content-Length: {len(body) + 1}\r\n")
-
-    async def scan_bomb(self) -> None:
-        """Send a JPEG with more scans than the server accepts, and one with the largest number that it accepts."""
-        for body in SCAN_BOMB_BODIES:
-            await self.post("/embed", body)
-
-    async def key_bomb(self) -> None:
-        """Send a request with 4.8 MB of unknown fields."""
-        await self.post("/search", KEY_BOMB_BODY)
-
-    async def messages(self) -> None:
-        """Send invalid and large messages, and ask for the names of the models with and without a token."""
-        for body in MESSAGE_BODIES:
-            await self.post("/v1/embeddings", body)
-        for head in (HEAD, "Host: localhost\r\n"):
-            await self.send(f"GET /v1/models HTTP/1.1\r\n{head}Connection: close\r\n\r\n")
-
-    async def caption_filter(self) -> None:
-        """Search with the longest caption filter that the server accepts (slow to match), and with a longer one."""
-        query = {"texts": ["a"], "top": 200, "filter": {"caption": "ß" * 500, "path": "/" + "x/" * 2000}}
-        await self.post("/search", json.dumps(query).encode())
-        await self.post("/search", json.dumps({"texts": ["a"], "filter": {"caption": "ß" * 20_000}}).encode())
-
-    async def oversized_body(self) -> None:
-        """Send the largest body that the server accepts, and then a larger one without a Content-Length header."""
-        await self.post("/embed", LARGEST_BODY)
-        await self.post_too_large("/embed")
-
-    async def unfinished_body(self) -> None:
-        """Send all bytes of a request body except the last."""
-        await self.post_unfinished("/embed", LARGEST_BODY)
-
-    async def slow_reader(self) -> None:
-        """Request the largest image, and do not read the response."""
-        await self.send(f"GET /image/1 HTTP/1.1\r\n{HEAD}\r\n", read=False)
-
-    async def mcp_name(self) -> None:
-        """Show a photo whose name is the longest pattern that the server accepts."""
-        body = make_tool_call("show_photo", photo="?" * 4094)
-        await self.post("/mcp", body, MCP_HEADERS)
-
-    async def mcp_slow_reader(self) -> None:
-        """Request as many thumbnails as the tool `search_photos` returns, and do not read the response."""
-        body = make_tool_call("search_photos", top=50)
-        await self.post("/mcp", body, MCP_HEADERS, f"Content-Length: {len(body)}\r\n", read=False)
-
-    async def slow_headers(self) -> None:
-        """Send incomplete request headers."""
-        await self.send(f"GET /health HTTP/1.1\r\n{HEAD}")
-
-    async def immich_bomb(self) -> None:
-        """Send the two JPEGs of `scan_bomb`."""
-        for form in SCAN_BOMB_FORMS:
-            await self.post("/predict", form, MULTIPART)
-
-    async def immich_entries(self) -> None:
-        """Send entries of 1 MB with unknown tasks, and a body with too many parts."""
-        await self.post("/predict", KEY_BOMB_FORM, MULTIPART)
-        await self.post("/predict", PARTS_FORM, MULTIPART)
-
-    async def immich_charset(self) -> None:
-        """Send a text in an encoding that takes minutes to decode."""
-        await self.post("/predict", PUNYCODE_FORM, MULTIPART.strip() + "; charset=punycode\r\n")
-
-    async def immich_faces(self) -> None:
-        """Send an image for facial recognition, which the upstream never answers."""
-        await self.post("/predict", FACES_FORM, MULTIPART)
-
-    async def immich_body(self) -> None:
-        """Send the largest body, in which a parser finds many beginnings of the boundary, and a larger one."""
-        await self.post("/predict", LARGEST_FORM, MULTIPART)
-        await self.post("/predict", b"&" * (32 << 20), "Content-Type: application/x-www-form-urlencoded\r\n")
-        await self.post_too_large("/predict", MULTIPART)
-
-    async def immich_unfinished(self) -> None:
-        """Send all bytes of a form except the last."""
-        await self.post_unfinished("/predict", LARGEST_FORM, MULTIPART)
-
-    async def immich_reader(self) -> None:
-        """Send 10,000 requests at once, and do not read the responses."""
-        await self.send(f"GET /ping HTTP/1.1\r\n{HEAD}\r\n" * 10_000, read=False)
+def post(path: str, body: bytes, headers: str = JSON, framing: str | None = None, read: bool = True) -> Request:
+    """Make a POST request. `framing` are the headers that state the length of the body."""
+    if framing is None:
+        framing = f"Content-Length: {len(body)}\r\nConnection: close\r\n"
+    return Request(f"POST {path} HTTP/1.1\r\n{HEAD}{headers}{framing}\r\n", body, read)
 
 
-# Number of connections of each hostile client, by attack.
-ATTACKS: dict[str, int] = {
-    "scan_bomb": 2,
-    "key_bomb": 1,
-    "messages": 2,
-    "caption_filter": 2,
-    "oversized_body": 1,
-    "unfinished_body": 2,
-    "slow_reader": 20,
-    "mcp_name": 2,
-    "mcp_slow_reader": 20,
-    "slow_headers": 100,
-}
-IMMICH_ATTACKS: dict[str, int] = {
-    "immich_bomb": 2,
-    "immich_entries": 1,
-    "immich_charset": 1,
-    "immich_faces": 4,
-    "immich_body": 1,
-    "immich_unfinished": 2,
-    "immich_reader": 20,
-    "slow_headers": 100,
-}
+def post_too_large(path: str, headers: str = JSON) -> Request:
+    """Make a request whose body is larger than the limit, without a Content-Length header."""
+    return post(path, TOO_LARGE_BODY, headers, "Transfer-Encoding: chunked\r\n")
 
 
-def run_attacker(port: int, number: int, names: list[str]) -> None:
-    """Run the attacks of one hostile client until the process is terminated."""
-
-    async def repeat(attack: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            with suppress(OSError):  # the server may refuse or abort the connection
-                await attack()
-            await asyncio.sleep(PAUSE)
-
-    async def run() -> None:
-        attacker = Attacker(port, number)
-        loops = [repeat(getattr(attacker, name)) for name in names for _ in range((ATTACKS | IMMICH_ATTACKS)[name])]
-        await asyncio.gather(*loops)
-
-    os.nice(19)
-    asyncio.run(run())
+def post_unfinished(path: str, body: bytes, headers: str = JSON) -> Request:
+    """Make a request without the last byte of its body."""
+    return post(path, body, headers, f"Content-Length: {len(body) + 1}\r\n")
 
 
-def make_tool_call(tool: str, **arguments: str | int) -> bytes:
-    """Return the body of an MCP request that calls a tool."""
+def call_tool(tool: str, arguments: dict[str, str | int], read: bool) -> Request:
+    """Make an MCP request that calls a tool."""
     params = {"name": tool, "arguments": arguments}
-    return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}).encode()
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}).encode()
+    return post("/mcp", body, MCP_HEADERS, None if read else f"Content-Length: {len(body)}\r\n", read)
 
 
 def data_uri(data: bytes) -> str:
@@ -279,19 +157,96 @@ def make_form(entries: Any, image: bytes | None = None, text: str | None = None)
     return body + b"--%s--\r\n" % BOUNDARY
 
 
-# Created once, so that the hostile clients spend their time on sending.
 SCAN_BOMBS = [refinement_scans(scans, side=7000) for scans in (4000, 38)]  # the server accepts 40 scans at this size
-SCAN_BOMB_BODIES = [json.dumps({"input": data_uri(bomb)}).encode() for bomb in SCAN_BOMBS]
-MESSAGE_BODIES = make_message_bodies()
-SCAN_BOMB_FORMS = [make_form(VISUAL, bomb) for bomb in SCAN_BOMBS]
-KEY_BOMB_FORM = make_form({f"{n:x}": 0 for n in range(80_000)}, text="a")
-PUNYCODE_FORM = make_form(TEXTUAL, text="a" * 1_000_000)
-FACES_FORM = make_form(FACES, bytes(1 << 20))
-PARTS_FORM = make_form(VISUAL)[: -len(BOUNDARY) - 6] * 100_000
-LARGEST_FORM = make_form(VISUAL, (b"\r\n--" + BOUNDARY[:-1]) * ((31 << 20) // (len(BOUNDARY) + 3)))
-KEY_BOMB_BODY = b"{" + b",".join([b'"1f":0'] * 700_000) + b"}"
 LARGEST_BODY = b'{"input": "' + b"a" * ((32 << 20) - 1000)
+# A parser finds many beginnings of the boundary in this form.
+LARGEST_FORM = make_form(VISUAL, (b"\r\n--" + BOUNDARY[:-1]) * ((31 << 20) // (len(BOUNDARY) + 3)))
 TOO_LARGE_BODY = (b"%x\r\n" % (1 << 20) + bytes(1 << 20) + b"\r\n") * 40  # chunked transfer encoding
+LONG_FILTER = {"caption": "ß" * 500, "path": "/" + "x/" * 2000}
+PUNYCODE = MULTIPART.strip() + "; charset=punycode\r\n"
+# Number of connections of each hostile client, and the requests that it repeats on each of them.
+ATTACKS: dict[str, tuple[int, Sequence[Request]]] = {
+    # JPEGs with more scans than the server accepts, and with the largest number that it accepts
+    "scan_bomb": (2, [post("/embed", json.dumps({"input": data_uri(bomb)}).encode()) for bomb in SCAN_BOMBS]),
+    # 4.8 MB of unknown fields
+    "key_bomb": (1, [post("/search", b"{" + b",".join([b'"1f":0'] * 700_000) + b"}")]),
+    # invalid and large messages, and the names of the models with and without a token
+    "messages": (
+        2,
+        [
+            *(post("/v1/embeddings", body) for body in make_message_bodies()),
+            Request(f"GET /v1/models HTTP/1.1\r\n{HEAD}Connection: close\r\n\r\n"),
+            Request("GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
+        ],
+    ),
+    # the longest caption filter that the server accepts (slow to match), and a longer one
+    "caption_filter": (
+        2,
+        [
+            post("/search", json.dumps({"texts": ["a"], "top": 200, "filter": LONG_FILTER}).encode()),
+            post("/search", json.dumps({"texts": ["a"], "filter": {"caption": "ß" * 20_000}}).encode()),
+        ],
+    ),
+    # the largest body that the server accepts, and a larger one
+    "oversized_body": (1, [post("/embed", LARGEST_BODY), post_too_large("/embed")]),
+    "unfinished_body": (2, [post_unfinished("/embed", LARGEST_BODY)]),
+    # the largest image
+    "slow_reader": (20, [Request(f"GET /image/1 HTTP/1.1\r\n{HEAD}\r\n", read=False)]),
+    # a photo whose name is the longest pattern that the server accepts
+    "mcp_name": (2, [call_tool("show_photo", {"photo": "?" * 4094}, read=True)]),
+    # as many thumbnails as the tool returns
+    "mcp_slow_reader": (20, [call_tool("search_photos", {"top": 50}, read=False)]),
+    "slow_headers": (100, [Request(f"GET /health HTTP/1.1\r\n{HEAD}")]),
+}
+IMMICH_ATTACKS: dict[str, tuple[int, Sequence[Request]]] = {
+    "immich_bomb": (2, [post("/predict", make_form(VISUAL, bomb), MULTIPART) for bomb in SCAN_BOMBS]),
+    # entries of 1 MB with unknown tasks, and a body with too many parts
+    "immich_entries": (
+        1,
+        [
+            post("/predict", make_form({f"{n:x}": 0 for n in range(80_000)}, text="a"), MULTIPART),
+            post("/predict", make_form(VISUAL)[: -len(BOUNDARY) - 6] * 100_000, MULTIPART),
+        ],
+    ),
+    # a text in an encoding that takes minutes to decode
+    "immich_charset": (1, [post("/predict", make_form(TEXTUAL, text="a" * 1_000_000), PUNYCODE)]),
+    # an image for facial recognition, which the upstream never answers
+    "immich_faces": (4, [post("/predict", make_form(FACES, bytes(1 << 20)), MULTIPART)]),
+    "immich_body": (
+        1,
+        [
+            post("/predict", LARGEST_FORM, MULTIPART),
+            post("/predict", b"&" * (32 << 20), "Content-Type: application/x-www-form-urlencoded\r\n"),
+            post_too_large("/predict", MULTIPART),
+        ],
+    ),
+    "immich_unfinished": (2, [post_unfinished("/predict", LARGEST_FORM, MULTIPART)]),
+    # 10,000 requests at once
+    "immich_reader": (20, [Request(f"GET /ping HTTP/1.1\r\n{HEAD}\r\n" * 10_000, read=False)]),
+    "slow_headers": ATTACKS["slow_headers"],
+}
+
+
+def run_attacker(port: int, number: int, names: list[str]) -> None:
+    """Run the attacks of one hostile client, which has its own loopback address, until the process is terminated."""
+    address = f"127.0.0.{number + 2}"  # the honest client uses 127.0.0.1
+
+    async def repeat_requests(requests: Sequence[Request]) -> None:
+        while True:
+            with suppress(OSError):  # the server may refuse or abort the connection
+                for request in requests:
+                    await request.send(port, address)
+            await asyncio.sleep(PAUSE)
+
+    async def run() -> None:
+        loops = []
+        for name in names:
+            connections, requests = (ATTACKS | IMMICH_ATTACKS)[name]
+            loops += [repeat_requests(requests) for _ in range(connections)]
+        await asyncio.gather(*loops)
+
+    os.nice(19)
+    asyncio.run(run())
 
 
 # ---- honest client --------------------------------------------------------------------------------------------------
@@ -302,7 +257,7 @@ class HonestClient:
 
     def __init__(self, port: int, immich: bool) -> None:
         self.port = port
-        self.headers = HONEST_HEADERS
+        self.headers = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
         self.latencies: list[float] = []
         self.errors: Counter[str] = Counter()
         stream = io.BytesIO()
@@ -347,32 +302,25 @@ class HonestClient:
             connection.close()
         self.latencies.append(time.perf_counter() - due)
 
-    def summary(self) -> str:
+    def summarize(self) -> list[str]:
+        """Return the table cells: number of requests, latencies and errors."""
         milliseconds = [1000 * latency for latency in self.latencies]
         median = statistics.median(milliseconds)
         p95 = statistics.quantiles(milliseconds, n=20, method="inclusive")[-1]
         errors = ", ".join(f"{kind}: {count}" for kind, count in self.errors.items()) or "none"
-        return f"{len(milliseconds)} | {median:.0f} | {p95:.0f} | {max(milliseconds):.0f} | {errors}"
+        return [str(len(milliseconds)), *(f"{value:.0f}" for value in (median, p95, max(milliseconds))), errors]
 
 
 # ---- server ---------------------------------------------------------------------------------------------------------
 
 
-def make_default_model(folder: Path) -> Path:
-    from search_fixtures import make_model
-
-    return make_model(folder)
-
-
-def make_default_index(folder: Path) -> Path:
+def create_index(folder: Path) -> Path:
     """Create a tiny model and an index with random vectors, and return the index folder."""
-    model_folder = make_default_model(folder)
-    from llm2clip.data.image_refs import FileImage
     from llm2clip.models.dual_encoder import open_dual_encoder
-    from llm2clip.search.types import IndexedContent, IndexedImage
-    from search_fixtures import make_index
+    from search_fixtures import make_index, make_model
+    from vectors import add_images
 
-    model = open_dual_encoder(str(model_folder))
+    model = open_dual_encoder(str(make_model(folder)))
     photos = folder / "photos"
     photos.mkdir()
     Image.new("RGB", (3200, 2400), "red").save(photos / "large.bmp")
@@ -380,24 +328,17 @@ def make_default_index(folder: Path) -> Path:
     thumbnail = index.read_thumbnail("1")
     assert thumbnail is not None
     rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((IMAGES, model.embed_dim)).astype(np.float16)
-    vectors /= np.linalg.norm(vectors.astype(np.float32), axis=1, keepdims=True).astype(np.float16)
-    contents, images, words = [], [], WORDS.split()
-    for n in range(IMAGES):
-        digest = n.to_bytes(32, "big")
-        contents.append(IndexedContent(digest, vectors[n], thumbnail, width=640, height=480))
-        captions = tuple(" ".join(rng.choice(words, 12)) for _ in range(CAPTIONS))
-        name = f"/photos/{n}.jpg"
-        images.append((IndexedImage(name, FileImage(name), "/photos", "0 0", captions), digest))
-    index.add_images(contents, images)
+    vectors = rng.standard_normal((IMAGES, model.embed_dim))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    names = [f"/photos/{n}.jpg" for n in range(IMAGES)]
+    captions = [tuple(" ".join(rng.choice(WORDS.split(), 12)) for _ in range(CAPTIONS)) for _ in names]
+    add_images(index, names, vectors, captions, repeat(thumbnail))
     return folder / "index"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="duration of the attacks")
-    parser.add_argument("--index", help="index folder (default: a random index with a tiny model)")
-    parser.add_argument("--hostile", type=int, default=8, help="number of hostile clients")
     parser.add_argument("--immich", action="store_true", help="attack `llm2clip serve --immich`")
     parser.add_argument("--model", help="model folder for --immich (default: a tiny model)")
     parser.add_argument("--only", nargs="+", choices=sorted(ATTACKS | IMMICH_ATTACKS), help="attacks to run")
@@ -406,17 +347,19 @@ def main() -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if args.immich:
-            model = args.model or str(make_default_model(Path(folder)))
+            from search_fixtures import make_model
+
+            model = args.model or str(make_model(Path(folder)))
             upstream = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             address = f"http://127.0.0.1:{upstream.getsockname()[1]}"
             flags = ("--model", model, "--precision", "fp32", "--immich", "--immich_upstream", address)
             server, port = start_server(None, TOKEN, flags=flags)
         else:
-            server, port = start_server(args.index or str(make_default_index(Path(folder))), TOKEN, flags=FLAGS)
+            server, port = start_server(str(create_index(Path(folder))), TOKEN, flags=FLAGS)
         context = SpawnContext()
         attackers = [
             context.Process(target=run_attacker, args=(port, number, attacks), daemon=True)
-            for number in range(args.hostile)
+            for number in range(HOSTILE_CLIENTS)
         ]
         try:
             measure(server, attackers, 60 * args.minutes, lambda: HonestClient(port, args.immich))
@@ -434,22 +377,21 @@ def measure(
     create_client: Callable[[], HonestClient],
 ) -> None:
     """Print latencies without and with the attacks, the server's peak memory, and how long it takes to stop."""
-    print("| attacks | requests | median, ms | p95, ms | maximum, ms | errors |")
-    print("|---|---|---|---|---|---|")
+    print_header("attacks", "requests", "median, ms", "p95, ms", "maximum, ms", "errors")
     alone, attacked = create_client(), create_client()
     for name, method, path, body in alone.requests:
         client = create_client()
         for _ in range(50):
             client.request(time.perf_counter(), method, path, body)
-        print(f"| no, only {name} | {client.summary()} |", flush=True)
+        print_row(f"no, only {name}", *client.summarize())
     alone.run(BASELINE_SECONDS)
-    print(f"| no | {alone.summary()} |", flush=True)
+    print_row("no", *alone.summarize())
     memory_before = memory_mb("VmHWM", server.pid)
     for attacker in attackers:
         attacker.start()
     attacked.run(seconds)
-    print(f"| yes | {attacked.summary()} |\n")
-    print(f"peak memory of the server: {memory_before:.0f} MB before, {memory_mb('VmHWM', server.pid):.0f} MB after")
+    print_row("yes", *attacked.summarize())
+    print(f"\npeak memory of the server: {memory_before:.0f} MB before, {memory_mb('VmHWM', server.pid):.0f} MB after")
     start = time.perf_counter()
     server.send_signal(signal.SIGTERM)
     server.wait(600)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from llm2clip.data.images import decode_image
 from measurements import memory_mb, run_in_new_process
+from shared import print_header, print_row
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from hostile_fixtures import SIDE, SIZE, jpeg, num_blocks, png, scan, segment
@@ -101,11 +102,11 @@ def measure_decoding(data: bytes) -> tuple[float, float]:
 
 
 def main() -> None:
-    print("| File | MB | CPU time | memory |\n|---|---|---|---|")
+    print_header("File", "MB", "CPU time", "memory")
     for name, build in FILES.items():
         data = build()
         seconds, memory = run_in_new_process(measure_decoding, data)
-        print(f"| {name} | {len(data) / 1e6:.3f} | {seconds:.1f} s | {memory:,.0f} MB |", flush=True)
+        print_row(name, f"{len(data) / 1e6:.3f}", f"{seconds:.1f} s", f"{memory:,.0f} MB")
 
 
 if __name__ == "__main__":

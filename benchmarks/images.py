@@ -5,8 +5,6 @@
 FOLDER contains image files. Both methods use one thread and the same crops.
 """
 
-import argparse
-import statistics
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from torchvision.transforms import functional
 from llm2clip.data.formats import IMAGE_SUFFIXES, list_files_with_suffixes
 from llm2clip.data.images import load_image
 from llm2clip.data.transforms import PreprocessConfig, TrainTransform, _sample_crop_box
+from shared import format_median, make_parser, print_header, print_row
 
 SIZE, REPEATS = 224, 3
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -38,7 +37,7 @@ def load_with_pillow(path: str, seed: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder of image files")
     parser.add_argument("--count", type=int, default=300, help="maximum number of images")
     args = parser.parse_args()
@@ -55,12 +54,10 @@ def main() -> None:
             for seed, path in enumerate(paths):
                 load(path, seed)
             rates[method].append(len(paths) / (time.perf_counter() - start))
-    cells = [f"{statistics.median(r):,.0f} ({min(r):,.0f} to {max(r):,.0f})" for r in rates.values()]
-    ratio = statistics.median(ours / pillow for pillow, ours in zip(*rates.values(), strict=True))
-    print(f"| images/s | {' | '.join(rates)} | ratio |\n|---|---|---|---|")
-    print(f"| {args.folder} | {' | '.join(cells)} | {ratio:.2f}x |\n")
+    print_header("images/s", *rates)
+    print_row(args.folder, *map(format_median, rates.values()))
     mean, maximum = (torch.stack(differences).mean(), torch.stack(differences).max())
-    print(f"difference between the pixels, scaled to [0, 1]: {mean:.5f} (mean), {maximum:.4f} (maximum)")
+    print(f"\ndifference between the pixels, scaled to [0, 1]: {mean:.5f} (mean), {maximum:.4f} (maximum)")
 
 
 if __name__ == "__main__":

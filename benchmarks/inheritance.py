@@ -9,8 +9,7 @@
 are trained from scratch with open_clip's loss, on captions and on the short phrases in the captions. The folder also
 contains the image tower in timm's format, as in EVA-CLIP's repositories.
 
-`drift` prints two mean cosine similarities: between the features of the model's tower and of the CLIP model's tower,
-and between their image embeddings.
+`drift` prints the mean cosine similarity between the features of the model's tower and of the CLIP model's tower.
 """
 
 import argparse
@@ -33,13 +32,13 @@ from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
-from llm2clip.models.clip_models import get_image_projection, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.precision import FP32
 from llm2clip.models.pretrained import resolve_pretrained_name
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.store.encode import TowerEncoder, store_image_features
 from llm2clip.store.layout import make_image_keys
+from shared import make_parser, print_header, print_row
 
 EMBED_DIM, IMAGE_SIZE, EPOCHS = 256, 160, 15
 TEXT_TOWER = {"context_length": 24, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 3}
@@ -48,7 +47,7 @@ PHRASE_RATE = 0.5  # probability of training on a phrase instead of a caption
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("make", help="train a small CLIP model")
     make.add_argument("sources", nargs="+")
@@ -139,18 +138,12 @@ def sample_text(record: Record, rng: random.Random) -> str:
 def measure_drift(args: argparse.Namespace) -> None:
     records = list(open_records(args.images))
     pretrained = VisionTower.from_pretrained(f"timm:{args.clip}")
-    projection = get_image_projection(load_clip_text_encoder(f"open_clip:{args.clip}").model)
-    assert projection is not None
     before = compute_image_features(pretrained, records, args.clip / "drift-features")
-    print("| model | features | embeddings |\n|" + " --- |" * 3)
+    print_header("model", "cosine similarity")
     for path in args.models:
         model = LLM2CLIP.from_pretrained(path)
         after = compute_image_features(model.tower, records, path.parent / "drift-features")
-        pairs = [(before, after)]
-        if model.config.embed_dim == projection.out_features:
-            pairs.append((projection(before), model.projection(after)))
-        row = [f"{F.cosine_similarity(*pair).mean():.3f}" for pair in pairs]
-        print(f"| {path} | {' | '.join(row)} |")
+        print_row(path, f"{F.cosine_similarity(before, after).mean():.3f}")
 
 
 if __name__ == "__main__":

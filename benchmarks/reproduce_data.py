@@ -15,7 +15,6 @@ Each result is computed once and saved in the run directory, so interrupted runs
 """
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +46,7 @@ from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align
 from llm2clip.train.initial_model import create_initial_model
 from llm2clip.train.tune import tune
+from shared import split_sentences
 
 PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 CAPTIONS_TEST, FOREIGN_TEST = "captions", "foreign"
@@ -174,11 +174,6 @@ def join_halves(captions: Sequence[str]) -> tuple[str, ...]:
         return ()
     middle = len(captions) // 2
     return " ".join(captions[:middle]), " ".join(captions[middle:])
-
-
-def split_sentences(text: str) -> list[str]:
-    """Split a text into sentences at full stops, exclamation marks and question marks."""
-    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def read_wordnet(folder: Path) -> Iterator[Pair]:
@@ -312,21 +307,12 @@ class Experiments:
     def measure_hits(self, name: str, test: str, direction: str) -> Tensor:
         """Return per-image hits of the models trained with a caption encoder, float64 of shape (seeds, images).
 
-        The hit value of an image is 1 if its top-ranked caption is correct (direction "I2T"), or the number of its
-        captions that rank it first, divided by the mean number of captions per image (direction "T2I"). The mean hit
-        value is R@1. `test` is a key of `ClaimData.tests`.
+        `test` is a key of `ClaimData.tests`, and `direction` is "I2T" or "T2I" (see `compute_hits`).
         """
         hits = []
         for seed in range(self.config.seeds):
             ranks = self._load_or_compute_ranks(name, seed, test)
-            image_hits = (torch.tensor(ranks["image_ranks"]) < 1).double()
-            if direction == "I2T":
-                hits.append(image_hits)
-                continue
-            text_hits = (torch.tensor(ranks["text_ranks"]) < 1).double()
-            image_of_text = torch.tensor(ranks["image_of_text"])
-            sums = torch.zeros(len(image_hits), dtype=torch.float64).index_add_(0, image_of_text, text_hits)
-            hits.append(sums * len(image_hits) / len(image_of_text))
+            hits.append(compute_hits(**{field: torch.tensor(values) for field, values in ranks.items()})[direction])
         return torch.stack(hits)
 
     def _load_or_compute_ranks(self, name: str, seed: int, test: str) -> dict[str, list[int]]:
@@ -364,6 +350,17 @@ class Experiments:
             tune([items], open_encoder(config, "cpu"), tuning, folder)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return EncoderConfig(path=str(folder / "encoder"))
+
+
+def compute_hits(image_ranks: Tensor, text_ranks: Tensor, image_of_text: Tensor) -> dict[str, Tensor]:
+    """Return the hits of N images in each direction, of shape (N,), float64. Their mean is R@1.
+
+    The hit value of an image is 1 if its top-ranked caption is correct ("I2T"), or the number of its captions that rank
+    it first, divided by the mean number of captions per image ("T2I").
+    """
+    image_hits, text_hits = ((ranks < 1).double() for ranks in (image_ranks, text_ranks))
+    sums = torch.zeros_like(image_hits).index_add_(0, image_of_text, text_hits)
+    return {"I2T": image_hits, "T2I": sums * len(image_hits) / len(image_of_text)}
 
 
 class StoreTextEncoder:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm2clip.evaluate.metrics import KS, compute_recall, two_way_ranks
 from measurements import memory_mb, reset_peak_memory, run_in_new_process
+from shared import print_header, print_row
 
 IMAGES, DIM, REPEATS = 5000, 512, 3
 
@@ -70,13 +71,13 @@ METHODS = {"CLIP_benchmark": clip_benchmark_recalls, "llm2clip": llm2clip_recall
 
 
 def main() -> None:
-    print("| implementation | seconds | additional memory, MB | I2T R@1/5/10, T2I R@1/5/10 |\n|---|---|---|---|")
+    print_header("implementation", "seconds", "additional memory, MB", "I2T R@1/5/10, T2I R@1/5/10")
     for method in METHODS:
         results = [run_in_new_process(measure, method) for _ in range(REPEATS)]
         seconds = statistics.median(result[0] for result in results)
         memory = max(result[1] for result in results)
         recalls = " ".join(f"{value:.2f}" for value in results[0][2])
-        print(f"| {method} | {seconds:.2f} | {memory:,.0f} | {recalls} |", flush=True)
+        print_row(method, f"{seconds:.2f}", f"{memory:,.0f}", recalls)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pretended_gpu.tensors import REPLACED
+from shared import print_header, print_row
 
 # Rates that good kernels reach on an H100, in FLOP/s, and its memory bandwidth in bytes/s.
 SHEET_RATE = 989e12  # bf16 rate in the data sheet
@@ -142,20 +143,17 @@ def move_to_gpu(model: torch.nn.Module) -> None:
 Step = tuple[str, Callable[[], None], float, float, str]  # name, function, model FLOPs, items per step, unit
 
 
-def align_steps(fake_tensors: FakeTensorMode) -> list[Step]:
-    """Return training steps of ViT-L/14-336 on 64 images: one in a single pass, and one with gradient caching."""
+def make_align_step(fake_tensors: FakeTensorMode) -> Step:
+    """Return a training step of ViT-L/14-336 on 64 images."""
     from gpu_parts import TOWERS, align_step
     from llm2clip.config import AlignConfig
     from llm2clip.tools.plan_costs import build_tower_on_meta_device
 
-    steps = []
-    for variant in ("eager", "gradient caching"):
-        tower = build_tower_on_meta_device(AlignConfig(tower=f"timm:{TOWERS['ViT-L/14-336'][0]}"))  # on the meta device
-        with fake_tensors:
-            move_to_gpu(tower)
-            step = align_step(tower, 64, variant, loss_function=simple_clip_loss)
-        steps.append((f"align, ViT-L/14-336, {variant}", step.run, step.flops, 64.0, "images"))
-    return steps
+    tower = build_tower_on_meta_device(AlignConfig(tower=f"timm:{TOWERS['ViT-L/14-336'][0]}"))
+    with fake_tensors:
+        move_to_gpu(tower)
+        step = align_step(tower, 64, "eager", loss_function=simple_clip_loss)
+    return "align, ViT-L/14-336", step.run, step.flops, 64.0, "images"
 
 
 def simple_clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -163,8 +161,8 @@ def simple_clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(image), device=logits.device))
 
 
-def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
-    """Return steps that encode 448 captions of 20 to 51 tokens with Llama-3-8B. If `train`, they also backpropagate."""
+def make_llm_step(fake_tensors: FakeTensorMode, train: bool) -> Step:
+    """Return a step that encodes 448 captions of 20 to 51 tokens with Llama-3-8B and, if `train`, backpropagates."""
     from transformers import AutoConfig
 
     from llm2clip.models.text.packing import PACKED, pack_captions
@@ -173,27 +171,23 @@ def llm_steps(fake_tensors: FakeTensorMode, train: bool) -> list[Step]:
     lengths = sorted(20 + n % 32 for n in range(448))
     tokens = sum(lengths)
     config = AutoConfig.for_model(**LLMS["meta-llama/meta-llama-3-8b"], use_cache=False, is_causal=False)
-    steps = []
-    for weights in (torch.float32, torch.bfloat16):
-        model = build_llm_on_meta_device(config).to(weights).requires_grad_(False)  # on the meta device
-        model.set_attn_implementation(PACKED)
-        with fake_tensors:
-            move_to_gpu(model)
-            batch = pack_captions([[1] * length for length in lengths], PACKED, torch.device("cuda"))
-        ids = batch.pop("input_ids")
+    model = build_llm_on_meta_device(config).to(torch.bfloat16).requires_grad_(False)
+    model.set_attn_implementation(PACKED)
+    with fake_tensors:
+        move_to_gpu(model)
+        batch = pack_captions([[1] * length for length in lengths], PACKED, torch.device("cuda"))
+    ids = batch.pop("input_ids")
 
-        def run(model: Any = model, batch: dict[str, Any] = batch, ids: Tensor = ids) -> None:
-            with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(train):
-                embeddings = model.embed_tokens(ids).requires_grad_(train)
-                output = model(inputs_embeds=embeddings, **batch).last_hidden_state
-            if train:
-                output.float().mean().backward()
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16), torch.set_grad_enabled(train):
+            embeddings = model.embed_tokens(ids).requires_grad_(train)
+            output = model(inputs_embeds=embeddings, **batch).last_hidden_state
+        if train:
+            output.float().mean().backward()
 
-        matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.ndim > 1)
-        flops = (4 if train else 2) * matrices * tokens
-        name = f"{'tune' if train else 'embed'}, Llama-3-8B, weights in {str(weights).removeprefix('torch.')}"
-        steps.append((name, run, float(flops), float(tokens), "tokens"))
-    return steps
+    matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.ndim > 1)
+    flops = (4 if train else 2) * matrices * tokens
+    return f"{'tune' if train else 'embed'}, Llama-3-8B", run, float(flops), float(tokens), "tokens"
 
 
 def main() -> None:
@@ -201,18 +195,16 @@ def main() -> None:
     Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment, method-assign]  # fake tensors are not pinned
     REPLACED.clear()  # operations on fake tensors only compute shapes
     _foreach_supported_types.append(FakeTensor)
-    print("| step | GPU time, ms | per second | MFU, % | largest shares of GPU time |\n|---|---|---|---|---|")
-    for make_steps in (align_steps, partial(llm_steps, train=False), partial(llm_steps, train=True)):
+    print_header("step", "GPU time, ms", "per second", "MFU, %", "largest shares of GPU time")
+    for make_step in (make_align_step, partial(make_llm_step, train=False), partial(make_llm_step, train=True)):
         fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
-        for name, run, flops, items, unit in make_steps(fake_tensors):
-            with fake_tensors, Roofline() as roofline:
-                run()
-            seconds = roofline.seconds.total()
-            shares = ", ".join(f"{kind} {time / seconds:.0%}" for kind, time in roofline.seconds.most_common(5))
-            mfu = 100 * flops / seconds / SHEET_RATE
-            print(
-                f"| {name} | {1e3 * seconds:.1f} | {items / seconds:,.0f} {unit} | {mfu:.0f} | {shares} |", flush=True
-            )
+        name, run, flops, items, unit = make_step(fake_tensors)
+        with fake_tensors, Roofline() as roofline:
+            run()
+        seconds = roofline.seconds.total()
+        shares = ", ".join(f"{kind} {time / seconds:.0%}" for kind, time in roofline.seconds.most_common(5))
+        mfu = 100 * flops / seconds / SHEET_RATE
+        print_row(name, f"{1e3 * seconds:.1f}", f"{items / seconds:,.0f} {unit}", f"{mfu:.0f}", shares)
 
 
 if __name__ == "__main__":

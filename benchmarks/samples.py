@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-JPEGS = 400  # number of different pictures; all JPEG files differ in a comment
+JPEGS = 400  # number of different images; all JPEG files differ in a comment
 SHORT = "a %s %s is on the %s next to a %s %s"
 LONG = "two %s %ss in front of a %s with the %s of a %s %s, and a %s near the %s in the background"
 WORDS = 20_000  # number of distinct words in the captions

@@ -8,30 +8,28 @@ Each query is a random vector near an indexed vector. For llm2clip, the measured
 index.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip.data.image_refs import FileImage
 from llm2clip.search.metadata import Filter
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import IndexedContent, IndexedImage
+from shared import make_parser, print_header, print_row
+from vectors import CHUNK, add_images, add_noise, initialize_index, vector_chunks
 
 DIM, QUERIES, K = 1024, 100, 10
-CHUNK = 10_000  # number of vectors per chunk
 Search = Callable[[np.ndarray], np.ndarray]  # query of shape (D,) -> row numbers of the K nearest vectors, (K,)
 
 
 def main() -> None:
     import faiss
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--count", type=int, default=1_000_000, help="number of vectors to index")
     args = parser.parse_args()
     flat = faiss.IndexFlatIP(DIM)
@@ -50,7 +48,7 @@ def main() -> None:
         backend.search(queries[0], K, Filter())
         seconds = f"written in {filled - start:.0f} s; the first search took {time.perf_counter() - filled:.1f} s"
         print(f"{args.count:,} vectors, {seconds}\n")
-        print("| method | median, ms | p95, ms | recall@10 |\n|---|---|---|---|")
+        print_header("method", "median, ms", "p95, ms", "recall@10")
         exact = measure("faiss IndexFlatIP, float32", faiss_search(flat), queries, None)
         measure("faiss, float16", faiss_search(half), queries, exact)
 
@@ -60,33 +58,11 @@ def main() -> None:
         measure("llm2clip, exact: int8 scan, then float16 rescoring", search_backend, queries, exact)
 
 
-def vector_chunks(count: int, dim: int) -> Iterator[np.ndarray]:
-    """Yield chunks of float32 unit vectors of shape (N, D) in a thousand clusters, similar to image embeddings."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((1000, dim), dtype=np.float32)
-    for start in range(0, count, CHUNK):
-        vectors = centres[rng.integers(1000, size=min(CHUNK, count - start))]
-        vectors = vectors + 0.7 * rng.standard_normal(vectors.shape, dtype=np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        yield vectors.astype(np.float16).astype(np.float32)
-
-
-def add_noise(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return float32 unit vectors that are near the given unit vectors of shape (N, D)."""
-    noise = rng.standard_normal(vectors.shape, dtype=np.float32) / np.sqrt(vectors.shape[1])
-    vectors = vectors + 0.5 * noise
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def fill(backend: SqliteBackend, count: int) -> None:
-    backend.initialize({"model": "none", "fingerprint": "none", "embed_dim": DIM})
+    initialize_index(backend, DIM)
     for chunk, vectors in enumerate(vector_chunks(count, DIM)):
-        contents, images = [], []
-        for row, vector in enumerate(vectors, chunk * CHUNK):
-            name = f"/photos/{row}.jpg"
-            contents.append(IndexedContent(name.encode(), vector.astype(np.float16), b"", width=1, height=1))
-            images.append((IndexedImage(name, FileImage(name), "/photos", "1"), name.encode()))
-        backend.add_images(contents, images)
+        first = chunk * CHUNK
+        add_images(backend, [f"/photos/{row}.jpg" for row in range(first, first + len(vectors))], vectors)
 
 
 def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | None) -> np.ndarray:
@@ -100,7 +76,7 @@ def measure(name: str, search: Search, queries: np.ndarray, exact: np.ndarray | 
         milliseconds.append(1000 * (time.perf_counter() - start))
     recalls = [len(set(a) & set(b)) / K for a, b in zip(results, results if exact is None else exact, strict=True)]
     p95 = statistics.quantiles(milliseconds, n=20)[-1]
-    print(f"| {name} | {statistics.median(milliseconds):.1f} | {p95:.1f} | {np.mean(recalls):.4f} |", flush=True)
+    print_row(name, f"{statistics.median(milliseconds):.1f}", f"{p95:.1f}", f"{np.mean(recalls):.4f}")
     return np.array(results)
 
 

@@ -1,89 +1,58 @@
 """Measure the throughput of `/embed` with many clients, using dynamic batching or one text at a time.
 
-    python benchmarks/serve.py MODEL [--seconds 30]
+    python benchmarks/serve.py MODEL
 
-Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default batch size. Each client is a
-thread that repeatedly sends a text of 5 to 40 words and waits for its embedding. The server's embeddings are compared
-with the model's own.
+Each variant is a separate `llm2clip serve` process, with `--batch_size 1` or the default batch size. Each client sends
+texts of 5 to 40 words, one after the other.
 """
 
-import argparse
 import http.client
 import json
 import random
 import statistics
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import numpy as np
+from shared import make_parser, print_header, print_row, start_server
 
-from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from shared import start_server
-
-CLIENTS, TOKEN = 32, "benchmark"
+CLIENTS, SECONDS, TOKEN = 32, 30, "benchmark"
 WORDS = "a red dog and an old man play in the snow behind a small blue house near the street while children look on"
 HEADERS = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
 
 
-class Client(threading.Thread):
-    """Client that sends texts until `stop` is set, and records latencies in seconds and embeddings."""
-
-    def __init__(self, seed: int, port: int, stop: threading.Event) -> None:
-        super().__init__()
-        self.random, self.port, self.stop = random.Random(seed), port, stop
-        self.latencies: list[float] = []
-        self.vectors: list[tuple[str, list[float]]] = []
-
-    def run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        while not self.stop.is_set():
-            text = " ".join(self.random.choices(WORDS.split(), k=self.random.randint(5, 40)))
-            start = time.perf_counter()
-            connection.request("POST", "/embed", json.dumps({"input": text}), HEADERS)
-            vector = json.loads(connection.getresponse().read())["data"][0]["embedding"]
-            self.latencies.append(time.perf_counter() - start)
-            self.vectors.append((text, vector))
-
-
-def run_clients(model: str, flags: list[str], seconds: float) -> list[Client]:
-    """Start a server and run all clients for some seconds."""
-    server, port = start_server(None, TOKEN, flags=["--model", model, *flags])
-    stop = threading.Event()
-    clients = [Client(seed, port, stop) for seed in range(CLIENTS)]
-    for client in clients:
-        client.start()
-    time.sleep(seconds)
-    stop.set()
-    for client in clients:
-        client.join()
-    server.terminate()
-    server.wait()
-    return clients
-
-
-def compute_smallest_cosine(clients: list[Client], model: DualEncoder) -> float:
-    """Return the lowest cosine similarity of the server's embeddings (first and last per client) to the model's."""
-    samples = [client.vectors[n] for client in clients for n in (0, -1)]
-    expected = model.encode_texts([text for text, _ in samples]).numpy()
-    vectors = np.array([vector for _, vector in samples])
-    return float((expected * vectors).sum(1).min())
+def send_texts(port: int, seed: int) -> list[float]:
+    """Send random texts for `SECONDS` seconds, one after the other. Return the latencies in seconds."""
+    rng = random.Random(seed)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    latencies = []
+    end = time.perf_counter() + SECONDS
+    while (start := time.perf_counter()) < end:
+        text = " ".join(rng.choices(WORDS.split(), k=rng.randint(5, 40)))
+        connection.request("POST", "/embed", json.dumps({"input": text}), HEADERS)
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200
+        latencies.append(time.perf_counter() - start)
+    return latencies
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model")
-    parser.add_argument("--seconds", type=float, default=30, help="duration of each variant")
     args = parser.parse_args()
-    model = open_dual_encoder(args.model)
-    print("| mode | requests/s | median, ms | p95, ms | lowest cosine to the model |\n|---|---|---|---|---|")
+    print_header("mode", "requests/s", "median, ms", "p95, ms")
     for precision in ("auto", "fp32"):
         for name, batch_size in (("one at a time", "1"), ("batched", "32")):
-            flags = ["--batch_size", batch_size, "--precision", precision]
-            clients = run_clients(args.model, flags, args.seconds)
-            latencies = [1000 * latency for client in clients for latency in client.latencies]
+            flags = ["--model", args.model, "--batch_size", batch_size, "--precision", precision]
+            server, port = start_server(None, TOKEN, flags=flags)
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                clients = pool.map(partial(send_texts, port), range(CLIENTS))
+                latencies = [1000 * latency for client in clients for latency in client]
+            server.terminate()
+            server.wait()
             median, p95 = statistics.median(latencies), statistics.quantiles(latencies, n=20)[-1]
-            cells = f"{len(latencies) / args.seconds:.1f} | {median:.0f} | {p95:.0f}"
-            print(f"| {name}, {precision} | {cells} | {compute_smallest_cosine(clients, model):.6f} |", flush=True)
+            print_row(f"{name}, {precision}", f"{len(latencies) / SECONDS:.1f}", f"{median:.0f}", f"{p95:.0f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Captions, JSONL files, llm2clip commands and search servers for benchmarks."""
+"""Arguments, tables, captions, JSONL files, llm2clip commands and search servers for benchmarks."""
 
+import argparse
 import json
 import os
 import re
@@ -15,16 +16,46 @@ from typing import Any
 from llm2clip.io_utils import atomic_write_jsonl
 
 
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that prints the description of a script with its line breaks."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def print_header(*columns: str) -> None:
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+
+def print_row(*cells: object) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a Markdown table to a file, and print it."""
+    text = format_table(header, rows)
+    file.write_text(text)
+    print(f"\n{file}\n{text}", flush=True)
+
+
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file."""
     with file.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
+def split_sentences(text: str) -> list[str]:
+    """Split a text into sentences at full stops, exclamation marks and question marks."""
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def split_paragraphs(data: Path, split: str) -> Iterator[dict[str, Any]]:
     """Yield the two halves of each paragraph of a split as captions."""
     for row in read_rows(data / "stanford_paragraphs_text/captions.jsonl"):
-        sentences = re.split(r"(?<=[.!?])\s+", row["long_captions"][0].strip())
+        sentences = split_sentences(row["long_captions"][0])
         middle = len(sentences) // 2
         if middle and row["split"] == split:
             yield {"id": row["id"], "captions": [" ".join(sentences[:middle]), " ".join(sentences[middle:])]}
@@ -56,6 +87,12 @@ def run_llm2clip(command: Sequence[str], log: Path) -> None:
 def make_flags(section: str, settings: Mapping[str, object]) -> list[str]:
     """Return the command-line flags of settings of a section, such as `--align.epochs=1`."""
     return [f"--{section}.{name}={value}" for name, value in settings.items()]
+
+
+def format_median(values: Sequence[float], number_format: str = ",.0f") -> str:
+    """Return the median, and the minimum and maximum in parentheses."""
+    median, low, high = (format(x, number_format) for x in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({low} to {high})"
 
 
 def format_mean_std(values: Sequence[float]) -> str:

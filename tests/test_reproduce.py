@@ -24,7 +24,8 @@ from reproduce_claims import (
     bootstrap_interval,
     compare_hits,
 )
-from reproduce_data import ReproduceConfig, join_halves, read_wordnet, split_sentences
+from reproduce_data import ReproduceConfig, join_halves, read_wordnet
+from shared import split_sentences
 
 WORDNET_ENTRIES = (  # one with two words and two examples, one without an example
     '00001740 03 n 02 entity 0 thing_of(a) 0 001 ~ 00001930 n 0000 | that which is; "one"; "a second one"\n'

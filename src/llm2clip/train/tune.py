@@ -202,7 +202,7 @@ def _train(
     TrainingLogCallback(run_dir / "metrics.jsonl", checkpoints, "tune", advice).add_to_trainer(trainer)
     enable_fp32_gradient_reduction(trainer.accelerator)
     unsharded = copy_to_meta_device(encoder.st) if trainer.is_fsdp_enabled else None
-    # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions (see `benchmarks/tune.py`).
+    # On CPUs, PyTorch's fused attention has a slow bf16 backward pass for short captions.
     with sdpa_kernel(SDPBackend.MATH) if args.device.type == "cpu" else nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints.latest) if checkpoints.latest else None)
     if unsharded is not None:
