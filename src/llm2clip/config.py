@@ -85,7 +85,7 @@ class TuneConfig:
     """Number of optimizer steps. 0 disables tuning. With --encoder.path auto, `fit` never tunes."""
     batch_size: int = 128
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
-    there are fewer pairs than a step requires, each step uses all pairs."""
+    there is too little data for such a batch, the number is reduced."""
     hard_negative_group_size: int = 1
     """Number of images with similar captions that form a group of hard negatives in a batch. 32 works well for tens of
     thousands of images. With millions of images, a group would contain near-duplicates that are used as negatives of
@@ -259,7 +259,7 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if `align` uses phrases, for sampling or for --align.inherit. The store must then contain phrases."""
+        """True if `align` requires phrase embeddings in the store, for sampling or for --align.inherit."""
         return self.samples_phrases or bool(self.inherit)
 
 

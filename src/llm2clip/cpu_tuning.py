@@ -55,7 +55,7 @@ def free_memory() -> None:
 
 
 def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return how many bytes this process can still allocate, given the free RAM and the cgroup's memory limit."""
+    """Return how many bytes this process can still allocate, given the available RAM and the cgroup's memory limit."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):

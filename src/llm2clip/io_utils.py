@@ -73,11 +73,11 @@ class FatalDataError(ValueError):
 
 @contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file next to `file`. On success, rename it to `file`.
+    """Yield the path of an empty temporary file next to `file`. On success, flush it and rename it to `file`.
 
-    The file is flushed before it is renamed, so readers see either the old file or the complete new file. If the `with`
-    block raises an exception, the temporary file is removed. Temporary files left behind by killed processes are also
-    removed. The parent folder is created if needed.
+    Readers see either the old file or the complete new file. If the `with` block raises an exception, the temporary
+    file is removed. Temporary files left behind by killed processes are also removed. The parent folder is created if
+    needed.
     """
     file = Path(file)
     # The temporary name has the same suffix as the file, because functions such as np.save append a missing suffix.
@@ -292,7 +292,7 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
     """Yield the texts. Raise TypeError or ValueError for the first text that is not a string or not valid Unicode."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"text {index} must be a string (got {text!r}). Replace it with a string")
+            raise TypeError(f"text {index} must be a string (got {text!r}). Remove or replace this value")
         if not is_valid_unicode(text):
             raise ValueError(
                 f"text {index} is not valid Unicode: it contains a lone surrogate ({text[:200]!a}). Remove the "

@@ -549,7 +549,7 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
 def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: EmbeddingStore, config: AlignConfig) -> None:
     """Rotate a model's embedding space to its principal components, so that embeddings can be truncated.
 
-    Spaces that `align` did not create, or trained with Matryoshka dimensions, are not rotated. The principal
+    Spaces that were not created by `align`, or were trained with Matryoshka dimensions, are not rotated. The principal
     components are computed from a random sample of captions, at most one per training record.
     """
     is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit

@@ -44,7 +44,7 @@ class EndpointError(ValueError):
 
 
 class _RequestError(Exception):
-    """Raised when a request fails. `retry` is True if a second attempt could succeed."""
+    """Raised when a request fails. `retry` is True if another attempt could succeed."""
 
     was_connected = True
 
@@ -109,8 +109,8 @@ class EndpointCaptioner:
         lines = [f"Images are sent to {self.url.scheme}://{self.url.netloc.decode()} (model {self.name})."]
         if self.url.scheme == "http" and not self.is_loopback:
             lines.append(
-                "Warning: the connection is not encrypted, so others on the network can read the images and the key. "
-                "Use https:// if the server supports it."
+                "Warning: the connection is not encrypted, so others on the network can read the images and the API "
+                "key. Use https:// if the server supports it."
             )
         return lines
 
@@ -374,7 +374,7 @@ class LocalCaptioner:
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]
-        answers: list[Answer] = []  # retries after the `except` blocks, which keep the failed batch in memory
+        answers: list[Answer] = []  # retry outside the `except` blocks, where the exception keeps the batch in memory
         for size in sizes:
             start = len(answers)
             answers += self.generate_answers(requests[start : start + size])

@@ -96,7 +96,7 @@ def read_source_image_rows(
     log: SkipLog,
     earlier: CaptionDatabase,
 ) -> Iterator[ImageRow]:
-    """Yield a row for each source record with an image. Copy images that are not local files to the output folder.
+    """Yield a row for each source record with an image. Copy images that are not local files to `output.images`.
 
     Args:
         columns: Mapping from record fields to source columns.
@@ -128,7 +128,7 @@ def _iterate_image_records(
     """Yield each source record with its image. Skip records without an image, and the output of captioning runs."""
     parsed = Source.parse(source, columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
-    # The output of another captioning run is read only if the source is the output file itself.
+    # The output of another captioning run is read only if the source is the path of that output file.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
     files = []
     for file in find_source_files(parsed.path, all_files=True, log=log):
@@ -194,7 +194,7 @@ def _is_copied_image(path: str) -> bool:
 def write_captioned_records(
     database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]
 ) -> tuple[int, int]:
-    """Write records with accepted captions to a file. Return the number of records and the number of new captions."""
+    """Write records with accepted captions to a file. Return the numbers of records and generated captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows():

@@ -60,7 +60,7 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     Args:
         model: Name of the model on the server, or a model folder or hub id if `options.endpoint` is not set.
 
-    Raises the exceptions that `caption_images` documents.
+    Raises the same exceptions as `caption_images`.
     """
     require_extra("caption", "captioning")  # fails before captioning if py3langid is not installed
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
@@ -136,7 +136,7 @@ def caption_images(
             finally:
                 if sys.exception() is None:  # after an exception, torchrun stops the other ranks
                     wait_for_everyone()
-                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # unless Ctrl+C was pressed twice
+                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # unless Ctrl-C was pressed twice
                     was_completed = (
                         sys.exception() is None and not run.was_interrupted and not run.count_missing_captions()
                     )
@@ -262,7 +262,7 @@ class _CaptionRun:
             closing(Prefetcher(self._iterate_request_batches(), depth=max(2, self.captioner.workers))) as batches,
         ):
             threads = []
-            for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl+C
+            for _ in range(self.captioner.workers):  # daemon threads do not delay the exit after a second Ctrl-C
                 threads.append(threading.Thread(target=self._process_request_batches, args=(batches, bar), daemon=True))
                 threads[-1].start()
             for thread in threads:

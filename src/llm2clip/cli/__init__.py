@@ -102,9 +102,8 @@ def _run_command(args: list[str] | None) -> int:
 
         name = f"{command} {settings[command].get('subcommand') or ''}".rstrip()  # for example, `store verify`
         print(f"llm2clip {name}: {escape_control_characters(str(error))}", file=sys.stderr)
-        if not _is_raised_in_packages(
-            {"llm2clip", *sys.stdlib_module_names}, error
-        ):  # error messages of libraries may be unclear
+        # Error messages of libraries may be unclear.
+        if not _was_raised_in_packages({"llm2clip", *sys.stdlib_module_names}, error):
             print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -128,6 +127,6 @@ def _print_closing_lines(lines: list[str]) -> None:
         print(escape_control_characters("\n".join(lines)), flush=True)
 
 
-def _is_raised_in_packages(packages: set[str], error: BaseException) -> bool:
+def _was_raised_in_packages(packages: set[str], error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in packages

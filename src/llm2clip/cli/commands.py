@@ -199,7 +199,7 @@ def _read_config_file(file_or_name: str) -> dict[str, Any]:
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the settings in `known`. Raise ValueError for settings that neither `known` nor `fit` contains."""
+    """Return the settings in `known`. Raise ValueError for settings in neither `known` nor `FIT_SETTINGS`."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:

@@ -53,7 +53,7 @@ def add_commands(commands: CommandGroup) -> None:
     sub = commands.add(
         "search", _run_search, "Search an index by text, in any language that the model supports, and by image."
     )
-    sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Not used with --server.")
+    sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Omit it with --server.")
     _add_query_arguments(sub)
     for name, condition in CONDITIONS.items():
         example = ", given as a date or time such as 2024-05-31" if condition.kind.endswith("time") else ""
@@ -69,8 +69,8 @@ def add_commands(commands: CommandGroup) -> None:
     sub.add_argument(
         "--token",
         type=str,
-        help="Token for the server. Default: the token in the address, or $LLM2CLIP_TOKEN. Other users of this "
-        "machine can see command-line arguments, but not environment variables.",
+        help="Token for the server. Default: the token in the address, otherwise $LLM2CLIP_TOKEN. Other users of "
+        "this machine can see command-line arguments, but not environment variables.",
     )
     _add_output_arguments(sub)
 
@@ -261,7 +261,7 @@ def _choose_index_model(location: str) -> str:
         ) from error
     print(
         f"Model: {DEFAULT_MODEL} (English; MIT licence; the first use downloads 605 MB). To use another model, such as "
-        "RUN/model of your own `fit` run, use --model."
+        "RUN/model of your own `fit` run, pass --model."
     )
     return DEFAULT_MODEL
 

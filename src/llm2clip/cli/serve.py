@@ -63,7 +63,7 @@ def add_commands(commands: CommandGroup) -> None:
         "--immich_upstream",
         type=str,
         help="Address of Immich's own machine-learning service, such as http://127.0.0.1:3004, to which requests for "
-        "facial recognition and OCR are forwarded. By default, the requests fail. Disable both features in Immich.",
+        "facial recognition and OCR are forwarded. Default: such requests fail, so disable both features in Immich.",
     )
     _add_model_arguments(sub)
 

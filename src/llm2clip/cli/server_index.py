@@ -25,7 +25,7 @@ class ServerIndexClient:
     """Client for the index of a running server. Search results have the same attributes as results of `Index`."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
-        """Use the token in the address or, if there is none, $LLM2CLIP_TOKEN, unless `token` is set.
+        """If `token` is not set, use the token in the address or, if there is none, $LLM2CLIP_TOKEN.
 
         Raises:
             ValueError: The address is invalid, or the token contains unprintable or non-ASCII characters.
@@ -48,7 +48,7 @@ class ServerIndexClient:
         self._opener = build_opener(_RejectRedirectsHandler, *proxies)
 
     def search(self, query: dict[str, Any], **options: Any) -> Any:
-        """Return a page of hits. The arguments are the fields of `search.schemas.SearchRequest`.
+        """Return a page of hits. `query` and `options` contain the fields of `search.schemas.SearchRequest`.
 
         Raises:
             OSError: The server cannot be reached, rejects the token or the request, or is not an llm2clip server.
