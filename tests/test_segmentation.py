@@ -263,9 +263,9 @@ def test_images_are_resized_as_by_mmsegmentation() -> None:
     assert (rows.length, columns.length) == (384, 2048)
     rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.5).place_windows(1024, 2048)
     assert (rows.length, columns.length) == (560, 1120)
-    assert WindowAxis.create(448, 224, 16).starts == (0, 112, 224)
-    assert WindowAxis.create(505, 224, 16).starts == (0, 112, 224, 281)
-    assert WindowAxis.create(224, 224, 16).starts == (0,)
+    assert WindowAxis.from_length(448, 224, 16).starts == (0, 112, 224)
+    assert WindowAxis.from_length(505, 224, 16).starts == (0, 112, 224, 281)
+    assert WindowAxis.from_length(224, 224, 16).starts == (0,)
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------
