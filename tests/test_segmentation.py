@@ -240,7 +240,7 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     cells = torch.randn(len(windows), 3, windows.shape[2] // 4, windows.shape[3] // 4, generator=generator)
     grid = arrange_window_scores(cells.permute(0, 2, 3, 1), rows, columns)
     scores = PixelScores(
-        grid, rows.build_matrix(cells.shape[2], size[0]), columns.build_matrix(cells.shape[3], size[1])
+        grid, rows.build_pixel_matrix(cells.shape[2], size[0]), columns.build_pixel_matrix(cells.shape[3], size[1])
     )
     tiles = list(scores.iterate_tiles())
     assert [tile.start for tile, _ in tiles] == list(range(0, size[0], 7))

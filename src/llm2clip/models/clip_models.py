@@ -46,8 +46,8 @@ class _TextPreprocessing:
 _TEXT_PREPROCESSING = {
     "clip": _TextPreprocessing(),
     # The transformers documentation for SigLIP and SigLIP 2 requires padding='max_length'.
-    # SigLIP and SigLIP 2 were trained on lower-case texts (arXiv 2502.14786). SigLIP 2's tokenizer preserves case
-    # (https://github.com/huggingface/transformers/pull/43101).
+    # SigLIP and SigLIP 2 were trained on lower-case texts (arXiv 2502.14786). SigLIP 2's tokenizer preserves case.
+    # See https://github.com/huggingface/transformers/pull/43101.
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
     # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower allows 512 tokens.
@@ -220,7 +220,7 @@ def _load_open_clip_text_encoder(name: str, device: torch.device) -> ClipTextEnc
     def count_tokens(text: str) -> int:
         if hf_tokenizer is not None:
             return len(hf_tokenizer(text)["input_ids"])
-        return len(tokenizer.encode(text)) + 2  # + 2 for the start and end tokens
+        return len(tokenizer.encode(text)) + 2  # includes the start and end tokens
 
     return ClipTextEncoder(
         model=model,
@@ -325,7 +325,7 @@ def get_image_projection(clip: Any) -> nn.Linear | None:
 
 
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model that has the image embeddings of a CLIP model and a randomly initialised text adapter.
+    """Build a model that returns a CLIP model's image embeddings and has a randomly initialised text adapter.
 
     The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. Raise
     ValueError if `tower` is not the vision tower of the CLIP model.
@@ -334,8 +334,8 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(
-            f"--align.inherit: the vision tower's feature dimension ({tower.feature_dim}) must equal that of the CLIP "
-            f"model ({feature_dim}). Pass the CLIP model that --align.tower comes from"
+            f"--align.inherit: the vision tower's feature dimension ({tower.feature_dim}) must equal the CLIP model's "
+            f"feature dimension ({feature_dim}). Pass the CLIP model that --align.tower comes from"
         )
     config = dataclasses.replace(
         config,

@@ -66,14 +66,14 @@ class DualEncoder:
     Attributes:
         identity: Function that returns a dict of everything that affects the embeddings, except the precision.
         transform: Picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
-        encode_images_raw: Function that encodes a list of N outputs of `transform`.
+        encode_images_raw: Function that encodes a list of N images preprocessed by `transform`.
         encode_texts_raw: Function that encodes N texts. If its second argument is True, a progress bar is shown.
         count_truncated: Function that counts the truncated texts in a list, or returns None if the number is unknown.
         dense: Encoder for dense image features, or None if the model does not support dense features.
         logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
-        part_identities: Function that returns (image dict, text dict), or None if unsupported. The dicts contain all facts
-            that affect the embeddings. Models with equal image dicts can search the same index.
+        part_identities: Function like `identity` that returns separate dicts for the image encoder and the text encoder,
+            or None if unsupported. Models with equal image dicts can search the same index.
         llm2clip: Untruncated llm2clip model, or None for other types of models.
     """
 
@@ -185,8 +185,8 @@ def open_dual_encoder(
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
     """Wrap an LLM2CLIP model, and switch the model to eval mode. The caption encoder is loaded on first use.
 
-    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of
-    the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
+    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` to select the
+    precision for the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)

@@ -22,7 +22,7 @@ _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 
 @hide_loading_progress_bars()
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to safetensors, and write the tokenizer and the decoder without the LM head to a folder.
+    """Convert a GGUF file to a safetensors folder that contains the tokenizer and the decoder without the LM head.
 
     All architectures that transformers can load from GGUF files are supported, such as llama, qwen2, qwen3 and gemma3.
     Raise ValueError if the file is corrupt or some of the model's weights are missing.

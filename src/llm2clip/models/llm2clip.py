@@ -346,7 +346,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
             device: Device to load the model on. Default: a GPU if available.
 
         Raises:
-            FileNotFoundError: The model does not exist, cannot be downloaded or lacks files.
+            FileNotFoundError: The model does not exist, cannot be downloaded or is incomplete.
             ValueError: The folder is corrupt, does not contain an llm2clip model, or has a different format version.
         """
         folder = find_model_folder(path)
@@ -420,14 +420,14 @@ def truncate_and_normalize(embeddings: Tensor, dim: int) -> Tensor:
 def check_truncate_dim(dim: int, embed_dim: int, name: str) -> None:
     if not 1 <= dim <= embed_dim:
         raise ValueError(
-            f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "
-            f"number from 1 to {embed_dim}"
+            f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim} "
+            f"dimensions. Choose a number from 1 to {embed_dim}"
         )
 
 
 @torch.no_grad()
 def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
-    """Rotate a model's embedding space in place, so that the first dimensions have the largest variance over captions.
+    """Rotate a model's embedding space in place so that the first dimensions have the largest variance across captions.
 
     Cosine similarities do not change, because the same rotation is applied to the last linear layers of both towers.
     The rows of the rotation are the uncentred principal components of the text embeddings, in descending order of
@@ -456,7 +456,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     config.matryoshka_dims = [size for size in config.matryoshka_dims if size < dim]
     if config.adapter.depth == 0:
         if not model.has_encoder:
-            raise ValueError("a model without an adapter can be truncated only with its caption encoder: pass --text")
+            raise ValueError("truncating a model without an adapter requires the model's caption encoder: pass --text")
         encoder = copy.deepcopy(model.encoder)
         append_truncation_layer(encoder.st, dim)
         config.text_dim, config.encoder = dim, encoder.identity()

@@ -294,7 +294,7 @@ def _compute_text_growth(normalizer: Any) -> int:
         return math.prod(_compute_text_growth(step) for step in normalizer["normalizers"])
     if normalizer.get("type") != "Replace":
         return 1
-    can_match_nothing = not normalizer["pattern"].get("String")  # an empty string or a regular expression
+    can_match_nothing = not normalizer["pattern"].get("String")  # true for an empty string or a regular expression
     return max(1, len(normalizer["content"]) + can_match_nothing)
 
 

@@ -19,7 +19,7 @@ MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_prompt_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no {} placeholder. `name` is the argument or flag that the error names."""
+    """Raise ValueError if a template has no {} placeholder. The error mentions the argument or flag `name`."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(

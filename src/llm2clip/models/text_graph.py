@@ -101,7 +101,7 @@ def save_text_graph(model: DualEncoder) -> None:
         return
     try:
         folder = _get_graph_folder(name)
-    except RuntimeError:  # the user has no home folder
+    except RuntimeError:  # raised if the user has no home folder
         return
     print("Exporting the text encoder to speed up searches with this model...", flush=True)
     try:

@@ -254,8 +254,8 @@ class CaptionEncoder(nn.Module):
         other attention implementations, input_ids and attention_mask are padded to shape (B, T), int64. For static
         encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
 
-        `prompt_length` is the number of leading tokens of each caption that are excluded from pooling. Default: the
-        number of tokens in the template's prefix.
+        `prompt_length` is the number of leading tokens to exclude from pooling in each caption. Default: the number of
+        tokens in the template's prefix.
         """
         if self.is_static:
             lengths = torch.tensor([len(row) for row in ids])
@@ -344,11 +344,11 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device, with weights cast for encoding in `precision`.
+        """Cast the weights for encoding in `precision`, and move the encoder to a device.
 
-        For bf16, the LLM's linear layers are cast to bf16. As a result, encoding needs less than half the memory and
-        returns bit-identical embeddings, but the encoder can no longer be saved, trained or used in fp32, and
-        `identity` raises an error.
+        For bf16, the LLM's linear layers are cast to bf16. Encoding then needs less than half the memory and returns
+        bit-identical embeddings. However, the encoder can no longer be saved, trained or used in fp32, and `identity`
+        raises an error.
         """
         self.weights_precision = self._check_encoding_precision(precision)
         cast_linear_weights(self.llm, self.weights_precision)
@@ -404,7 +404,7 @@ class CaptionEncoder(nn.Module):
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder onto a device, with weights cast for the precision of the `evaluate` stage."""
+    """Load a caption encoder onto a device in the precision of the `evaluate` stage."""
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
     encoder.move_for_encoding(device, precision)

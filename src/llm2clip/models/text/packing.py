@@ -106,7 +106,7 @@ def measure_tokens_per_second(
 ) -> float:
     """Measure the encoding speed in tokens per second on up to four batches.
 
-    The timed batches are at 0, 1/6, 3/6 and 5/6 of all batches, which are sorted by descending caption length.
+    The batches are sorted by descending caption length. The batches at positions 0, 1/6, 3/6 and 5/6 are timed.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})
@@ -175,8 +175,8 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 def remove_prompt_hidden_states(features: dict[str, Any]) -> None:
     """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
-    Unlike in sentence-transformers, removing the prompts requires no GPU synchronisation. `features` contains the
-    entries from `pack_captions` and `prompt_length`, the number of leading tokens to remove from each caption.
+    Unlike in sentence-transformers, no GPU synchronisation is required. In addition to the entries from
+    `pack_captions`, `features` contains `prompt_length`, the number of leading tokens to remove from each caption.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -287,7 +287,7 @@ def _compute_attention_by_length(
 ) -> Tensor:
     # Consecutive captions of equal length share a single attention call. Empty captions are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # Unlike slices, the results of `split` do not each allocate a gradient of length T in the backward pass.
+    # `split` is used because the backward pass of each slice would allocate a gradient of length T.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []

@@ -40,7 +40,7 @@ from llm2clip.models.precision import FP32, Precision
 from llm2clip.models.vision.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
-_NO_RESIDUAL = ("clearclip", "naclip")  # variants without residual connections and feed-forward network
+_NO_RESIDUAL = ("clearclip", "naclip")  # variants without the residual connections and the feed-forward network
 _GAUSSIAN_STD = 5.0  # standard deviation in NACLIP's attention bias, in patches
 # Ratio of the resized image's shorter side to the tower's training resolution, for localisation.
 # As in SCLIP, the shorter side of images for a 224-pixel tower is 336 pixels.
@@ -228,7 +228,7 @@ def _apply_tower_head(tower: VisionTower, cells: Tensor) -> Tensor:
 
 
 def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of shape `size`. All weights except position embeddings are shared."""
+    """Return a timm backbone for images of shape `size` that shares the tower's weights, except position embeddings."""
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
     is_vit = isinstance(backbone, VisionTransformer | Eva)
@@ -291,8 +291,8 @@ class _DenseVariantBlock(nn.Module):
                 output = self.block(x, *args, **kwargs)
         if attention.calls != 1:
             raise ValueError(
-                f"variant {self.variant!r} requires a last block that calls scaled_dot_product_attention once "
-                f"(number of calls by {_get_class_path(self.block)}: {attention.calls}). Use variant 'plain'"
+                f"variant {self.variant!r} requires a last block that calls scaled_dot_product_attention once (got "
+                f"{attention.calls} calls in {_get_class_path(self.block)}). Use variant 'plain'"
             )
         return output
 
@@ -422,7 +422,7 @@ def _compute_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
     return (ends - starts).clamp(min=0)
 
 
-def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
+def validate_boxes(boxes: Any, height: int, width: int) -> Tensor:
     """Validate N boxes (left, top, right, bottom) in pixels. Return a float32 CPU tensor of shape (N, 4)."""
     tensor = torch.as_tensor(boxes, dtype=torch.float32).cpu()
     if tensor.numel() == 0:
@@ -444,7 +444,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
     return tensor
 
 
-def check_masks(masks: Any, height: int, width: int) -> Tensor:
+def validate_masks(masks: Any, height: int, width: int) -> Tensor:
     """Validate N boolean masks. Return a boolean CPU tensor of shape (N, H, W)."""
     tensor = torch.as_tensor(masks).cpu()
     if tensor.ndim != 3 or tensor.shape[1:] != (height, width):

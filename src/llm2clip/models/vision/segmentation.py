@@ -26,10 +26,10 @@ from llm2clip.data.images import load_image, to_image_list
 from llm2clip.models.vision.dense import (
     DenseEncoder,
     build_dense_encoder,
-    check_boxes,
-    check_masks,
     encode_boxes,
     pool_features_by_mask,
+    validate_boxes,
+    validate_masks,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class WindowAxis:
     """Positions of the sliding windows along one axis of the resized image, in pixels."""
 
     length: int  # length of the image along this axis
-    window: int  # length of a window
+    window: int  # window length
     starts: tuple[int, ...]  # first pixel of each window
 
     @classmethod
@@ -63,7 +63,7 @@ class WindowAxis:
         count = -(-(length - window) // stride) + 1
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
-    def build_matrix(self, cells: int, size: int) -> Tensor:
+    def build_pixel_matrix(self, cells: int, size: int) -> Tensor:
         """Return a matrix that interpolates the cells of each window to pixels, and averages overlapping windows.
 
         Args:
@@ -139,7 +139,7 @@ class PixelScores:
     """Pixel scores of an image, which are computed tile by tile."""
 
     grid: Tensor  # cell scores of all windows, of shape (K, A, B); see `arrange_window_scores`
-    rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_matrix`
+    rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_pixel_matrix`
     columns: Tensor  # matrix of shape (W, B) that maps window cells to pixel columns
 
     def iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -152,7 +152,7 @@ class PixelScores:
             yield rows, tile
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Return class scores of shape (classes, H, W). The score of a class is the maximum over its names."""
+        """Return class scores of shape (classes, H, W). The score of a class is the maximum score of its names."""
         return torch.cat([_compute_max_over_class_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
@@ -182,8 +182,8 @@ def encode_windows(
             height, width = images[i][1]
             results[i] = PixelScores(
                 grid=arrange_window_scores(part, rows, columns),
-                rows=rows.build_matrix(part.shape[1], height).to(part.device),
-                columns=columns.build_matrix(part.shape[2], width).to(part.device),
+                rows=rows.build_pixel_matrix(part.shape[1], height).to(part.device),
+                columns=columns.build_pixel_matrix(part.shape[2], width).to(part.device),
             )
     return results
 
@@ -203,7 +203,7 @@ def segment(
         logit_scale: Factor applied to the scores before the softmax over all names.
         min_probability: If the highest probability of a pixel is less than `min_probability`, assign the pixel to class
             0 (background).
-        min_area: Fraction of the foreground, from 0 to 1. Classes that do not exceed this fraction are not predicted.
+        min_area: Fraction of the foreground, from 0 to 1, that a class must exceed to be predicted.
 
     Yields:
         (slice of pixel rows, int64 class indices of shape (rows, W)) for each tile.
@@ -253,7 +253,7 @@ class DenseFeaturesMixin:
         Images keep their aspect ratio, so their grids of cells can have different shapes.
 
         Args:
-            images: One image or a list of N images, as for `encode_image`.
+            images: One image or a list of N images, as in `encode_image`.
             variant: `plain` or, for vision transformers only, a variant that improves localisation: `maskclip`,
                 `sclip`, `clearclip` or `naclip` (see `models/vision/dense.py`).
             image_size: Length of the resized image's shorter side in pixels, rounded to a multiple of the cell size.
@@ -301,10 +301,10 @@ class DenseFeaturesMixin:
         pixels = load_image(image)
         height, width = pixels.shape[1:]
         if boxes is None:
-            checked = check_masks(masks, height, width)
+            checked = validate_masks(masks, height, width)
             resized = dense.resize(pixels, image_size or dense.localization_size)
             return pool_features_by_mask(dense.encode(resized[None], variant)[0], checked).cpu()
-        checked = check_boxes(boxes, height, width)
+        checked = validate_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
     @torch.no_grad()
@@ -323,8 +323,8 @@ class DenseFeaturesMixin:
         resolution. A square window with the size of the training resolution then slides over the image.
 
         Args:
-            names: One or more names for each class. The score of a class is the maximum over its names.
-            templates: Prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
+            names: One or more names for each class. The score of a class is the maximum score of its names.
+            templates: Prompt templates for the names, as in `encode_text`. The benchmarks use OpenAI's 80 templates.
             variant: See `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
 
         Returns:
