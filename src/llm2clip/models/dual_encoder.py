@@ -72,7 +72,7 @@ class DualEncoder:
         dense: Encoder for dense image features, or None if the model does not support dense features.
         logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
-        part_identities: Function like `identity` that returns separate dicts for the image encoder and the text encoder,
+        part_identities: Function like `identity` that returns separate dicts for the image and text encoders,
             or None if unsupported. Models with equal image dicts can search the same index.
         llm2clip: Untruncated llm2clip model, or None for other types of models.
     """
