@@ -46,7 +46,7 @@ from llm2clip.models.vision.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
 # Initial standard deviation of the weights of an image projection with a bias, as in the LLM2CLIP authors' code.
-# In their eva_vit_model.py, it is the product of 0.02 and an init_scale of 0.001.
+# eva_vit_model.py multiplies a standard deviation of 0.02 by an init_scale of 0.001.
 SMALL_PROJECTION_STD = 2e-5
 
 
@@ -156,7 +156,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
-        """Load the caption encoder with weights cast for encoding in `precision`. Return the resolved precision.
+        """Load the caption encoder, and cast its weights for encoding in `precision`. Return the resolved precision.
 
         If the caption encoder is already loaded, its weights are unchanged. `auto` selects a precision for the stage
         (see `models/precision.py`). Models trained on bf16 embeddings use the precision of those embeddings.

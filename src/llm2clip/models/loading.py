@@ -331,7 +331,7 @@ def hide_load_report() -> Iterator[None]:
 
 
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
-    """Return True if a transformers model can only be loaded with Python code from its folder or hub repository.
+    """Return True if a transformers model requires Python code from its own folder or hub repository.
 
     Raise ValueError if the code is required but `trust_remote_code` is False.
     """

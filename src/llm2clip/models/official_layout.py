@@ -231,7 +231,7 @@ _DEFAULT_LOGIT_SCALE = 2.6592  # default `logit_scale_init_value` of transformer
 
 @dataclass
 class OfficialCheckpoint:
-    """Contents of an official checkpoint. The tensors have canonical names."""
+    """Contents of an official checkpoint, with canonical tensor names."""
 
     source: str
     layout: OfficialLayout

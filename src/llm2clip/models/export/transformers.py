@@ -30,7 +30,7 @@ SAMPLE_TEXTS = (
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
 )
-# Texts for checking that the template does not change the tokens of the caption.
+# Texts for checking that the template does not change the tokens of a caption.
 CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 
 

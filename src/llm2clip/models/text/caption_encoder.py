@@ -362,7 +362,7 @@ class CaptionEncoder(nn.Module):
     def _check_encoding_precision(self, name: str) -> Precision:
         precision, available = Precision(name), self.weights_precision
         if precision == "fp16":
-            raise ValueError("caption encoders do not support fp16: use fp32, bf16, or bf16+N with N layers in fp32")
+            raise ValueError("precision must be fp32, bf16, or bf16+N for caption encoders (got 'fp16')")
         if available != "fp32" and (precision == "fp32" or precision.num_fp32_layers > available.num_fp32_layers):
             raise ValueError(
                 f"the encoder cannot run in {precision}, because its weights were converted to {available}. Load the "
