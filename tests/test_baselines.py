@@ -418,5 +418,5 @@ def test_sentence_transformers_model_with_its_own_code(
 
     # Without the list of modalities, sentence-transformers 6 takes the model for a text encoder.
     (tmp_path / "custom_st.py").write_text(SENTENCE_TRANSFORMERS_CODE.replace('modalities = ["text", "image"]', ""))
-    with pytest.raises(ValueError, match=r"does not encode images.*omit the prefix st:"):
+    with pytest.raises(ValueError, match=r"must encode images and texts .*omit the prefix st:"):
         open_dual_encoder(f"st:{tmp_path}", "cpu", trust_remote_code=True)

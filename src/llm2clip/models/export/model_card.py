@@ -131,9 +131,9 @@ def _render_asset_section(run: Path) -> list[str]:
     names = [encoder.get("path"), (config.get("align") or {}).get("tower")]
     lines = []
     for asset in (ASSETS[name] for name in names if name in ASSETS):
-        original = f"Original model: {asset.hub_id}. " if asset.hub_id else ""
+        original = f" Original model: {asset.hub_id}." if asset.hub_id else ""
         wheels = ", ".join(f"{wheel.package} {wheel.version} (SHA-256 {wheel.sha256})" for wheel in asset.wheels)
-        lines.append(f"- {asset.description}: {asset.license}. {original}PyPI packages: {wheels}.")
+        lines.append(f"- {asset.description}: {asset.license}. PyPI packages: {wheels}.{original}")
     if not lines:
         return []
     return ["## Pretrained parts\n\n" + "\n".join(lines) + f"\n\n{PROVENANCE}"]
