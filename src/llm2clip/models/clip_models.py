@@ -211,8 +211,8 @@ def _load_open_clip_text_encoder(name: str, device: torch.device) -> ClipTextEnc
     else:
         architecture, _, pretrained = name.partition("/")
         if not pretrained:
-            model = f"{OPEN_CLIP_PREFIX}{name}"
-            raise ValueError(f"{model} does not specify pretrained weights. Use the form {model}/PRETRAINED")
+            path = f"{OPEN_CLIP_PREFIX}{name}"
+            raise ValueError(f"{path} does not specify pretrained weights. Use the form {path}/PRETRAINED")
     model: Any = open_clip.create_model(architecture, pretrained=pretrained or None, device=device).eval()
     tokenizer: Any = open_clip.get_tokenizer(architecture)
     hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # only some open_clip models use a Hugging Face tokenizer
