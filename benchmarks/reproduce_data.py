@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, TuneConfig
 from llm2clip.data.build_table import build_record_table, read_data_splits
-from llm2clip.data.image_facts import mask_matching_images
+from llm2clip.data.image_facts import find_matching_images
 from llm2clip.data.pairs import ImageCaptions, Pair, TuningItem, read_tuning_sources
 from llm2clip.data.records import Record
 from llm2clip.data.skip_log import SkipLog
@@ -139,7 +139,7 @@ class ClaimData:
         tested = [*self.config.test, *self.config.long_captions]
         records = self._read_records(self.config.train)
         records = records.select(records.has_image)
-        train = list(records.select(~mask_matching_images(self._read_records(tested), records)))
+        train = list(records.select(~find_matching_images(self._read_records(tested), records)))
         if len(train) < len(records):
             print_once(f"{len(records) - len(train):,} test images excluded from training")
         for n, record in enumerate(train):

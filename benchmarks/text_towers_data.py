@@ -28,7 +28,7 @@ from torch import Tensor
 from llm2clip.cli.commands import read_builtin_configs
 from llm2clip.config import AlignConfig, EncoderConfig, EvaluateConfig, TuneConfig
 from llm2clip.data.build_table import DataSplits, build_record_table, read_data_splits
-from llm2clip.data.image_facts import mask_matching_images
+from llm2clip.data.image_facts import find_matching_images
 from llm2clip.data.image_refs import ImageRef
 from llm2clip.data.noun_phrases import add_noun_phrases
 from llm2clip.data.pairs import read_tuning_sources
@@ -143,7 +143,7 @@ class Benchmark:
         if not self.is_english:
             return {FLICKR: list(held_out["captions"])}
         coco = build_record_table([str(self.data / "coco_img/captions.jsonl")], {}, self.log)
-        coco = coco.select(~mask_matching_images(self.splits.train, coco))
+        coco = coco.select(~find_matching_images(self.splits.train, coco))
         ade20k = build_record_table([str(self.data / "ade20k_ids/captions.jsonl")], {"captions": "sentences"}, self.log)
         return {
             FLICKR: list(held_out["captions"]),

@@ -330,9 +330,9 @@ def test_output_of_other_captioning_runs_is_not_read_unless_it_is_named(tmp_path
         caption(server, first, tmp_path / "c.jsonl", "--model", "third")
         with pytest.raises(ValueError, match="is also the source"):  # a run never reads its own output
             caption(server, first, first)
-        with pytest.raises(ValueError, match=r"there are no images to caption: .*captions_images: not read, because"):
+        with pytest.raises(ValueError, match=r"there are no images to caption: .*captions_images: not read \(written"):
             caption(server, photos / "captions_images", tmp_path / "d.jsonl")
-    assert f"{first} and 1 more: not read, because it was written by `llm2clip caption`" in lines
+    assert f"{first} and 1 more: not read (written by `llm2clip caption`)" in lines
     rows = read_rows(second)
     assert len(rows) == len(read_rows(first)) == 8
     assert all(len(row["captions"]) == 2 and "short_captions" not in row for row in rows)

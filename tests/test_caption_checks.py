@@ -314,7 +314,7 @@ def test_unreadable_images_are_not_scored(tmp_path: Path, image_folder: Path, du
     assert result.num_captions == 2
     report = replace(make_report(database, [SHORT]), scores=result)
     text = " ".join(format_report(database, report).split())
-    assert "The captions of 1 image were not compared, because decoding failed" in text
+    assert "The captions of 1 image were not compared, because the images could not be decoded" in text
     scores = [database.list_answers(make_hash(n), MODEL, [SHORT])[0].score for n in range(3)]
     assert [score is None for score in scores] == [False, True, False]
 
@@ -413,7 +413,7 @@ def test_run_writes_only_accepted_captions_and_a_report(
     assert opened == [8]  # after all captions have been requested
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["captions"] for record in records] == [["A red shape on grey"]] * 4
-    assert "(4 captions of 4 records)" in text and "too short" in text and "compared 4 captions with 4 images" in text
+    assert "(4 captions of 4 records)" in text and "too short" in text and "compare 4 captions with 4 images" in text
     html = (tmp_path / "captions_report.html").read_text()
     assert html.count("<article>") == 4 and "rejected: too short" in html and "(rank " in html
     caption_images([str(photos)], out, captioner, prompts, CaptionOptions(check_max_rank=0.0), lambda: dual_encoder)

@@ -60,14 +60,14 @@ def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, f
     checks = ["load_pretrained_parts", "check_encoder_exists"]
     with run_server() as server:
         words = ["fit", photos, "--out", run, "--caption", server.url]
-        with pytest.raises(ValueError, match="Pass the name of its model with --caption_model"):
+        with pytest.raises(ValueError, match="Pass the name of the server's model with --caption_model"):
             run_command(*words)
         with pytest.raises(ValueError, match="--caption_model requires the URL of a server in --caption"):
             run_command("fit", photos, "--out", run, "--caption_model", "tiny")
         words += ["--caption_model", "tiny", "--encoder.path", "smollm2-135m"]
         with pytest.raises(ValueError, match=r"loss .*nonsense"):
             run_command(*words, "--align.loss", "nonsense")
-        with pytest.raises(ValueError, match=r"with --caption, the data has only .* .got captions_de"):
+        with pytest.raises(ValueError, match=r"with --caption, --evaluate.fields can contain only .* .got captions_de"):
             run_command(*words, "--evaluate.fields", '["captions_de", "short_captions"]')
         assert server.num_requests == 0 and not run.exists()
         server.answers = {"": "I'm sorry, but I can't."}

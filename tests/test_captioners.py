@@ -111,11 +111,11 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[1, 2]", "must map the names of prompts to their fields"),
+        ("[1, 2]", "must map prompt names to fields"),
         ("a: [", "not a valid YAML file"),
         ("a: {kind: short, text: x}\na: {kind: dense, text: x}", "several prompts have the name a"),
         ("A B: {kind: short, text: x}", "the name of a prompt must consist of a-z, 0-9 and _ .got 'A B'"),
-        ("a: text", "prompt a: must have fields of the form `name: value`"),
+        ("a: text", "prompt a: the prompt must have fields of the form `name: value`"),
         ("a: {kind: short}", "prompt a: the field text is missing"),
         ("a: {kind: short, text: x, tokens: 5}", "prompt a: unknown field 'tokens'; available fields: kind, text"),
         ("a: {kind: long, text: x}", "prompt a: kind must be short or dense .got 'long'"),
@@ -214,7 +214,7 @@ def test_captions_that_begin_like_refusals_are_accepted(text: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the server's key"),
+        (f"401:bad\x1b[31m key {KEY}", r"HTTP 401: bad\x1b[31m key [key]. Put the API key"),
         ("404:no model", "HTTP 404: no model. Check --model"),
         ("redirect", "redirects to http://other.example/v1/chat/completions. Redirects are not followed"),
     ],
@@ -258,7 +258,7 @@ def test_run_stops_soon_if_no_server_responds(tmp_path: Path, photos: Path, monk
     message = r"no server responds at 127\.0\.0\.1:\d+ \(.*\)\. Start the server, or check the URL"
     with pytest.raises(OSError, match=message):
         caption(server, photos, tmp_path / "out.jsonl")
-    monkeypatch.setattr("llm2clip.cli.caption._check_server", lambda *_: None)  # as if it stopped after this check
+    monkeypatch.setattr("llm2clip.cli.caption._check_connection", lambda *_: None)  # as if it stopped after this check
     start = time.monotonic()
     with pytest.raises(captioners.EndpointError, match=message):
         caption(server, photos, tmp_path / "out.jsonl")
@@ -343,7 +343,7 @@ def test_refused_filtered_and_compressed_responses_are_not_captions(monkeypatch:
     assert "content filter" in str(parse({"content": "A man in a park is about to"}, "content_filter").error)
     response = httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"x"))
     with pytest.raises(captioners._RequestError, match="compressed"):
-        asyncio.run(captioners._read_size_limited_body(response))
+        asyncio.run(captioners._read_body_with_size_limit(response))
 
 
 @pytest.mark.parametrize("content", [5, {"text": "A dog runs."}, ["A dog runs."], [{"text": 5}]])

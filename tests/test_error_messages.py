@@ -30,7 +30,7 @@ ERRORS = {
         "no caption column; the file has the columns image, price", "--columns",
     ),
     "images without captions": ("fit {tmp}/photos --out {tmp}/run", "the images have no captions", "--caption MODEL"),
-    "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "its splits: ", "train"),
+    "missing split": ("fit {data}@trian --out {tmp}/run", "no record", "rows per split: ", "train"),
     "invalid JSON": (
         "embed {tmp}/broken.jsonl --out {tmp}/s --encoder.path {llm}",
         "malformed row", "row 2", "Fix the source",
@@ -52,7 +52,7 @@ ERRORS = {
         "fit {data} --out {tmp}/run --align.learning_rate 1",
         "unknown argument --align.learning_rate (did you mean --align.lr?)",
     ),
-    "URL as a captioning model": ("caption {data} --out {tmp}/x.jsonl --model http://x/v1", "Pass it to --endpoint"),
+    "URL as a captioning model": ("caption {data} --out {tmp}/x.jsonl --model http://x/v1", "Pass the URL to"),
     "runs of a missing folder": ("runs {tmp}/missing", "missing: no such folder"),
     "file as an index": ("search {folder}/captions.jsonl dog", "is not an index", "--out INDEX"),
     "flag without its stage": ("fit {data} --out {tmp}/run --lr=3", "--lr (did you mean --tune.lr or --align.lr?)"),
@@ -81,7 +81,7 @@ ERRORS = {
         "fit {data} --out {tmp}/run --config cpuu", "cpuu: no such file", "(did you mean cpu?)", "llama-3.2-1b",
     ),
     "invalid YAML": ("fit {data} --out {tmp}/run --config {tmp}/bad.yaml", "bad.yaml: line 2: not valid YAML"),
-    "config file without settings": ("fit {data} --out {tmp}/run --config {tmp}/list.yaml", "list.yaml: must contain"),
+    "config file without settings": ("fit {data} --out {tmp}/run --config {tmp}/list.yaml", "list.yaml: the file"),
     "section without settings": ("fit {data} --out {tmp}/run --config {tmp}/section.yaml", "section.yaml: align must"),
     "unknown setting in a config file": (
         "fit {data} --out {tmp}/run --config {tmp}/typo.yaml",

@@ -235,10 +235,8 @@ def test_onnx_export_and_its_example_give_the_same_embeddings(
     truncate_transformer_layers(model.encoder.llm, 1)  # tracing takes seconds per layer
     messages = export_model(model, "onnx", out, int8=True)
     assert len(messages) == 4
-    assert all(
-        "PyTorch's embeddings is 1.0000" in line or "int8.onnx: mean cosine similarity 0.99" in line
-        for line in messages
-    )
+    pattern = r"PyTorch's embeddings is 1\.0000|int8\.onnx: mean cosine similarity (0\.99|1\.00)"
+    assert all(re.search(pattern, message) for message in messages)
     assert not any(b".py" in file.read_bytes() for file in out.glob("*.onnx")), "the graphs contain local paths"
     assert json.loads((out / "tokenizer.json").read_text())["padding"] is None
     assert not re.search("treespec|axis name", " ".join(str(warning.message) for warning in recwarn))

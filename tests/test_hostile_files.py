@@ -21,7 +21,7 @@ from PIL import Image, ImageFile
 
 import hostile_fixtures as hostile
 from format_fixtures import encode, write_jsonl
-from llm2clip.cli.export import _check_no_home_paths
+from llm2clip.cli.export import _check_for_home_paths
 from llm2clip.data import image_header, images, records, table_cells
 from llm2clip.data.formats import text_files
 from llm2clip.data.image_header import DecodingLimitError, check_decoding_cost, open_image_header
@@ -579,7 +579,7 @@ def test_push_rejects_paths_in_the_home_folder(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     file = tmp_path / "text" / "adapter_config.json"
     file.write_text(json.dumps({"base_model_name_or_path": "owner/llm"}))
-    _check_no_home_paths(tmp_path)
+    _check_for_home_paths(tmp_path)
     file.write_text(json.dumps({"base_model_name_or_path": str(Path.home() / "models" / "llm")}))
     with pytest.raises(ValueError, match=r"adapter_config\.json contains a path"):
-        _check_no_home_paths(tmp_path)
+        _check_for_home_paths(tmp_path)

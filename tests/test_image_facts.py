@@ -26,7 +26,7 @@ from llm2clip.data.image_facts import (
 from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_image_header, parse_image_size
 from llm2clip.data.image_refs import FileImage, InMemoryImage, LoadedImage, TarImage
 from llm2clip.data.records import open_records
-from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.skip_log import BadRowError
 
 fuzz = load_benchmark("fuzz")
 mutate_image: Callable[[bytes, random.Random], bytes] = fuzz.mutate_image
@@ -102,14 +102,14 @@ def test_facts_of_an_empty_file_have_no_hash(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").touch()
     image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
     assert read_image_facts(image, check=False, compute_hash=True) == ImageFacts()
-    with pytest.raises(UnusableRow):
+    with pytest.raises(BadRowError):
         read_image_facts(image, check=True, compute_hash=True)
 
 
 def test_facts_of_a_named_pipe_do_not_wait_for_data(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     image = LoadedImage(FileImage(str(tmp_path / "x.jpg")), None)
-    with pytest.raises(UnusableRow, match="missing image"):
+    with pytest.raises(BadRowError, match="missing image"):
         read_image_facts(image, check=True, compute_hash=True)
 
 

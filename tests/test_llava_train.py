@@ -211,7 +211,7 @@ def test_train_command_reads_records_and_llava_json(
     command += ["--pretrain", f"{image_folder}/captions.jsonl@train", "--instruct", str(file)]
     command += ["--llava.micro_batch_size", "4", "--llava.pretrain_batch_size", "16", "--llava.batch_size", "4"]
     assert main(command) == 0
-    assert "105 conversations for the projector, 8 for the projector and the LLM" in capsys.readouterr().out
+    assert "105 conversations to train the projector, 8 to train the projector and the LLM" in capsys.readouterr().out
     assert load_model(tmp_path / "run/model")[0].config.model_type == "fast_vlm"
     training_images = load_training_image_hashes(tmp_path / "run/model")
     assert training_images is not None and len(training_images) == 32, "30 of the split train, and two others"

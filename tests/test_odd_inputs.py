@@ -109,7 +109,7 @@ CASES = {
     "missing values": Case(
         {"x.csv": "id,caption,caption\n1,a dog,NaN\n2,null,a cat\n3,N/A,<NA>\n4,#N/A,None\n5,Nan bread,none of it\n"},
         [("a dog",), ("a cat",), ("Nan bread", "none of it")],
-        ("2 of 5 rows skipped (no caption: 2)", "parts of rows dropped (missing value: 4)"),
+        ("2 of 5 rows skipped (no caption: 2)", "dropped values (missing value: 4)"),
     ),
 }
 

@@ -59,7 +59,7 @@ def test_one_index_page_runs(
 
 
 def test_what_needs_an_adapter_is_rejected(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--align.inherit trains the adapter: set --align.adapter_depth to 1"):
+    with pytest.raises(ValueError, match=r"--align.inherit requires an adapter: set --align.adapter_depth to 1"):
         AlignConfig(adapter_depth=0, inherit=True)
     with pytest.raises(ValueError, match="there is no adapter"):
         save_official_checkpoint(LLM2CLIP.from_pretrained(run / "model", "cpu"), tmp_path / "official", "hf")

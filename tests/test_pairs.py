@@ -208,9 +208,9 @@ def test_batches_of_a_table_equal_those_of_a_list(
 def test_caption_items_read_the_images_of_a_table() -> None:
     items = make_items(MIXED_IMAGES)
     assert list(items) == MIXED_IMAGES
-    assert list(items.pairable) == [image for image in MIXED_IMAGES if has_caption_pair(image)]
+    assert list(items.pairable_items) == [image for image in MIXED_IMAGES if has_caption_pair(image)]
     assert resolve_pairs_per_step([items], 128, 1) == resolve_pairs_per_step([MIXED_IMAGES], 128, 1)
-    assert not make_items([]) and not make_items([]).pairable
+    assert not make_items([]) and not make_items([]).pairable_items
 
 
 # ---- short and long captions ---------------------------------------------------------------------------------------

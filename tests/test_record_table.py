@@ -21,7 +21,7 @@ from llm2clip.config import EvaluateConfig
 from llm2clip.data import build_table, image_facts
 from llm2clip.data.build_table import DataSplits, build_record_table, load_source_indices, read_data_splits
 from llm2clip.data.formats import build_file_part, split_file_into_parts
-from llm2clip.data.image_facts import get_distinct_image_hashes, mask_matching_images
+from llm2clip.data.image_facts import find_matching_images, get_distinct_image_hashes
 from llm2clip.data.image_refs import FileImage, InMemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
 from llm2clip.data.skip_log import SkipLog, TooManySkipped
@@ -291,7 +291,7 @@ def test_mask_same_images_finds_paths_and_copies(tmp_path: Path) -> None:
     tables = [
         build_record_table([str(path)], {}, SkipLog(), "unchecked", tmp_path / "t") for path in (known, candidates)
     ]
-    assert mask_matching_images(*tables).tolist() == [False, True, True, False]
+    assert find_matching_images(*tables).tolist() == [False, True, True, False]
 
 
 def test_unused_tables_are_deleted(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_sources_without_images_name_the_columns(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("img_file,sentence\n" + rows)
     message = (
         r"no record has an image \(3 records\).*no image column; the file has the columns img_file, sentence\. "
-        "Select one with --columns image=img_file"
+        "Select a column with --columns image=img_file"
     )
     with pytest.raises(ValueError, match=f"(?s){message}"):
         build_record_table([str(tmp_path / "x.csv")], {}, SkipLog())

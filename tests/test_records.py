@@ -97,7 +97,7 @@ def test_open_records_selects_splits_and_lists_them_in_errors(folder: Path) -> N
     assert log.rows_seen == 1
     write_jsonl(folder / "y.jsonl", [{"text": "x", "split": "none"}, {"text": "y", "split": "a"}])
     assert [(r.captions, r.split) for r in open_records(f"{folder / 'y.jsonl'}@none")] == [(("x",), None)]
-    with pytest.raises(ValueError, match=r"@tarin: no records; rows in its splits: train 1, val 1, none"):
+    with pytest.raises(ValueError, match=r"@tarin: no records; rows per split: train 1, val 1, none"):
         list(open_records(f"{path}@tarin"))
 
 
@@ -126,7 +126,7 @@ def test_open_records_explains_a_missing_caption_column(tmp_path: Path, name: st
     write_jsonl(tmp_path / "x.jsonl", [{"words": "x", "n": 1}])
     pq.write_table(pa.table({"words": ["x"], "n": [1]}), tmp_path / "x.parquet")
     (tmp_path / "header.csv").write_text("a.jpg,a dog\nb.jpg,a cat\n")
-    message = r"no caption column; the file has the columns words, n\. Select one with --columns"
+    message = r"no caption column; the file has the columns words, n\. Select a column with --columns"
     if name == "header.csv":
         message = r"columns a\.jpg, a dog\. The first line of the file must contain the column"
     with pytest.raises(ValueError, match=message):
@@ -381,7 +381,7 @@ def test_open_records_stops_when_too_many_rows_are_skipped(tmp_path: Path) -> No
     tolerant = SkipLog(max_skipped=0.11)
     assert len(list(open_records(path, tolerant))) == 2700
     assert tolerant.summary() == (
-        "300 of 3,000 rows skipped (missing image: 300); parts of rows dropped (empty caption: 3,000)"
+        "300 of 3,000 rows skipped (missing image: 300); dropped values (empty caption: 3,000)"
     )
     few = write_jsonl(tmp_path / "few.jsonl", rows[:5])
     with pytest.raises(TooManySkipped, match="1 of 5 rows skipped"):
@@ -434,7 +434,7 @@ def test_skip_limit_counts_all_rows_in_every_format(tmp_path: Path, name: str) -
             "missing image: {folder}/photos/0.jpg",
             "are resolved against the folder of the caption file",
         ),
-        ("https://example.org/{n}.jpg", "image is a URL", "Download them first"),
+        ("https://example.org/{n}.jpg", "image is a URL", "Download the images first"),
         ("empty.jpg", "unreadable image: {folder}/empty.jpg: not an image: the file is empty", "Fix the source"),
         ("text.jpg", "unreadable image: {folder}/text.jpg: not an image in a supported format (", "Fix the source"),
     ],
@@ -456,5 +456,5 @@ def test_skip_log_counts_dropped_parts_and_rows_of_several_passes_once(tmp_path:
     path, log = write_jsonl(tmp_path / "x.jsonl", rows), SkipLog(tmp_path / "log.jsonl", max_skipped=1.0)
     for splits in ((), ("train",), ("val",), ("train", "val")):
         list(open_records(Source(str(path), splits), log, "unchecked"))
-        assert log.summary() == "1 of 4 rows skipped (malformed row: 1); parts of rows dropped (empty caption: 3)"
+        assert log.summary() == "1 of 4 rows skipped (malformed row: 1); dropped values (empty caption: 3)"
     assert len(read_skip_log(tmp_path / "log.jsonl")) == 4

@@ -184,10 +184,10 @@ def test_search_explains_problems_with_a_server(address: str, capsys: pytest.Cap
         for url, flags, message in (
             (server, [], "the token is missing or wrong"),
             (server, ["--token", "wrong"], "the token is missing or wrong"),
-            (f"{server}?token=se%0Acret", [], "characters that are not allowed in a token"),
+            (f"{server}?token=se%0Acret", [], "must contain only printable ASCII characters"),
             (address, ["--top", "1000"], "less than or equal to 200"),
             (f"{server}none", ["--token", "secret"], "Not Found"),
-            (f"{plain}/moved", ["--token", "secret"], f"redirects to {plain}/target. Pass the final address"),
+            (f"{plain}/moved", ["--token", "secret"], f"redirects to {plain}/target. Pass the new address"),
             (plain, [], "is not the address of a server started with `llm2clip serve`"),
             ("http://127.0.0.1:9", [], "cannot reach the server http://127.0.0.1:9 .*Connection refused.*serve INDEX"),
             (server.replace("http", "https"), [], "cannot reach the server https"),

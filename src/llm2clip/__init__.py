@@ -20,7 +20,7 @@ __version__ = "0.3.0"
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # If other programs use the CPU, busy-waiting OpenMP threads make training many times slower.
-# See `benchmarks/busy_machine.py`. The variable must be set before torch is imported.
+# GOMP_SPINCOUNT must be set before torch is imported (see `benchmarks/busy_machine.py`).
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "0"
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 Stage = Literal["caption", "tune", "embed", "align", "distill", "llava", "evaluate", "serve"]
 POOLING_MODES = ("mean", "weightedmean", "lasttoken", "cls", "max")  # names used by sentence-transformers
 AUTO = "auto"  # value of `--encoder.path` that makes `fit` choose an encoder (see `evaluate/encoder_choice.py`)
-MIN_IMAGE_SIZE = 16  # in pixels: one patch of a common vision transformer
+MIN_IMAGE_SIZE = 16  # in pixels: the patch size of common vision transformers
 
 # Settings that may change when a run is resumed, because they do not affect the result.
 RESUME_SAFE = (
@@ -41,7 +41,7 @@ class EncoderConfig:
     bidirectional: bool | None = None
     """Use bidirectional instead of causal attention. Default: as saved with the encoder, or true for a plain LLM."""
     layers: int | None = None
-    """Keep only the first N transformer layers. Encoders with fewer layers keep all of them. Default: all layers."""
+    """Keep only the first N transformer layers. Encoders with fewer layers are not changed. Default: all layers."""
     template: str | None = None
     """Template into which each caption is inserted, e.g. "<s>{caption}</s>". At most one special token may follow
     {caption}. Default: no template."""
@@ -85,11 +85,11 @@ class TuneConfig:
     """Number of optimizer steps. 0 disables tuning. With --encoder.path auto, `fit` never tunes."""
     batch_size: int = 128
     """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
-    there are too few items to fill a step, each step uses all of them."""
+    there are fewer pairs than a step requires, each step uses all pairs."""
     hard_negative_group_size: int = 1
     """Number of images with similar captions that form a group of hard negatives in a batch. 32 works well for tens of
     thousands of images. With millions of images, a group would contain near-duplicates that are used as negatives of
-    each other. With 1, images are sampled at random."""
+    each other. 1 disables hard negatives: images are sampled at random."""
     lr: float = 1e-3
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
@@ -171,9 +171,9 @@ class AlignConfig:
     loss: str = "infonce"
     """Contrastive loss: infonce (used by CLIP and the paper) or sigmoid (used by SigLIP). See `train/losses.py`."""
     matryoshka_dims: list[int] = field(default_factory=list)
-    """Also train these truncated embedding sizes, e.g. [64, 128, 256]. The loss is the mean over these sizes and the
-    full size. Intended for adapter_depth 0. Other models can be truncated without this setting, because their first
-    dimensions are principal components."""
+    """Also train embeddings truncated to these sizes, e.g. [64, 128, 256]. The loss is the mean over these sizes and
+    the full size. Intended for --align.adapter_depth 0. Other models can be truncated without this setting, because
+    their first dimensions are principal components."""
     logit_scale: float | Literal["inherit"] | None = None
     """Initial factor by which cosine similarities are multiplied, at most 100. inherit uses the value from the tower's
     CLIP model, as in the authors' code. With the sigmoid loss, the logit bias is also inherited. Default: 14.3 for
@@ -222,8 +222,8 @@ class AlignConfig:
     eval_steps: int | None = None
     """Number of steps between evaluations on the held-out images. Default: once per epoch. 0 disables evaluation."""
     report_to: list[str] = field(default_factory=list)
-    """Experiment trackers that receive the metrics: tensorboard, wandb or trackio. Metrics are always written to
-    metrics.jsonl as well."""
+    """Experiment trackers that receive the metrics: tensorboard, wandb or trackio. In addition, metrics are
+    always written to metrics.jsonl."""
     save_steps: int = 50
     """Number of steps between checkpoints."""
     seed: int = 0
@@ -242,11 +242,11 @@ class AlignConfig:
         has_fixed_dim = self.embed_dim > 0 and self.adapter_depth > 0 and not self.inherit
         if has_fixed_dim and any(dim >= self.embed_dim for dim in self.matryoshka_dims):
             raise ValueError(
-                f"--align.matryoshka_dims must be less than --align.embed_dim, {self.embed_dim} (got "
-                f"{self.matryoshka_dims})"
+                f"--align.matryoshka_dims must be less than --align.embed_dim ({self.embed_dim}), but the value is "
+                f"{self.matryoshka_dims}"
             )
         if self.inherit and self.adapter_depth == 0:
-            raise ValueError("--align.inherit trains the adapter: set --align.adapter_depth to 1 or more")
+            raise ValueError("--align.inherit requires an adapter: set --align.adapter_depth to 1 or more")
         if self.lora_r and self.tower_lr == 0:
             raise ValueError("--align.lora_r requires a trainable tower: set --align.tower_lr greater than 0")
         if self.distill_weight and self.tower_lr == 0:
@@ -259,7 +259,7 @@ class AlignConfig:
 
     @property
     def uses_phrases(self) -> bool:
-        """True if phrases are sampled or used by --align.inherit, which requires phrase embeddings in the store."""
+        """True if `align` uses phrases, for sampling or for --align.inherit. The store must then contain phrases."""
         return self.samples_phrases or bool(self.inherit)
 
 
@@ -305,7 +305,7 @@ class EvaluateConfig:
 
 @dataclass
 class EvaluateOptions:
-    """Options of the `evaluate` command. Each field is a command-line option whose docstring is the help text."""
+    """Options of the `evaluate` command. The help text of each option is the docstring of its field."""
 
     benchmarks: list[str] = field(default_factory=list)
     """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own images: folder:PATH (one subfolder per
@@ -318,23 +318,23 @@ class EvaluateOptions:
     dims: list[int] = field(default_factory=list)
     """Also evaluate embeddings truncated to these sizes. Without --out, the data is encoded again for each size."""
     dense_variants: list[str] = field(default_factory=lambda: ["plain"])
-    """Regions, segmentation and detection: methods for computing patch embeddings (`plain`, `maskclip`, `sclip`,
-    `clearclip` or `naclip`)."""
+    """Methods for computing patch embeddings in region, segmentation and detection benchmarks: `plain`, `maskclip`,
+    `sclip`, `clearclip` or `naclip`."""
     short_queries: bool = False
-    """Captioned images: also report retrieval metrics by query length, from one word to full captions."""
+    """For captioned images, also report retrieval metrics by query length, from one word to full captions."""
     templates: list[str] | None = None
     """Prompt templates, such as 'a photo of a {}', over which text embeddings are averaged. Used for the class names of
     your own images, such as boxes:FILE.json, and with --short_queries for queries of up to three words (default: the
     templates saved with the model)."""
     proposals: str | None = None
-    """Detection: source of the boxes to classify. One of: a JSON file in COCO results format, a transformers detector
-    (folder or hub id), or `ground-truth`."""
+    """Source of the boxes to classify in detection benchmarks: a JSON file in COCO results format, a transformers
+    detector (folder or hub id), or `ground-truth`."""
     crop_proposals: bool = False
-    """Detection: also classify each box by encoding a crop of it, which takes one forward pass per box."""
+    """In detection benchmarks, also classify each box by encoding its crop, which takes one forward pass per box."""
     trust_remote_code: bool = False
     """Run the Python code that is part of models such as Jina-CLIP. Use this only for models that you trust."""
     captions: list[str] = field(default_factory=list)
-    """Sources of the captions with which caption retrieval accuracy (CRA) is measured."""
+    """Sources of captions for measuring caption retrieval accuracy (CRA)."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05
@@ -365,7 +365,7 @@ class FitConfig:
             if self.tune not in (TuneConfig(), TuneConfig(steps=0)):
                 raise ValueError(
                     "--tune settings require --encoder.path, for example smollm2-135m. By default, `fit` chooses an "
-                    "encoder that is not tuned"
+                    "encoder and does not tune it"
                 )
             self.tune = TuneConfig(steps=0)
 
@@ -373,7 +373,7 @@ class FitConfig:
 def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
     """Raise ValueError if any of the named settings is NaN, infinite or less than the minimum.
 
-    `None` is accepted. In a list or dict, each value is checked.
+    `None` is accepted. For a list or dict, each value is checked.
     """
     _require_valid_settings(lambda value: value >= minimum, f"at least {minimum}", config, section, names)
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 FLOAT32_TOLERANCE = 1e-6  # relative error of a float32 matmul; bfloat16 errors are about a thousand times larger
-# mallopt parameters, from malloc.h.
+# Parameters of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -44,7 +44,7 @@ def limit_malloc_arenas() -> None:
 
 
 def free_memory() -> None:
-    """Delete objects in reference cycles, and return freed memory to the operating system.
+    """Run garbage collection, and return freed memory to the operating system.
 
     After `keep_freed_memory`, malloc keeps freed activations and optimizer states in blocks that may be too small for
     the weights of the next model. Loading the next model would then take additional memory.
@@ -55,7 +55,7 @@ def free_memory() -> None:
 
 
 def get_available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the number of bytes that this process can still allocate within the RAM and its cgroup's memory limit."""
+    """Return how many bytes this process can still allocate, given the free RAM and the cgroup's memory limit."""
     available = int(psutil.virtual_memory().available)
     limit_file, usage_file, stat_file = (cgroup / f"memory.{name}" for name in ("max", "current", "stat"))
     if not (limit_file.is_file() and usage_file.is_file()):
@@ -99,8 +99,8 @@ def use_float32_matmul_precision(precision: str) -> Iterator[None]:
 def is_onednn_faster() -> bool:
     """Return True if oneDNN computes float32 matmuls faster than MKL on this CPU, and with float32 accuracy.
 
-    The speed is inferred from the CPU model, because measurements could differ between ranks. Ranks with different
-    libraries would compute slightly different results.
+    The speed is inferred from the CPU model, because measurements could differ between ranks. Ranks that used
+    different libraries would compute slightly different results.
     """
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not (str(capabilities.get("cpu_name")).startswith("AMD") and capabilities.get("avx512_f")):

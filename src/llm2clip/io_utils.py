@@ -43,7 +43,7 @@ EXTRAS = {  # importable modules of each extra in pyproject.toml
 }
 CHECKSUM_BYTES = 4
 _CRC32_RESIDUE = 0x2144DF1C  # CRC-32 of any data followed by its own CRC-32
-_BYTE_ORDER_MARKS = (  # UTF-32 comes first, because its little-endian mark starts with that of UTF-16
+_BYTE_ORDER_MARKS = (  # UTF-32 precedes UTF-16, because the UTF-32-LE mark starts with the UTF-16-LE mark
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
@@ -57,7 +57,7 @@ _CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class MissingFileError(FileNotFoundError):
-    """Raised when a file or folder of a dataset is missing. The message contains its path."""
+    """Raised when a file or folder of a dataset is missing. The message contains the path."""
 
 
 class DataFormatError(ValueError):
@@ -65,7 +65,7 @@ class DataFormatError(ValueError):
 
 
 class FatalDataError(ValueError):
-    """Raised for an error that affects all rows, such as a full disk, and therefore stops the run."""
+    """Raised when an error, such as a full disk, affects all rows and therefore stops the run."""
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------
@@ -73,11 +73,11 @@ class FatalDataError(ValueError):
 
 @contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file next to `file`. On success, flush it and rename it to `file`.
+    """Yield the path of an empty temporary file next to `file`. On success, rename it to `file`.
 
-    Readers see either the old file or the complete new file. The temporary file is removed if the `with` block raises
-    an exception. Temporary files left behind by killed processes are also removed. The parent folder is created if
-    needed.
+    The file is flushed before it is renamed, so readers see either the old file or the complete new file. If the `with`
+    block raises an exception, the temporary file is removed. Temporary files left behind by killed processes are also
+    removed. The parent folder is created if needed.
     """
     file = Path(file)
     # The temporary name has the same suffix as the file, because functions such as np.save append a missing suffix.
@@ -88,7 +88,7 @@ def atomic_path(file: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder next to `folder`, which must not exist yet. See `atomic_path`."""
+    """Yield an empty temporary folder. On success, rename it to `folder`, which must not exist (see `atomic_path`)."""
     folder = Path(folder)
     with _replace_on_success(folder, f".{folder.name}.", ".part", create=Path.mkdir) as temporary:
         yield temporary
@@ -107,7 +107,7 @@ def _replace_on_success(target: Path, prefix: str, suffix: str, create: Callable
             yield temporary
             for path in [temporary, *temporary.rglob("*")]:
                 if path.is_dir():
-                    fsync_folder(path)  # so that the folder lists its files after a power failure
+                    fsync_folder(path)  # so that no file is missing from the folder after a power failure
                 else:
                     restore_file_mode(path, mode)
                     fsync_file(path)
@@ -186,7 +186,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 def restore_file_mode(file: Path, mode: int) -> None:
-    """Set read and write permissions as in `mode`. safetensors writes files that only the owner can read."""
+    """Set the read and write permissions in `mode`, because safetensors lets only the owner read new files."""
     if os.name == "posix":
         with suppress(OSError):  # some file systems do not support permissions
             file.chmod(mode & 0o666)
@@ -199,7 +199,7 @@ def fsync_file(file: Path) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Flush a folder to disk, so that a file renamed within it survives a power failure."""
-    with suppress(OSError):  # Windows and some network file systems do not support this
+    with suppress(OSError):  # Windows and some network file systems cannot flush folders
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -208,7 +208,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def append_checksum(file: Path) -> None:
-    """Append a 4-byte CRC-32 to a file, which `has_valid_checksum` verifies. `np.load` ignores the additional bytes."""
+    """Append a 4-byte CRC-32 to a file, for use by `has_valid_checksum`. `np.load` ignores the appended bytes."""
     checksum = _compute_crc32(file)
     with file.open("ab") as stream:
         stream.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
@@ -234,8 +234,8 @@ def get_cache_dir() -> Path:
     """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "llm2clip")
     folder = Path(os.environ.get("LLM2CLIP_CACHE") or default).expanduser()
-    if not folder.is_dir():  # avoids mkdir, because this function is called for each remote image
-        with suppress(OSError):  # the same error is raised when a file is written to the folder
+    if not folder.is_dir():  # skips mkdir, because this function is called for each remote image
+        with suppress(OSError):  # writing a file to the folder will raise the same error
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -292,7 +292,7 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
     """Yield the texts. Raise TypeError or ValueError for the first text that is not a string or not valid Unicode."""
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"text {index} must be a string (got {text!r}). Remove it, or replace it with a string")
+            raise TypeError(f"text {index} must be a string (got {text!r}). Replace it with a string")
         if not is_valid_unicode(text):
             raise ValueError(
                 f"text {index} is not valid Unicode: it contains a lone surrogate ({text[:200]!a}). Remove the "
@@ -302,14 +302,14 @@ def check_texts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def check_texts_not_empty(texts: Iterable[str]) -> None:
-    """Raise ValueError if a text is empty or only whitespace."""
+    """Raise ValueError if a text is empty or contains only whitespace."""
     for index, text in enumerate(texts):
         if isinstance(text, str) and not text.strip():
             raise ValueError(f"text {index} is empty. Describe what the image should show")
 
 
 def hash_text_to_int64(text: str) -> int:
-    """Hash a text to a signed 64-bit integer that is the same in all processes."""
+    """Hash a text to a signed 64-bit integer. All processes compute the same hash."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
@@ -388,7 +388,7 @@ def check_json_size(file: str | Path, stream: BinaryIO) -> None:
     size = os.fstat(stream.fileno()).st_size
     if size > MAX_JSON_BYTES:
         raise DataFormatError(
-            f"{file} is too large: {size:,} bytes (JSON limit: {MAX_JSON_BYTES:,} bytes). Convert it to JSON Lines"
+            f"{file} is too large: {size:,} bytes (limit: {MAX_JSON_BYTES:,} bytes). Convert the file to JSON Lines"
         )
 
 

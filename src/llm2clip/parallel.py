@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from joblib import Parallel, delayed
 
 if TYPE_CHECKING:
-    import torch  # slow to import in worker processes, which do not need torch
+    import torch  # not imported in worker processes, because the import is slow
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def map_in_processes(function: Callable[[S], T], items: Sequence[S], workers: in
 def prefetch_on_accelerator(items: Generator[T], device: torch.device) -> Generator[T] | Prefetcher[T]:
     """Return an iterator that prepares items in a background thread. The caller must close the iterator.
 
-    On the CPU, `items` is returned unchanged, because a background thread would compete with training for the cores.
+    On the CPU, return `items` unchanged, because a background thread would compete with training for CPU cores.
     """
     return items if device.type == "cpu" else Prefetcher(items)
 
@@ -60,7 +60,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._free = Semaphore(depth)
         self._closed = False
         self._error: BaseException | None = None
-        self._thread = Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread = Thread(target=self._prefetch_items, name="prefetch", daemon=True)
         self._thread.start()
         # The process aborts if the interpreter exits while the thread runs C++ code, so the thread is stopped at exit.
         atexit.register(self.close)
@@ -80,14 +80,14 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._thread.join()
         atexit.unregister(self.close)
 
-    def _run(self) -> None:
+    def _prefetch_items(self) -> None:
         try:
             while True:
                 self._free.acquire()
                 if self._closed:
                     break
                 self._results.put((next(self._items), None))
-        except BaseException as error:  # includes the StopIteration at the end of the generator
+        except BaseException as error:  # including StopIteration at the end of the generator
             self._results.put((None, error))
         finally:
             self._items.close()

@@ -113,7 +113,7 @@ class Run:
         Args:
             command: "fit", or a command that runs a single stage and ignores the other stages' settings.
             sources: Data sources, each in the form PATH or PATH@split+split (see `llm2clip.data.records.Source`).
-            out: Run directory or, for the command "embed", the store.
+            out: Run directory or, for the command "embed", the store folder.
         """
         self.command, self.sources, self.out, self.config = command, list(sources), out, config
         self.model_dir = out / "model"
@@ -127,7 +127,7 @@ class Run:
     def check_models_and_trackers(self) -> None:
         """Check that the models, the loss and the trackers named in the settings exist.
 
-        For `fit`, also load the pretrained parts for `align`, so that errors occur before `tune`.
+        For `fit`, also load the pretrained parts for `align`, so that loading errors occur before `tune`.
         """
         if self.model_dir.exists():
             return
@@ -151,13 +151,13 @@ class Run:
         print_once(data.summary, self.log.summary())
         if config.align.uses_phrases:
             data.train = add_noun_phrases(data.train)
-        # Raises an error if there are too few images. A resumed run keeps its number of images per step.
+        # Raises an error if there are too few images. A resumed run keeps the number of images per step.
         if latest_checkpoint(self.get_stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
         tune, is_tuned = config.tune, (self.get_stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
-            check_has_caption_pairs(CaptionItems(data.train))  # so that errors occur before the LLM is loaded
+            check_has_caption_pairs(CaptionItems(data.train))  # fails before the LLM is loaded
         return data
 
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
@@ -172,7 +172,7 @@ class Run:
         )
 
     def read_tuning_pairs(self) -> list[TuningItems]:
-        """Read the training data of `tune`: one list of image captions or text pairs per source."""
+        """Read the training data for `tune`: one list of image captions or text pairs per source."""
         if self.command != "fit":
             return self._read_pairs_for_tune_command()
         config, data = self.config.tune, self.data
@@ -267,14 +267,14 @@ def choose_encoder(run: Run) -> None:
         file.unlink()  # written by an interrupted run with another vision tower
         (run.out / "tune/cra_raw.json").unlink(missing_ok=True)
 
-    def choose() -> dict[str, Any]:
+    def compute_choice() -> dict[str, Any]:
         parts = run.parts or load_pretrained_parts(config)
         return {
             **tower,
             **choose_caption_encoder(run.data.train, parts.tower, run.encoders or find_available_candidates()),
         }
 
-    choice = load_or_compute_json(file, choose)
+    choice = load_or_compute_json(file, compute_choice)
     run.config = resolve_auto_encoder(run.config, EncoderConfig(**choice["encoder"]))
     print_once(describe_choice(choice))
 
@@ -282,8 +282,8 @@ def choose_encoder(run: Run) -> None:
 def tune(run: Run) -> Path:
     """Tune the caption encoder on text pairs. Return the folder of the tuned caption encoder.
 
-    In a `fit` run without QLoRA, caption retrieval accuracy on the held-out images is measured before and after tuning
-    if at least two of these images have two or more distinct captions.
+    A `fit` run without QLoRA also measures caption retrieval accuracy before and after tuning, if at least two held-out
+    images have two or more distinct captions.
 
     Raises:
         ValueError: There are no captions or text pairs to tune on.
@@ -348,9 +348,9 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
     only if `config.evaluate.data` lists held-out sources.
 
     Args:
-        store: Cached caption embeddings of the training data. Captions and phrases that are missing are not used.
-        encoder: Caption encoder that created the store. It is saved with the model.
-        features: Folder for the frozen tower's cached features, shared by several runs. Default: in the run directory.
+        store: Cached embeddings of the training captions. Captions and phrases without an embedding are not used.
+        encoder: Caption encoder with which the store was created. The encoder is saved with the model.
+        features: Folder for the cached features of a frozen tower, which several runs can share. Default: in `run.out`.
     """
     model_dir, out, config = run.model_dir, run.get_stage_folder("align"), run.config.align
     if model_dir.exists():
@@ -420,8 +420,8 @@ class DistillOptions:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     columns: dict[str, str] = field(default_factory=dict)
     max_skipped: float = 0.05
-    texts: str | None = None  # file with additional texts to learn from, one per line
-    store: str | None = None  # store of the teacher's caption embeddings; other texts are encoded into `out/store`
+    texts: str | None = None  # file with additional training texts, one per line
+    store: str | None = None  # store with embeddings from the teacher; other texts are encoded into `out/store`
 
 
 def distill(options: DistillOptions, out: Path) -> Path:
@@ -482,7 +482,7 @@ def _prepare_distill_texts(
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
     token_texts = list(filter(None, decode_vocabulary(student)))
     if token_texts:
-        print_once(f"The teacher encodes the captions and the student's vocabulary of {len(token_texts):,} tokens")
+        print_once(f"Teacher inputs: the captions and the student's vocabulary ({len(token_texts):,} tokens)")
     teacher.embed_missing_texts(chain(*iterate_texts(train, other_texts), token_texts, *held_out_texts), out / "store")
     return prepare_training_texts(train, other_texts, student, teacher, out, options.max_skipped)
 
@@ -549,7 +549,7 @@ def _choose_query_templates(model: LLM2CLIP, ranked: Mapping[str, RetrievalRanks
 def rotate_embedding_space(model: LLM2CLIP, train: RecordTable, store: EmbeddingStore, config: AlignConfig) -> None:
     """Rotate a model's embedding space to its principal components, so that embeddings can be truncated.
 
-    Spaces that `align` did not create, or that it trained with Matryoshka dimensions, are left unchanged. The principal
+    Spaces that `align` did not create, or trained with Matryoshka dimensions, are not rotated. The principal
     components are computed from a random sample of captions, at most one per training record.
     """
     is_trained_space = model.config.projection and model.config.adapter.depth > 0 and not config.inherit

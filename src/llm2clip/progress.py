@@ -21,7 +21,7 @@ class ProgressBar(tqdm):
             self.bar_format = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
     def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
-        """Redraw the bar in place. In a log file, write a new line if `LOG_INTERVAL` seconds have passed."""
+        """Redraw the bar in place. In a log file, write a new line at most every `LOG_INTERVAL` seconds."""
         if not self._writes_lines:
             return super().display(msg, pos, **kwargs)
         is_complete = self.total is not None and self.n >= self.total

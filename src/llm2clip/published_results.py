@@ -19,7 +19,7 @@ class PublishedTable:
     source: str  # project page version, with commit and date
     columns: tuple[str, ...]
     rows: dict[str, tuple[Cell, ...]]  # one cell per column, keyed by row name
-    heading: str = ""  # heading in the documentation, or empty if the documentation does not contain the table
+    heading: str = ""  # heading of the table in the documentation, or empty if the table is not shown
     note: str = ""
 
     def get_cell(self, row: str, column: str) -> Cell:
@@ -66,8 +66,8 @@ def get_published_recalls(benchmark: str) -> dict[str, tuple[float | None, ...]]
     """Return the authors' results on a retrieval benchmark. For xm3600, the results are means over all languages.
 
     Returns:
-        R@1, R@5 and R@10 for I2T and then for T2I, keyed by "YEAR: MODEL", such as "2026: Llama-3-8B-CC". R@5 and R@10
-            are None if only R@1 was published. The dict may be empty.
+        Image-to-text and then text-to-image R@1, R@5 and R@10, keyed by "YEAR: MODEL", such as "2026: Llama-3-8B-CC".
+            R@5 and R@10 are None if only R@1 was published. The dict may be empty.
     """
     rows: dict[str, tuple[float | None, ...]] = {}
     for table in _find_retrieval_tables(benchmark):
@@ -81,7 +81,7 @@ def get_published_recalls(benchmark: str) -> dict[str, tuple[float | None, ...]]
 
 
 def get_published_notes(benchmark: str) -> list[str]:
-    """Return the year, title, source and note of the published tables that cover a benchmark, one line per table."""
+    """Return the year, title, source and note of each published table that covers a benchmark, one line per table."""
     tables = _find_retrieval_tables(benchmark)
     if benchmark in VISION_TRANSFER_METRICS:
         tables = [TABLES["vision_transfer"]]

@@ -1,4 +1,4 @@
-"""Reports that consist of blocks, rendered as an HTML page, as Markdown and as text for a terminal.
+"""Reports that consist of blocks, rendered as an HTML page, Markdown or text for a terminal.
 
 Every report starts with a verdict: one or two sentences that state the main result. The HTML template
 `templates/report.html.jinja` has one macro per kind of block, and inlines `templates/report.css`. HTML pages contain no
@@ -54,10 +54,10 @@ class Code:
 class Table:
     """Table whose values are formatted by `format_cell`."""
 
-    header: Sequence[str]  # column names, not empty, because screen readers read the names aloud
+    header: Sequence[str]  # column names, which must not be empty, because screen readers read them aloud
     rows: Sequence[Sequence[Any]]
     highlight: frozenset[int] = frozenset()  # indices of the rows to highlight
-    statuses: Mapping[str, str] = field(default_factory=dict)  # keyed by the text of a cell, e.g. {"holds": GOOD}
+    statuses: Mapping[str, str] = field(default_factory=dict)  # statuses keyed by cell text, e.g. {"holds": GOOD}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ReportImage:
     is_correct: bool | None = None  # True if the image is a correct result for a query, None if unknown
     title: str = ""  # title above the image, such as the file name
     details: Sequence[str] = ()  # short texts below the title, such as the size of the image
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # keyed by label, such as "captions"
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # texts keyed by label, such as "captions"
     error: str = "image not available"  # shown in place of an image that cannot be decoded
 
 
@@ -93,7 +93,7 @@ class ReportImageGroup:
 
 @dataclass(frozen=True)
 class CollapsibleSection:
-    """Collapsed text, such as a run's settings. Clicking the summary expands the text."""
+    """Text, such as a run's settings, that is hidden until the reader clicks the summary."""
 
     summary: str
     text: str
@@ -122,8 +122,8 @@ def _has_missing_plots(blocks: Sequence[Block]) -> bool:
 def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html_name: str = "") -> str:
     """Render a report as Markdown, without figures, images and collapsed text.
 
-    Omit sections that have visual blocks but no tables or code. If blocks were omitted and `html_name` is not empty,
-    a paragraph refers to the HTML file.
+    Omit sections that have visual blocks but no tables or code. If the report has visual blocks and `html_name` is not
+    empty, a paragraph refers to the HTML file.
     """
     parts = [f"# {_escape_html_tags(title)}"]
     if verdict:
@@ -177,7 +177,7 @@ def _escape_html_tags(text: str) -> str:
 
 
 def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
-    """Remove sections that contain visual blocks but neither tables nor code, and then headings without content.
+    """Remove sections that have visual blocks but no tables or code, and then headings without content.
 
     A section ends before the next heading of the same or a higher level.
     """
@@ -246,7 +246,7 @@ def _add_text_alternative(figure: Figure) -> str:
 
 
 def format_cell(value: Any) -> str:
-    """Format a table cell. Floats have one decimal place, or one significant digit between 0.0005 and 0.1."""
+    """Format a table cell. Floats have one decimal place or, between 0.0005 and 0.1, one significant digit."""
     if isinstance(value, float):
         return f"{value:.1g}" if 0.0005 <= abs(value) < 0.1 else f"{value:.1f}"
     return "–" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Caption requests, and their answers, which are cleaned because model output is untrusted."""
+"""Caption requests, and the conversion of untrusted model output to captions."""
 
 import re
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Any
 
 from llm2clip.caption.options import Prompt
 
-MAX_CHARACTERS = 10_000  # longer answers are rejected
-# All regular expressions run in linear time, because answers are untrusted.
+MAX_CAPTION_CHARACTERS = 10_000
+# Model output is untrusted, so all regular expressions must run in linear time.
 _REASONING_START = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
 _REASONING_END = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-# Direction marks, zero-width spaces and lone surrogates, but not zero-width joiners, which words and emoji contain.
+# Matches direction marks, zero-width spaces and lone surrogates, but not zero-width joiners, which emoji contain.
 _INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _MARKDOWN_LINE = re.compile(r"^[ \t]*(?:#{1,6}[ \t]+|>[ \t]+|[-*•][ \t]+|```\w{0,20}$)", re.MULTILINE)
 _LABEL = re.compile(r"^(?:caption|description|answer|sentence)\s*:\s*", re.IGNORECASE)
@@ -19,8 +19,8 @@ _EMPHASIS = re.compile(r"(\*\*|__|`)(?=\S)(.{1,200}?)(?<=\S)\1")
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」"}
 _SENTENCE_END = re.compile(r".*[.!?。！？](?=\s|$|[\"”’])", re.DOTALL)
 
-# An answer that begins with an optional apology and one of `_REFUSALS` is a refusal. An apology alone is not a refusal,
-# because a caption can quote the text of a sign.
+# A refusal starts with one of `_REFUSALS`, or with an apology that is followed by one of `_REFUSALS`.
+# An apology alone is not a refusal, because a caption can quote the text of a sign.
 _REFUSAL_CHARACTERS = 300
 _APOLOGY = re.compile(
     r"(?:(?:i am |i'm )?(?:really |very |so )?(?:sorry|afraid)|(?:my )?apologies|i apologi[sz]e|"
@@ -59,11 +59,11 @@ _REFUSAL = re.compile("|".join(_REFUSALS), re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:
-    image: Any  # result of the captioner's `prepare_image`
+    image: Any  # image in the format returned by the captioner's `prepare_image`
     prompt: Prompt
-    image_hash: str  # SHA-256 of the image's bytes
+    image_hash: str  # SHA-256 hash of the image's bytes
     sample: int = 0  # zero-based sample number
-    caption: str | None = None  # the image's caption in the source, inserted into the prompt
+    caption: str | None = None  # source caption of the image, which is inserted into the prompt
 
     @property
     def prompt_text(self) -> str:
@@ -72,7 +72,7 @@ class CaptionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Answer to a request, with either a text or an error."""
+    """Answer to a caption request: either a caption or an error message."""
 
     text: str | None
     error: str | None = None
@@ -85,17 +85,17 @@ class CaptioningStoppedError(Exception):
 
 
 def convert_output_to_answer(text: str, truncated: bool, input_tokens: int = 0, output_tokens: int = 0) -> Answer:
-    """Convert the output of a model to a caption, or to an error if the output is a refusal, empty or too long.
+    """Convert the output of a model to a caption, or to an error if the output is empty, too long or a refusal.
 
-    Reasoning, control characters, invisible characters, markdown and surrounding quotes are removed.
+    Remove reasoning, control characters, invisible characters, Markdown and surrounding quotes.
 
     Args:
         truncated: True if the output reached the maximum number of tokens. An incomplete last sentence is removed.
     """
     tokens = input_tokens, output_tokens
-    if len(text) > 10 * MAX_CHARACTERS:
+    if len(text) > 10 * MAX_CAPTION_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
-    text = _REASONING_END.split(text)[-1]  # the chat template may contain the start tag of the reasoning
+    text = _REASONING_END.split(text)[-1]  # the chat template may contain the opening <think> tag
     if _REASONING_START.search(text):
         return Answer(None, "the reasoning is longer than the prompt's max_tokens", *tokens)
     text = _strip_caption_markup(text)
@@ -108,7 +108,7 @@ def convert_output_to_answer(text: str, truncated: bool, input_tokens: int = 0, 
         return Answer(None, "empty answer", *tokens)
     if is_refusal(text):
         return Answer(None, f"refusal: {text[:200]}", *tokens)
-    if len(text) > MAX_CHARACTERS:
+    if len(text) > MAX_CAPTION_CHARACTERS:
         return Answer(None, f"too long: {len(text):,} characters", *tokens)
     return Answer(text, None, *tokens)
 

@@ -1,4 +1,4 @@
-"""Captioners that use a server with OpenAI's chat API (vLLM, llama.cpp, Ollama) or a model in this process."""
+"""Captioners for OpenAI-compatible servers (vLLM, llama.cpp, Ollama) and for models that run in this process."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import to_pil_image
 
 from llm2clip.caption.answers import Answer, CaptioningStoppedError, CaptionRequest, convert_output_to_answer
-from llm2clip.caption.options import Prompt, format_missing_server_error
+from llm2clip.caption.options import Prompt, format_connection_error
 from llm2clip.cpu_tuning import keep_freed_memory, use_onednn_matmul
 from llm2clip.data.storage import compute_backoff, is_temporary_http_status, parse_retry_after
 from llm2clip.io_utils import escape_control_characters
@@ -30,21 +30,21 @@ KEY_VARIABLE = "LLM2CLIP_API_KEY"
 CONNECT_TIMEOUT = 10.0  # seconds
 MAX_RESPONSE_BYTES = 1_000_000
 MAX_MESSAGE_CHARACTERS = 300  # maximum length of a quoted server message
-MAX_FAILURES_IN_A_ROW = 20  # after this number of consecutive failures, the server is assumed to be down
+MAX_FAILURES_IN_A_ROW = 20  # number of consecutive failures after which the run is stopped
 MAX_RETRY_AFTER = 300.0  # seconds
-FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # seconds before the first retry, and maximum before later retries
-MAX_CONNECT_SECONDS = 3.0  # maximum time for connecting to a server that has never responded, in seconds
-SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong key, no credit, wrong URL or wrong model name
+FIRST_DELAY, MAX_DELAY = 1.0, 60.0  # delay before the first retry and maximum delay, in seconds
+MAX_CONNECT_SECONDS = 3.0  # time limit for connecting to a server that has never responded
+SETTINGS_STATUSES = frozenset({401, 402, 403, 404})  # wrong API key, insufficient credit, wrong URL or unknown model
 JPEG_QUALITY = 90
-NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # replacement of the field max_tokens that some servers require
+NEW_MAX_TOKENS_FIELD = "max_completion_tokens"  # some servers require this field instead of max_tokens
 
 
 class EndpointError(ValueError):
-    """Raised if no request to the server can succeed, for example because the key is wrong."""
+    """Raised when no request to the server can succeed, for example because the API key is wrong."""
 
 
 class _RequestError(Exception):
-    """Raised when a request fails. `retry` is True if another attempt could succeed."""
+    """Raised when a request fails. `retry` is True if a second attempt could succeed."""
 
     was_connected = True
 
@@ -52,30 +52,30 @@ class _RequestError(Exception):
         super().__init__(message)
         self.status = status  # HTTP status, or None if there was no valid response
         self.retry = retry
-        self.retry_after = retry_after  # minimum delay requested by the server, in seconds
+        self.retry_after = retry_after  # minimum delay from the Retry-After header, in seconds
 
 
 class EndpointCaptioner:
-    """Captioner that sends images to a server with OpenAI's chat API.
+    """Captioner that sends images to a server with an OpenAI-compatible chat API.
 
     Redirects are not followed, so images are sent only to this server. The API key is read from the environment
     variable LLM2CLIP_API_KEY.
 
     Args:
-        endpoint: Base URL such as http://localhost:8000/v1. Requests are sent to URL/chat/completions.
-        concurrency: Number of concurrent requests.
-        retries: Number of additional attempts after a failed request.
+        endpoint: Base URL of the API, such as http://localhost:8000/v1.
+        concurrency: Maximum number of concurrent requests.
+        retries: Maximum number of retries for a failed request.
         timeout: Maximum response time in seconds.
 
     Attributes:
         name: Name of the model, which is stored with each caption.
-        batch_size: Number of requests with the same prompt per call to `generate_answers`.
+        batch_size: Maximum number of requests per call to `generate_answers`.
         workers: Number of threads that call `generate_answers` concurrently.
-        worked_before: True if an earlier run has stored captions from this model. If True, rejected images do not stop
-            the run.
+        worked_before: True if an earlier run has stored captions from this model. If True, images that the server
+            rejects do not stop the run.
 
     Raises:
-        ValueError: The URL is invalid, or the key contains characters that are not allowed in a header.
+        ValueError: The URL is invalid, or the API key contains characters that are not allowed in a header.
     """
 
     batch_size = 1
@@ -109,7 +109,7 @@ class EndpointCaptioner:
         lines = [f"Images are sent to {self.url.scheme}://{self.url.netloc.decode()} (model {self.name})."]
         if self.url.scheme == "http" and not self.is_loopback:
             lines.append(
-                "Warning: the connection is not encrypted, so others on the network can see the images and the key. "
+                "Warning: the connection is not encrypted, so others on the network can read the images and the key. "
                 "Use https:// if the server supports it."
             )
         return lines
@@ -120,7 +120,7 @@ class EndpointCaptioner:
         return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
     def stop(self) -> None:
-        """Make `generate_answers` raise CaptioningStoppedError instead of waiting before a retry."""
+        """Make `generate_answers` raise CaptioningStoppedError instead of sending another request."""
         self._stopped.set()
 
     def generate_answers(self, requests: Sequence[CaptionRequest]) -> list[Answer]:
@@ -129,7 +129,7 @@ class EndpointCaptioner:
         Raises:
             CaptioningStoppedError: The captioner was stopped before an answer was received. The next run repeats the
                 requests.
-            EndpointError: No request can succeed, for example because the key is wrong.
+            EndpointError: No request can succeed, for example because the API key is wrong.
         """
         return [self._request_with_retries(request) for request in requests]
 
@@ -141,13 +141,13 @@ class EndpointCaptioner:
                 answer = self._send_request(request, max_tokens_field)
             except _RequestError as error:
                 if error.status == 400 and max_tokens_field == "max_tokens" and NEW_MAX_TOKENS_FIELD in str(error):
-                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD  # also used for all later requests
+                    self._max_tokens_field = NEW_MAX_TOKENS_FIELD
                     continue
                 self._was_connected |= error.was_connected
                 if not self._was_connected and time.monotonic() - started_at > MAX_CONNECT_SECONDS:
-                    raise EndpointError(format_missing_server_error(self.url.netloc.decode(), error)) from None
+                    raise EndpointError(format_connection_error(self.url.netloc.decode(), error)) from None
                 if not error.retry or attempt == self.retries:
-                    return self._handle_request_failure(error)
+                    return self._convert_failure_to_answer(error)
                 self._stopped.wait(max(compute_backoff(attempt, FIRST_DELAY, MAX_DELAY), error.retry_after))
                 attempt += 1
             else:
@@ -157,17 +157,17 @@ class EndpointCaptioner:
                 return answer
         raise CaptioningStoppedError
 
-    def _handle_request_failure(self, error: _RequestError) -> Answer:
-        """Return the answer for a failed request. Raise EndpointError if the server appears to fail for all images."""
+    def _convert_failure_to_answer(self, error: _RequestError) -> Answer:
+        """Convert a failed request to an answer. Raise EndpointError if all requests are expected to fail."""
         status = error.status
         with self._lock:
-            if status is None or error.retry:  # the server has failed rather than rejected the image
+            if status is None or error.retry:  # the server failed, rather than rejecting the image
                 counts = True
             elif status < 400 or status in SETTINGS_STATUSES:
                 if not self._has_succeeded:
                     raise EndpointError(f"{self.url}: {error}{_suggest_http_error_fix(status)}")
                 counts = True
-            else:  # the server rejects the image; a model without vision rejects every image
+            else:  # the server rejected the image; a text-only model rejects every image
                 counts = not (self._has_succeeded or self.worked_before)
             self._failures_in_a_row += counts
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
@@ -175,7 +175,7 @@ class EndpointCaptioner:
         return Answer(None, str(error))
 
     def _send_request(self, request: CaptionRequest, max_tokens_field: str) -> Answer:
-        # The image comes first, so that servers can reuse the cached prefix for the next prompt.
+        # The image precedes the prompt, so that the server can reuse the cached prefix for other prompts.
         content = [
             {"type": "image_url", "image_url": {"url": request.image}},
             {"type": "text", "text": request.prompt_text},
@@ -207,9 +207,9 @@ class EndpointCaptioner:
         return _parse_chat_response(data)
 
     async def _post_json(self, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
-        """Return the response and its content. Limit the total time, because httpx limits only the time per read."""
+        """Return the response and its body. The timeout limits the total time, whereas httpx limits only each read."""
         async with asyncio.timeout(self.timeout), self._client.stream("POST", self.url, json=body) as response:
-            return response, await _read_size_limited_body(response)
+            return response, await _read_body_with_size_limit(response)
 
 
 def _parse_endpoint_url(endpoint: str) -> httpx.URL:
@@ -219,8 +219,8 @@ def _parse_endpoint_url(endpoint: str) -> httpx.URL:
         raise ValueError(f"--endpoint is not a valid URL ({error})") from error
     if url.userinfo or url.query or url.fragment:  # the URL is printed, so it must not contain a key
         raise ValueError(
-            f"--endpoint must not contain a user name, a password or a query string. Put the key in the environment "
-            f"variable {KEY_VARIABLE}"
+            f"--endpoint must not contain a user name, a password or a query string. Put the API key in the "
+            f"environment variable {KEY_VARIABLE}"
         )
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"--endpoint must be of the form http://HOST:PORT/v1 or https://HOST/v1 (got {endpoint})")
@@ -242,14 +242,14 @@ def _get_api_key() -> str:
 def _build_request_headers() -> dict[str, str]:
     headers, key = {"Accept-Encoding": "identity"}, _get_api_key()
     if not key.isascii() or not key.isprintable():
-        raise ValueError(f"the environment variable {KEY_VARIABLE} contains characters that are not allowed in a key")
+        raise ValueError(f"the environment variable {KEY_VARIABLE} must contain only printable ASCII characters")
     return headers | {"Authorization": f"Bearer {key}"} if key else headers
 
 
-async def _read_size_limited_body(response: httpx.Response) -> bytes:
+async def _read_body_with_size_limit(response: httpx.Response) -> bytes:
     data = bytearray()
-    if response.headers.get("content-encoding", "identity") != "identity":  # decompression could yield gigabytes
-        raise _RequestError("the response is compressed, although the request does not allow it")
+    if response.headers.get("content-encoding", "identity") != "identity":  # the decoded body could be gigabytes
+        raise _RequestError("the response is compressed, although the request does not allow compression")
     async for chunk in response.aiter_raw(65536):
         data += chunk
         if len(data) > MAX_RESPONSE_BYTES:
@@ -269,12 +269,12 @@ def _parse_chat_response(data: bytes) -> Answer:
         raise _RequestError(f"the response is not a chat completion ({type(error).__name__}): {excerpt}") from error
     try:
         text = content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-    except (TypeError, AttributeError) as error:  # another attempt would have the same result
+    except (TypeError, AttributeError) as error:  # a retry would return the same content
         excerpt = _sanitize_server_message(data.decode(errors="replace"))
         raise _RequestError(f"the content of the response is not text: {excerpt}", retry=False) from error
     if choice.get("finish_reason") == "content_filter":
         return Answer(None, "the server's content filter blocked the answer", *tokens)
-    # The key is redacted before `convert_output_to_answer`, which quotes parts of the text in its errors.
+    # The API key is redacted first, because `convert_output_to_answer` quotes parts of the text in error messages.
     return convert_output_to_answer(_redact_api_key(text), choice.get("finish_reason") == "length", *tokens)
 
 
@@ -292,12 +292,12 @@ def _describe_http_error(response: httpx.Response, data: bytes) -> str:
         error = json.loads(text)["error"]
         text = str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, TypeError, KeyError, RecursionError):
-        pass  # the error is not in OpenAI's format
+        pass  # the body is not an error in OpenAI's format
     return f"{status}: {_sanitize_server_message(text or response.reason_phrase)}"
 
 
 def _sanitize_server_message(text: str) -> str:
-    """Escape control characters in a server's message, redact the key, and truncate the message."""
+    """Redact the API key in a server's message, escape control characters, and truncate the message."""
     text = escape_control_characters(" ".join(_redact_api_key(text).split())).encode(errors="replace").decode()
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else f"{text[:MAX_MESSAGE_CHARACTERS]}..."
 
@@ -309,9 +309,9 @@ def _redact_api_key(text: str) -> str:
 
 def _suggest_http_error_fix(status: int) -> str:
     if status in (401, 403):
-        return f". Put the server's key in the environment variable {KEY_VARIABLE}"
+        return f". Put the API key in the environment variable {KEY_VARIABLE}"
     if status == 404:
-        return ". Check --model and --endpoint, which must end with /v1 for most servers"
+        return ". Check --model and --endpoint. For most servers, the URL must end with /v1"
     return ". If you trust the new address, use it as --endpoint" if status < 400 else ""
 
 
@@ -319,12 +319,12 @@ def _suggest_http_error_fix(status: int) -> str:
 
 
 class LocalCaptioner:
-    """Captioner that runs a vision-language model in this process. For the attributes, see `EndpointCaptioner`.
+    """Captioner that runs a vision-language model in this process. The attributes are those of `EndpointCaptioner`.
 
     Args:
         model: Model folder or hub id.
-        batch_size: Number of images per batch. Halved if a batch does not fit in device memory.
-        precision: "fp32", "bf16", or "auto" for bf16 if the hardware supports bf16.
+        batch_size: Number of images per batch. The number is halved if a batch does not fit in device memory.
+        precision: "fp32", "bf16" or "auto", which selects bf16 on hardware that supports bf16.
 
     Raises:
         ValueError: The model is not supported, for example because it has no chat template.
@@ -346,9 +346,9 @@ class LocalCaptioner:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if not (self.processor.chat_template or self.tokenizer.chat_template):
-            raise ValueError(f"{model} has no chat template, so it cannot write captions. Use a chat model")
+            raise ValueError(f"{model} has no chat template, so it cannot follow prompts. Use a chat model")
         keep_freed_memory(self.device)
-        torch.seed()  # with PyTorch's default seed, all ranks and all retries would sample equal answers
+        torch.seed()  # with PyTorch's default seed, all ranks and all retries would sample identical answers
 
     def prepare_image(self, image: Tensor) -> Image.Image:
         pil_image: Image.Image = to_pil_image(image)
@@ -362,7 +362,7 @@ class LocalCaptioner:
         """
         try:
             return self._generate_batch(requests)
-        except ValueError as error:  # a processor rejects some images, for example because they are too narrow
+        except ValueError as error:  # processors reject some images, such as very narrow images
             if len(requests) == 1:
                 return [Answer(None, f"the model's processor rejects the image: {error}")]
             sizes = [1] * len(requests)
@@ -370,18 +370,18 @@ class LocalCaptioner:
             if len(requests) == 1:
                 raise ValueError(
                     f"not even a single image fits in the memory of the {self.device.type} device. Run "
-                    "`llm2clip caption` with a lower --image_size or a smaller model. All earlier captions are stored"
+                    "`llm2clip caption` with a lower --image_size or a smaller model. Earlier captions are stored"
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]
-        answers: list[Answer] = []  # retry after the `except` blocks have released the failed batch
+        answers: list[Answer] = []  # retries after the `except` blocks, which keep the failed batch in memory
         for size in sizes:
             start = len(answers)
             answers += self.generate_answers(requests[start : start + size])
         return answers
 
     def stop(self) -> None:
-        """Do nothing, because `generate_answers` never waits before a retry."""
+        """Do nothing, because a local model sends no requests."""
 
     @torch.inference_mode()
     @use_onednn_matmul()
@@ -403,7 +403,7 @@ class LocalCaptioner:
 
     def _build_chat_messages(self, request: CaptionRequest) -> list[dict[str, Any]]:
         text = request.prompt_text
-        for token in filter(None, self.tokenizer.all_special_tokens):  # special tokens include image placeholders
+        for token in filter(None, self.tokenizer.all_special_tokens):  # including image placeholders
             text = text.replace(token, " ")
         return [
             {"role": "user", "content": [{"type": "image", "image": request.image}, {"type": "text", "text": text}]}

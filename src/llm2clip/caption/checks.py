@@ -1,8 +1,8 @@
 """Quality control of generated captions: text checks, and a comparison of each caption with its image.
 
 `check_captions` needs no model. It compares captions in a temporary table on disk, so its memory use does not depend on
-the number of captions. `score_captions` uses a dual encoder. Both functions store the reason why a caption is rejected
-in the column `problem`. Rejected captions are not written to the output.
+the number of captions. `score_captions` compares captions with their images by using a dual encoder. Both functions
+store the reason for rejecting a caption in the column `problem`. Rejected captions are not written to the output.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ MISMATCH = "does not match the image"
 
 MIN_WORDS, MIN_CHARACTERS = 3, 4  # MIN_CHARACTERS applies to scripts without spaces
 MAX_WORDS: dict[Kind, int] = {"short": 50, "dense": 400}
-CHARACTERS_PER_WORD = 2  # number of characters that count as a word in scripts without spaces
+CHARACTERS_PER_WORD = 2  # in scripts without spaces
 MIN_REPETITIONS = 4
 MAX_LOOP_WORDS = 4  # longer loops are detected by repeated phrases of `PHRASE_WORDS` words
 PHRASE_WORDS = 5
 LONG_TEXT_WORDS, MIN_DISTINCT_RATIO = 30, 0.35
 MIN_LANGUAGE_PROBABILITY = 0.8
 LANGUAGE_CHARACTERS = 200  # number of leading characters from which the language is identified
-# A caption shared by 1 in 1,000 images has about one false negative in a contrastive batch of 1,000 images.
+# In a contrastive batch of 1,000 images, a caption shared by 1 in 1,000 images has about one false negative.
 MAX_SHARED_FRACTION, MIN_SHARED_IMAGES = 0.001, 5
 ROWS_PER_BATCH = 1000
 SAMPLE_SIZE = 1000  # number of images with which each caption is compared
 IMAGES_PER_BATCH = 64
-TIE = 1e-6  # smaller differences between cosine similarities count as ties
+TIE = 1e-6  # smaller differences between cosine similarities are treated as ties
 
-# py3langid's code of each language.
+# py3langid's language codes.
 LANGUAGES = {
     "arabic": "ar", "chinese": "zh", "czech": "cs", "danish": "da", "dutch": "nl", "english": "en", "finnish": "fi",
     "french": "fr", "german": "de", "greek": "el", "hebrew": "he", "hindi": "hi", "hungarian": "hu", "italian": "it",
@@ -89,7 +89,7 @@ _ENGLISH_OPENINGS = (
 _AFTER_OPENING = (
     r"(?: of\b)?(?: what (?:appears|seems|looks) (?:to be|like)\b)?(?: that\b)?(?: there (?:is|are)\b)?[\s,]*"
 )
-# Words after an opening that do not begin a caption, as in "The image shows how a dog jumps".
+# Words that cannot start a caption. The opening is kept before such words: "The image shows how a dog jumps".
 _INCOMPLETE = re.compile(r"(?:how|what|where|when|why|whether|of|and|or)\b|$", re.IGNORECASE)
 _CHINESE_IMAGE = "(?:图片|圖片|照片|图像|圖像|相片|画面|畫面|图|圖)"
 _OTHER_OPENINGS = (
@@ -115,15 +115,15 @@ _ENGLISH_OPENING = _compile_regex_alternation(_ENGLISH_OPENINGS, _AFTER_OPENING)
 _ANY_OPENING = _compile_regex_alternation((*_ENGLISH_OPENINGS, *_OTHER_OPENINGS))
 
 
-# ---- checks of one text ----------------------------------------------------------------------------------------------
+# ---- checks of individual captions -----------------------------------------------------------------------------------
 
 
 def strip_boilerplate_opening(text: str) -> str:
     """Remove an English boilerplate opening: "The image shows a dog" becomes "A dog".
 
-    The opening is kept if the rest is not a caption, as in "The image shows how a dog jumps".
+    The opening is kept if the remaining text is not a caption, as in "The image shows how a dog jumps".
     """
-    for _ in range(3):  # "Sure! Here is a caption: The image shows a photo of a dog"
+    for _ in range(3):  # up to three openings, as in "Sure! Here is a caption: The image shows a photo of a dog"
         opening = _ENGLISH_OPENING.match(text.replace("’", "'"))
         if opening is None:
             break
@@ -145,7 +145,7 @@ def make_word_key(words: Sequence[str]) -> str:
 
 
 def find_text_problem(text: str, kind: Kind) -> str | None:
-    """Return the problem of a caption, or None. `text` must be a result of `strip_boilerplate_opening`."""
+    """Return the reason to reject a caption, or None. Call `strip_boilerplate_opening` before this function."""
     if _ANY_OPENING.match(text.replace("’", "'")):
         return BOILERPLATE
     words = split_words(text)
@@ -165,9 +165,9 @@ def _find_length_problem(text: str, words: Sequence[str], kind: Kind) -> str | N
 
 
 def _is_repetitive(words: Sequence[str]) -> bool:
-    """Return True for loops such as "a dog and a dog and a dog and a dog", or long texts with few distinct words."""
+    """Detect loops such as "a dog and a dog and a dog and a dog", and long texts with few distinct words."""
     for length in range(1, MAX_LOOP_WORDS + 1):
-        num_equal = 0  # number of consecutive words that are equal to the word `length` positions before
+        num_equal = 0  # number of consecutive words that equal the word `length` positions earlier
         for word, earlier in zip(words[length:], words, strict=False):
             num_equal = num_equal + 1 if word == earlier else 0
             # The last word of the last repetition may be missing, as in "a dog and a dog and a dog and a dog".
@@ -182,7 +182,7 @@ def _is_repetitive(words: Sequence[str]) -> bool:
 def identify_language(text: str) -> str | None:
     """Return the language code of a text, such as "en", or None if the identification is uncertain.
 
-    Misidentified captions: 0 of 13,468 English captions from Flickr8k and COCO, and 1 of 6,548 German captions.
+    The code is wrong for 0 of 13,468 English captions from Flickr8k and COCO, and for 1 of 6,548 German captions.
     """
     language, probability = _load_language_identifier().classify(text[:LANGUAGE_CHARACTERS])
     return str(language) if probability >= MIN_LANGUAGE_PROBABILITY else None
@@ -196,14 +196,14 @@ def _load_language_identifier() -> Any:
 
 
 def find_language_code(language: str) -> str | None:
-    """Return the code of a language from its English name or code, or None if the language is unknown."""
+    """Convert the English name or the code of a language to a code. Return None if the language is unknown."""
     name = language.strip().lower()
     if name in LANGUAGES.values():
         return name
     return next((code for known, code in LANGUAGES.items() if known in name), None)
 
 
-# ---- checks of all texts ---------------------------------------------------------------------------------------------
+# ---- checks across captions ------------------------------------------------------------------------------------------
 
 # `position` is the index of the prompt, and `words_key` is a hash of the text without its opening.
 _TEMPORARY_TABLE = """
@@ -224,7 +224,7 @@ _MARK_SHARED = """
 UPDATE temp.checks SET problem = ? WHERE problem IS NULL AND words_key IN (
   SELECT words_key FROM temp.checks WHERE problem IS NULL GROUP BY words_key HAVING count(*) > ?)
 """
-# A rejection by an earlier comparison (--check) is kept if the text checks find no problem.
+# Rejections by an earlier comparison with the images (--check) are kept if the text checks find no problem.
 _STORE_PROBLEMS = """
 UPDATE answers SET problem = checks.problem FROM temp.checks
 WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.model = ? AND answers.prompt = ?
@@ -235,9 +235,9 @@ WHERE answers.hash = checks.hash AND answers.sample = checks.sample AND answers.
 
 @dataclass
 class TextCheckSummary:
-    """Summary of the text checks."""
+    """Summary of the text checks of a captioning run."""
 
-    max_images: int  # maximum number of images that may share a caption
+    max_images: int  # maximum number of images with the same caption
     num_captions: int = 0  # number of checked captions
     num_shortened: int = 0  # number of captions from which an opening was removed
 
@@ -245,21 +245,21 @@ class TextCheckSummary:
 def check_captions(
     database: CaptionDatabase, model: str, prompts: Sequence[Prompt], language: str | None = None
 ) -> TextCheckSummary:
-    """Check the texts of a model's captions. Store the problem of each rejected caption in the database.
+    """Check the texts of a model's captions. Store the reason for each rejection in the database.
 
     Args:
-        prompts: Prompts whose captions are checked. Of duplicate captions of an image, the first prompt's caption is
-            accepted.
-        language: Expected language. Default: the language of most captions of each prompt.
+        prompts: Prompts whose captions are checked. If an image has duplicate captions, only the caption of the first
+            prompt is accepted.
+        language: Expected language. Default: for each prompt, the language of most captions.
     """
     checks = TextCheckSummary(max_images=max(MIN_SHARED_IMAGES, int(MAX_SHARED_FRACTION * database.count_images())))
     with database.transaction():
         database.connection.execute(_TEMPORARY_TABLE)
         for position, prompt in enumerate(prompts):
             for batch in _iterate_captions(database, model, prompt):
-                rows = [_make_text_check_row(answer, position, prompt, checks) for answer in batch]
+                rows = [_build_check_row(answer, position, prompt, checks) for answer in batch]
                 database.connection.executemany("INSERT INTO temp.checks VALUES (?, ?, ?, ?, ?, ?)", rows)
-            code = find_language_code(language) if language else _find_main_language(database, position)
+            code = find_language_code(language) if language else _find_majority_language(database, position)
             if code is not None:
                 database.connection.execute(_MARK_LANGUAGE, (WRONG_LANGUAGE, position, code))
         database.connection.execute(_MARK_DUPLICATES, (DUPLICATE,))
@@ -286,10 +286,10 @@ def _iterate_captions(database: CaptionDatabase, model: str, prompt: Prompt) -> 
         last = rows[-1][:2]
 
 
-def _make_text_check_row(
+def _build_check_row(
     answer: tuple[str, int, str], position: int, prompt: Prompt, checks: TextCheckSummary
 ) -> tuple[str, int, int, int, str | None, str | None]:
-    """Return a row of the temporary table, and update the counts in `checks`."""
+    """Return the row of an answer in the temporary table, and update the counts in `checks`."""
     image_hash, sample, text = answer
     shortened = strip_boilerplate_opening(text)
     problem = find_text_problem(shortened, prompt.kind)
@@ -300,8 +300,8 @@ def _make_text_check_row(
     return image_hash, position, sample, words_key, language, problem
 
 
-def _find_main_language(database: CaptionDatabase, position: int) -> str | None:
-    """Return the language of more than half of the captions with an identified language, or None."""
+def _find_majority_language(database: CaptionDatabase, position: int) -> str | None:
+    """Return the language of the majority of captions whose language was identified, or None without a majority."""
     query = "SELECT language, count(*) FROM temp.checks WHERE position = ? AND language IS NOT NULL GROUP BY language"
     counts = Counter(dict(database.connection.execute(query, (position,))))
     code, count = counts.most_common(1)[0] if counts else (None, 0)
@@ -318,7 +318,7 @@ class ImageCheckSummary:
     encoder: str  # name of the dual encoder
     max_rank: float
     sample_size: int = 0  # number of images with which each caption was compared
-    num_captions: int = 0  # number of captions that were compared
+    num_captions: int = 0  # number of compared captions
     num_unreadable: int = 0  # number of images that could not be decoded
 
 
@@ -331,8 +331,8 @@ def score_captions(
 ) -> ImageCheckSummary:
     """Compare captions with their images, and reject captions that match too many other images better.
 
-    Captions with other problems are skipped. The score of a caption is its cosine similarity to its image. The rank is
-    the fraction of a sample of other images that match the caption better, from 0 to 1. Ties count half.
+    Captions that the text checks rejected are skipped. The score of a caption is its cosine similarity to its image.
+    The rank is the fraction of a sample of other images that match the caption better, from 0 to 1. Ties count half.
 
     Captions with a rank above `max_rank` are rejected. The mean rank of random captions is 0.5 for any encoder, so,
     unlike a score threshold, `max_rank` does not depend on the encoder.
@@ -341,12 +341,12 @@ def score_captions(
     result = ImageCheckSummary(encoder.name, max_rank, sample_size=len(sample_hashes))
     with ProgressBar(total=database.count_images(), desc="checking", unit="image") as bar:
         for rows in iter_chunks(database.iterate_image_rows(distinct=True), IMAGES_PER_BATCH):
-            hashes, embeddings = _encode_caption_images(database, rows, encoder)
+            hashes, embeddings = _encode_image_rows(database, rows, encoder)
             result.num_unreadable += len(rows) - len(hashes)
             answers, owners = [], []
             for owner, image_hash in enumerate(hashes):
                 for answer in database.list_answers(image_hash, model, prompts):
-                    # Captions that were rejected only by an earlier comparison are compared again.
+                    # Captions that were rejected by an earlier comparison with the images are compared again.
                     if answer.text is not None and answer.problem in (None, MISMATCH):
                         answers.append(answer)
                         owners.append(owner)
@@ -365,13 +365,14 @@ def score_captions(
 
 
 def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the score and the rank of each caption.
+    """Return the score and the rank of each caption (see `score_captions`).
 
     Args:
         texts: Embeddings of N captions, of shape (N, D).
         images: Embedding of each caption's image, of shape (N, D).
         sample: Embeddings of S images, of shape (S, D).
-        is_own: Boolean mask of each caption's own image in the sample, of shape (N, S). Own images are excluded.
+        is_own: Boolean mask of shape (N, S), True where a sample image is the caption's own image. These pairs do
+            not affect the rank.
 
     Returns:
         Scores (cosine similarities) and ranks (fractions of other images that match better), both of shape (N,). If
@@ -388,14 +389,14 @@ def rank_captions(texts: Tensor, images: Tensor, sample: Tensor, is_own: Tensor)
 def _encode_sample_images(database: CaptionDatabase, encoder: DualEncoder) -> tuple[list[str], Tensor]:
     """Return the hashes and embeddings of a sample of the images.
 
-    The sample consists of the images with the smallest hashes, so adding images hardly changes the sample.
+    The sample consists of the images with the smallest hashes, so adding a few images hardly changes the sample.
     """
     query = "SELECT min(number) FROM images GROUP BY hash ORDER BY hash LIMIT ?"
     numbers = [number for (number,) in database.connection.execute(query, (SAMPLE_SIZE + 1,))]
-    return _encode_caption_images(database, [database.read_image_row(number) for number in numbers], encoder)
+    return _encode_image_rows(database, [database.read_image_row(number) for number in numbers], encoder)
 
 
-def _encode_caption_images(
+def _encode_image_rows(
     database: CaptionDatabase, rows: Sequence[ImageRow], encoder: DualEncoder
 ) -> tuple[list[str], Tensor]:
     refs = [find_image_file(database, row) for row in rows]

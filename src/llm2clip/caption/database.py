@@ -1,7 +1,7 @@
-"""SQLite database of a captioning run, with the source images and the answers of the model.
+"""SQLite database of a captioning run, with the source records of the images and the answers of the model.
 
-A run can be resumed, because each answer is committed when it arrives, and stored answers are not requested again.
-Images are identified by the SHA-256 hash of their bytes, so a moved or duplicate image needs no new requests.
+Runs can be resumed, because each answer is committed when it arrives, and stored answers are not requested again.
+Images are identified by the SHA-256 hash of their bytes, so moved and duplicate images require no new requests.
 """
 
 import json
@@ -31,7 +31,7 @@ CREATE TABLE answers(
   PRIMARY KEY(hash, prompt, sample, model)
 ) WITHOUT ROWID;
 """
-# Token counts include earlier attempts, because failed attempts can also cost money.
+# Adds the token counts of all attempts, because failed attempts can also cost money.
 _ADD_ANSWER = f"""
 INSERT INTO answers VALUES ({", ".join("?" * 13)})
 ON CONFLICT DO UPDATE SET text = excluded.text, error = excluded.error, temperature = excluded.temperature,
@@ -56,7 +56,7 @@ SELECT count(*) FILTER (WHERE num_captions = 0), count(*) FILTER (WHERE num_capt
 
 @dataclass(frozen=True, slots=True)
 class StoredAnswer:
-    """Row of the table `answers`. The fields are in column order, and the first four are the primary key."""
+    """Row of the table `answers`. The fields are in column order, and the first four form the primary key."""
 
     hash: str  # `ImageRow.hash`
     prompt: str  # `Prompt.key`
@@ -68,27 +68,27 @@ class StoredAnswer:
     date: str  # UTC date, such as 2026-11-29
     input_tokens: int = 0
     output_tokens: int = 0
-    problem: str | None = None  # reason why quality control rejects the caption, or None
+    problem: str | None = None  # reason why quality control rejected the caption, or None
     score: float | None = None  # cosine similarity between the caption and its image (see `score_captions`)
-    rank: float | None = None  # fraction of other images that match the caption better
+    rank: float | None = None  # fraction of other images that match the caption better than its own image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """Row of the table `images`, which contains the source records with an image."""
+    """Row of the table `images`: a source record that has an image."""
 
     number: int  # zero-based position of the record in the sources
-    key: str  # identifier of the image reference in its source
-    hash: str  # SHA-256 of the image's bytes
-    record: dict[str, Any]  # source record; its `image` may be relative to the output folder
-    version: str | None = None  # size and modification time of the image file, or None if it is not a local file
+    key: str  # path or another identifier of the image
+    hash: str  # SHA-256 hash of the image's bytes
+    record: dict[str, Any]  # source record, whose image path may be relative to the output folder
+    version: str | None = None  # size and modification time of a local image file, otherwise None
 
 
 class CaptionDatabase:
-    """SQLite database next to the output file. Each thread must open its own instance, or share one with a lock.
+    """SQLite database next to the output file. Threads that share an instance must use a lock.
 
     Raises:
-        FormatVersionError: The file has a different format version.
+        FormatVersionError: The file has an unsupported format version.
         OSError: The file cannot be opened or is not a database.
     """
 
@@ -133,7 +133,7 @@ class CaptionDatabase:
             for row in rows:
                 earlier = self.find_image_row(row.key)
                 if earlier is not None:
-                    record = json.dumps(_merge_record_dicts(earlier.record, row.record))
+                    record = json.dumps(_merge_records(earlier.record, row.record))
                     self.connection.execute("UPDATE images SET record = ? WHERE number = ?", (record, earlier.number))
                 else:
                     values = (row.number, row.key, row.hash, json.dumps(row.record), row.version)
@@ -157,9 +157,9 @@ class CaptionDatabase:
         return int(count)
 
     def iterate_image_rows(self, distinct: bool = False) -> Iterator[ImageRow]:
-        """Yield all rows in source order. If `distinct` is True, yield only the first row of each image.
+        """Yield all image rows in source order. If `distinct` is True, yield only the first row of each image.
 
-        The database may change during the iteration.
+        The database may be modified during the iteration.
         """
         is_first = "number = (SELECT min(number) FROM images AS same WHERE same.hash = images.hash)"
         condition = f"number > ? AND {is_first}" if distinct else "number > ?"
@@ -172,7 +172,7 @@ class CaptionDatabase:
     # ---- answers
 
     def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
-        """Store answers in one transaction. An answer replaces an earlier failed request with the same key."""
+        """Store answers in one transaction. An answer replaces the earlier answer with the same key, if any."""
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 
@@ -190,14 +190,12 @@ class CaptionDatabase:
 
     def count_answers(self, model: str, prompts: Sequence[Prompt], only_captions: bool = False) -> int:
         """Count a model's answers for the current images. If `only_captions` is True, exclude failed requests."""
-        query = f"SELECT count(*) {_CURRENT_ANSWERS}"
-        ((count,),) = self._query_current_answers(
-            f"{query} AND error IS NULL" if only_captions else query, model, prompts
-        )
+        condition = "AND error IS NULL" if only_captions else ""
+        ((count,),) = self._query_current_answers(f"SELECT count(*) {_CURRENT_ANSWERS} {condition}", model, prompts)
         return int(count)
 
     def count_rejected_by_problem(self, model: str, prompts: Sequence[Prompt]) -> Counter[str]:
-        """Count the rejected captions of the current images for each problem."""
+        """Count the rejected captions of the current images, grouped by problem."""
         query = f"SELECT problem, count(*) {_CURRENT_ANSWERS} AND problem IS NOT NULL GROUP BY problem"
         return Counter(dict(self._query_current_answers(query, model, prompts)))
 
@@ -217,7 +215,7 @@ class CaptionDatabase:
     def _query_current_answers(
         self, query: str, model: str, prompts: Sequence[Prompt], *parameters: object
     ) -> list[Any]:
-        """Return the result of a query that contains `_CURRENT_ANSWERS`."""
+        """Run a query that contains `_CURRENT_ANSWERS`, and return its rows."""
         condition = " OR ".join(["prompt = ? AND sample < ?"] * len(prompts))
         samples = [value for prompt in prompts for value in (prompt.key, prompt.samples)]
         return self.connection.execute(query.format(prompts=condition), (model, *samples, *parameters)).fetchall()
@@ -238,7 +236,7 @@ class CaptionDatabase:
 
     @contextmanager
     def _convert_sqlite_errors(self) -> Iterator[None]:
-        """Convert SQLite errors, such as a full disk or a corrupt file, to OSErrors that name the file."""
+        """Convert SQLite errors, for example due to a corrupt file, to OSErrors that name the file."""
         try:
             yield
         except sqlite3.Error as error:
@@ -250,8 +248,8 @@ def _parse_image_row(row: tuple[int, str, str, str, str | None]) -> ImageRow:
     return ImageRow(number, key, image_hash, json.loads(record), version)
 
 
-def _merge_record_dicts(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Merge the lists of two records, such as captions. For other fields, the first record takes precedence."""
+def _merge_records(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Merge two records. Concatenate lists such as captions. For other fields, the first record takes precedence."""
     merged = second | first
     for name, values in second.items():
         if isinstance(values, list):

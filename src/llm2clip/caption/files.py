@@ -9,7 +9,7 @@ With --out captions.jsonl, a run writes the following files:
     captions_skipped.jsonl     unreadable images
     captions_images/           copies of images that are not local files: members of tars, cells of tables, URLs
 
-Runs ignore these output files in source folders.
+If a source folder contains these files, captioning runs do not read them.
 """
 
 import hashlib
@@ -48,15 +48,14 @@ from llm2clip.progress import ProgressBar
 from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup, Table, write_report
 from llm2clip.runs.run_description import build_run_section, describe_run
 
-WRITTEN_BY_CAPTION = "not read, because it was written by `llm2clip caption`"
+WRITTEN_BY_CAPTION = "not read (written by `llm2clip caption`)"
 MAX_IMAGES = 200  # maximum number of images in the report
 MAX_ERRORS = 20  # maximum number of reasons for failed requests in the report
 MAX_SOURCE_CAPTIONS = 10  # maximum number of source captions per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels
 _COPIED_IMAGE = re.compile(r"(.*)_images/[0-9a-f]{64}\.\w+", re.DOTALL)
-# Images with the most failed or rejected captions come first, then images with the highest rank. Duplicate captions do
-# not count.
+# Selects the images with the most failed or rejected captions. Duplicate captions are not counted as rejected.
 _WORST_IMAGES = """
 SELECT (SELECT min(number) FROM images WHERE images.hash = answers.hash) AS first_number FROM answers
 WHERE model = ? AND prompt IN ({prompts}) AND first_number IS NOT NULL
@@ -66,7 +65,7 @@ ORDER BY sum(error IS NOT NULL OR coalesce(problem, ?) != ?) DESC, max(rank) DES
 
 
 class CaptionOutputPaths:
-    """Paths of the output files of a captioning run, derived from the path of the records."""
+    """Paths of the output files of a captioning run, derived from the path of the JSONL file."""
 
     def __init__(self, records: Path) -> None:
         self.records = records
@@ -97,17 +96,17 @@ def read_source_image_rows(
     log: SkipLog,
     earlier: CaptionDatabase,
 ) -> Iterator[ImageRow]:
-    """Yield a row for each record with an image. Copy images that are not local files to the images folder.
+    """Yield a row for each source record with an image. Copy images that are not local files to the output folder.
 
     Args:
-        columns: Source column of each field.
+        columns: Mapping from record fields to source columns.
         earlier: Database of the previous run, from which the hashes of unchanged files are reused.
     """
     number = 0
     with ProgressBar(desc="read", unit="image") as bar:
         for source in sources:
             for record, image in _iterate_image_records(source, columns, output, log):
-                key = image.key.encode(errors="backslashreplace").decode()  # file names can contain invalid bytes
+                key = image.key.encode(errors="backslashreplace").decode()  # file names can be invalid UTF-8
                 try:
                     if isinstance(image, FileImage) and not is_remote(image.path):
                         path = os.path.abspath(image.path)
@@ -126,10 +125,10 @@ def read_source_image_rows(
 def _iterate_image_records(
     source: str, columns: dict[str, str], output: CaptionOutputPaths, log: SkipLog
 ) -> Iterator[tuple[Record, ImageRef]]:
-    """Yield each record with its image. Skip records without an image, and the output of captioning runs."""
+    """Yield each source record with its image. Skip records without an image, and the output of captioning runs."""
     parsed = Source.parse(source, columns)
     source_path = os.path.realpath(os.path.expanduser(parsed.path))
-    # The output of another run is read only if the user names the file.
+    # The output of another captioning run is read only if the source is the output file itself.
     omits_output = not os.path.isfile(source_path) or source_path == os.path.realpath(output.records)
     files = []
     for file in find_source_files(parsed.path, all_files=True, log=log):
@@ -172,7 +171,8 @@ def _copy_image(data: bytes, output: CaptionOutputPaths) -> tuple[str, str]:
     path = output.images.absolute() / f"{image_hash}.{suffix}"
     if not path.exists() or path.stat().st_size != len(data):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # random, so that other users cannot place a link
+        # If the temporary name were predictable, other users could create a link at this path.
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")
         with explain_write_errors(path), temporary.open("xb") as stream:
             stream.write(data)
         temporary.replace(path)
@@ -194,7 +194,7 @@ def _is_copied_image(path: str) -> bool:
 def write_captioned_records(
     database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]
 ) -> tuple[int, int]:
-    """Write the records with their accepted captions. Return the numbers of records and generated captions."""
+    """Write records with accepted captions to a file. Return the number of records and the number of new captions."""
     num_records = num_captions = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows():
@@ -211,7 +211,7 @@ def write_captioned_records(
 def _add_generated_captions(
     row: ImageRow, answers: Sequence[StoredAnswer], prompts: Sequence[Prompt], has_source_captions: bool
 ) -> dict[str, Any]:
-    """Return the record of an image with generated captions and their origin.
+    """Add the generated captions and their origin to a copy of an image's record.
 
     Short captions are added to `captions`, or to `short_captions` if any source record with this image has captions.
     Dense captions are added to `long_captions`.
@@ -236,7 +236,7 @@ def _add_generated_captions(
 
 
 def write_failed_requests(database: CaptionDatabase, file: Path, model: str, prompts: Sequence[Prompt]) -> int:
-    """Write the failed requests, if any, and their reasons to a file. Return the number of failed requests."""
+    """Write all failed requests to a JSONL file, and return their number. If no request failed, delete the file."""
     num_failures = 0
     with _open_jsonl(file) as stream:
         for row in database.iterate_image_rows(distinct=True):
@@ -264,7 +264,7 @@ def _open_jsonl(file: Path) -> Iterator[TextIO]:
 class CaptionReport:
     """Data for the report of a captioning run."""
 
-    sources: Sequence[str]  # source strings from the command line
+    sources: Sequence[str]  # sources as passed on the command line
     model: str
     prompts: Sequence[Prompt]
     checks: TextCheckSummary
@@ -310,7 +310,7 @@ def build_caption_report_blocks(database: CaptionDatabase, report: CaptionReport
         "images": database.count_images(),
         "captions": report.checks.num_captions,
         "rejected captions": problems.total(),
-        "captions with a removed boilerplate opening": report.checks.num_shortened,
+        "captions from which a boilerplate opening was removed": report.checks.num_shortened,
         "input tokens": input_tokens,
         "output tokens": output_tokens,
     }
@@ -338,13 +338,13 @@ def build_caption_report_blocks(database: CaptionDatabase, report: CaptionReport
 def _describe_image_comparison(scores: ImageCheckSummary | None, num_mismatches: int) -> str:
     if scores is not None:
         text = (
-            f"{scores.encoder} compared {format_count(scores.num_captions, 'caption')} with "
+            f"{scores.encoder} was used to compare {format_count(scores.num_captions, 'caption')} with "
             f"{format_count(scores.sample_size, 'image')}. A caption is rejected if more than {scores.max_rank:.0%} of "
             "the other images match the caption better than its own image."
         )
         if scores.num_unreadable:
             unreadable = format_count(scores.num_unreadable, "image")
-            text += f" The captions of {unreadable} were not compared, because decoding failed."
+            text += f" The captions of {unreadable} were not compared, because the images could not be decoded."
         return text
     if num_mismatches:
         return "The captions were not compared with their images. Rejections by earlier comparisons remain in effect."

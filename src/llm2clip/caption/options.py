@@ -25,8 +25,8 @@ class CaptionOptions:
     """Options of the command `caption`. The attribute docstrings are the help texts."""
 
     endpoint: str | None = None
-    """URL of a server with OpenAI's chat API, such as http://localhost:8000/v1. The images are sent to this server. The
-    API key is read from the environment variable LLM2CLIP_API_KEY."""
+    """URL of a server with an OpenAI-compatible chat API, such as http://localhost:8000/v1. The images are sent to this
+    server. The API key is read from the environment variable LLM2CLIP_API_KEY."""
     prompts: str | None = None
     """YAML file with prompts. Default: two short captions and one dense caption per image."""
     language: str | None = None
@@ -35,24 +35,24 @@ class CaptionOptions:
     use_captions: bool = False
     """Insert the first source caption of each image into prompts that contain {caption}."""
     image_size: int = 768
-    """Maximum width and height of the images, in pixels. Larger images are shrunk."""
+    """Maximum width and height of the images, in pixels. Larger images are downscaled before captioning."""
     batch_size: int = 32
-    """Number of images per batch, without --endpoint. Halved if a batch does not fit in device memory."""
+    """Number of images per batch for a local model. The number is halved if a batch does not fit in device memory."""
     concurrency: int = 8
-    """Number of concurrent requests to the server."""
+    """Maximum number of concurrent requests to the server."""
     retries: int = 6
-    """Number of additional attempts after a failed request."""
+    """Maximum number of retries for a failed request."""
     timeout: float = 300.0
     """Maximum response time of the server, in seconds."""
     check: str | None = None
-    """Dual encoder that compares each caption with its image: an llm2clip model, or any other model that `evaluate`
+    """Dual encoder for comparing captions with their images: an llm2clip model, or any other model that `evaluate`
     accepts. Default: check only the texts."""
     check_max_rank: float = 0.25
     """Reject a caption if more than this fraction of other images match the caption better than its own image."""
     columns: dict[str, str] = field(default_factory=dict)
     """Source column for each field, e.g. captions=text,image=file."""
     max_skipped: float = 0.05
-    """Stop if more than this fraction of the images is unreadable, or has no caption because requests failed."""
+    """Stop if more than this fraction of the images are unreadable, or have no caption because requests failed."""
 
     def __post_init__(self) -> None:
         require_at_least(1, self, "", "image_size", "batch_size", "concurrency")
@@ -61,7 +61,7 @@ class CaptionOptions:
         require_fraction(self, "", "check_max_rank", "max_skipped")
 
 
-def format_missing_server_error(address: str, error: Exception) -> str:
+def format_connection_error(address: str, error: Exception) -> str:
     return f"no server responds at {address} ({error}). Start the server, or check the URL"
 
 
@@ -70,11 +70,11 @@ def format_missing_server_error(address: str, error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Instruction to write a caption. Invalid values raise ValueError."""
+    """Captioning prompt with its sampling parameters. Invalid values raise ValueError."""
 
     name: str
     kind: Kind  # "short" for a sentence, "dense" for a detailed description
-    text: str  # instruction, including the language of the answer
+    text: str  # instruction to the model, including the language of the answer
     samples: int = 1  # number of answers per image
     temperature: float = 0.7  # 0 means greedy decoding
     max_tokens: int = 100  # per answer
@@ -100,15 +100,15 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """Prompt name plus a hash of its text, so that changing the text requests the captions again."""
+        """Prompt name plus a hash of the text, so that captions are requested again if the text changes."""
         return f"{self.name}-{hashlib.sha256(self.text.encode()).hexdigest()[:8]}"
 
     def insert_caption(self, caption: str | None) -> str:
-        """Return the instruction with an inserted caption. If there is no caption, omit lines with {caption}."""
+        """Return the text with {caption} replaced by a caption. If `caption` is None, omit lines with {caption}."""
         if CAPTION_FIELD not in self.text:
             return self.text
         if caption is None:
-            return _drop_caption_placeholder_lines(self.text)
+            return _drop_placeholder_lines(self.text)
         one_line = " ".join(caption.split()).encode(errors="replace").decode()  # without lone surrogates
         return self.text.replace(CAPTION_FIELD, one_line)
 
@@ -116,12 +116,12 @@ class Prompt:
 def load_prompts(
     file: str | Path | None = None, language: str | None = None, use_captions: bool = False
 ) -> list[Prompt]:
-    """Load the prompts in a YAML file.
+    """Load prompts from a YAML file.
 
     Args:
         file: YAML file that maps prompt names to fields. Default: the built-in prompts.
         language: Language of the answers, such as "German". Default: chosen by the model.
-        use_captions: Keep lines with {caption}. Otherwise, remove them.
+        use_captions: If False, remove the lines with {caption} from the prompts.
 
     Raises:
         ValueError: The file is invalid. The message names the file, the prompt and the field.
@@ -134,8 +134,8 @@ def load_prompts(
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not a valid YAML file ({error})") from error
     if not isinstance(content, dict) or not content or not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path} must map the names of prompts to their fields, as in {DEFAULT_FILE}")
-    counts = Counter(key.value for key, _ in root.value)  # safe_load drops repeated names without an error
+        raise ValueError(f"{path} must map prompt names to fields, as in {DEFAULT_FILE}")
+    counts = Counter(key.value for key, _ in root.value)  # safe_load silently drops duplicate names
     if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{path}: several prompts have the name {repeated[0]}. Give each prompt a different name")
     prompts = []
@@ -151,7 +151,7 @@ def load_prompts(
 
 def _parse_prompt_entry(name: str, values: Any, language: str | None, use_captions: bool) -> Prompt:
     if not isinstance(values, dict):
-        raise ValueError(f"must have fields of the form `name: value` (got {values!r})")
+        raise ValueError(f"the prompt must have fields of the form `name: value` (got {values!r})")
     known = [field.name for field in fields(Prompt) if field.name != "name"]
     for key in values:
         if key not in known:
@@ -160,11 +160,11 @@ def _parse_prompt_entry(name: str, values: Any, language: str | None, use_captio
         if key not in values:
             raise ValueError(f"the field {key} is missing")
     prompt = Prompt(name, **values)
-    text = (prompt.text if use_captions else _drop_caption_placeholder_lines(prompt.text)).strip()
+    text = (prompt.text if use_captions else _drop_placeholder_lines(prompt.text)).strip()
     if not text:
         raise ValueError(f"text must contain a line without {CAPTION_FIELD} (got {prompt.text!r})")
     return replace(prompt, text=f"{text}\nAnswer in {language}." if language else text)
 
 
-def _drop_caption_placeholder_lines(text: str) -> str:
+def _drop_placeholder_lines(text: str) -> str:
     return "\n".join(line for line in text.split("\n") if CAPTION_FIELD not in line)

@@ -60,9 +60,9 @@ def run_captioning(sources: Sequence[str], out: Path, model: str, options: Capti
     Args:
         model: Name of the model on the server, or a model folder or hub id if `options.endpoint` is not set.
 
-    For the exceptions, see `caption_images`.
+    Raises the exceptions that `caption_images` documents.
     """
-    require_extra("caption", "captioning")  # checked now, because py3langid is needed only after captioning
+    require_extra("caption", "captioning")  # fails before captioning if py3langid is not installed
     from llm2clip.caption.captioners import EndpointCaptioner, LocalCaptioner
 
     CaptionOutputPaths(out).check_records_path()
@@ -111,7 +111,7 @@ def caption_images(
         TooManySkipped: More than `options.max_skipped` of the images are unreadable, or have no caption because
             requests failed.
         ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
-        FolderInUseError: Another run is writing to the same file.
+        FolderInUseError: Another run is writing to the same output file.
     """
     output = CaptionOutputPaths(out)
     output.check_records_path()
@@ -121,7 +121,7 @@ def caption_images(
         if is_main:
             with (
                 closing(CaptionDatabase(output.database)) as database,
-                closing(CaptionDatabase(output.database)) as earlier,  # reads the rows of the previous run
+                closing(CaptionDatabase(output.database)) as earlier,  # reads rows of the previous run
             ):
                 database.replace_image_rows(read_source_image_rows(sources, options.columns, output, log, earlier))
                 if not database.count_images():
@@ -136,7 +136,7 @@ def caption_images(
             finally:
                 if sys.exception() is None:  # after an exception, torchrun stops the other ranks
                     wait_for_everyone()
-                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # not after a second Ctrl+C
+                if is_main and not isinstance(sys.exception(), KeyboardInterrupt):  # unless Ctrl+C was pressed twice
                     was_completed = (
                         sys.exception() is None and not run.was_interrupted and not run.count_missing_captions()
                     )
@@ -152,10 +152,7 @@ def caption_images(
 def _check_and_write_captions(
     run: _CaptionRun, sources: Sequence[str], log: SkipLog, open_encoder: OpenEncoder | None
 ) -> list[str]:
-    """Check all captions and write the output files.
-
-    Because the comparison with the images can fail, the files are written both before and after the comparison.
-    """
+    """Check all captions, and write the output files before and after the comparison with images, which can fail."""
     database, model, prompts = run.database, run.captioner.name, run.prompts
     checks = check_captions(database, model, prompts, run.options.language)
     report = CaptionReport(sources, model, prompts, checks, seconds=run.elapsed_seconds)
@@ -180,7 +177,7 @@ def _write_output_files(run: _CaptionRun, report: CaptionReport, log: SkipLog) -
     if num_rejected > run.options.max_skipped * num_images:
         lines.append(
             f"Warning: no caption for {num_rejected:,} of {format_count(num_images, 'image')}, because quality control "
-            "rejected all captions\n"
+            "rejected all captions of these images\n"
         )
     captions = format_count(num_captions, "caption")
     lines += [
@@ -209,7 +206,7 @@ def _check_missing_captions(run: _CaptionRun) -> None:
             f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
             f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
             f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry, run "
-            "the same command again. To accept images without captions, raise the limit with --max_skipped"
+            "the same command again. To accept more images without captions, raise the limit with --max_skipped"
         )
     if num_failed + num_rejected == num_images:
         raise ValueError(
@@ -225,8 +222,8 @@ def _check_missing_captions(run: _CaptionRun) -> None:
 class _CaptionRun:
     """Captioning run in which one thread reads the images, and other threads call the captioner.
 
-    Each thread stores its answers before it sends the next requests, so if the process is killed, at most one call per
-    thread is lost.
+    Each thread stores its answers before it sends the next requests. If the process is killed, each thread loses at
+    most one batch of answers.
     """
 
     def __init__(
@@ -241,9 +238,9 @@ class _CaptionRun:
         self.options, self.database = options, database
         self._captions_per_image = sum(prompt.samples for prompt in prompts)
         self._started_at = time.monotonic()
-        self.was_interrupted = False  # True after a signal to stop
+        self.was_interrupted = False  # True after the first SIGINT or SIGTERM
         self._stopped = threading.Event()
-        self._error: BaseException | None = None  # error in a thread that calls the captioner
+        self._error: BaseException | None = None  # first error raised in a thread that calls the captioner
         self._lock = threading.Lock()  # protects the database and the progress bar
         self._batches_lock = threading.Lock()
 
@@ -287,7 +284,7 @@ class _CaptionRun:
         """Yield batches of requests with the same prompt until the run is stopped."""
         state = process_state()
         batches: dict[str, list[CaptionRequest]] = defaultdict(list)
-        with closing(CaptionDatabase(self.output.database)) as database:  # connection that only this thread uses
+        with closing(CaptionDatabase(self.output.database)) as database:  # separate connection for the reading thread
             for row in database.iterate_image_rows(distinct=True):
                 if self._stopped.is_set():
                     return
@@ -301,7 +298,7 @@ class _CaptionRun:
         yield from batches.values()
 
     def _make_caption_requests(self, row: ImageRow, database: CaptionDatabase) -> list[CaptionRequest]:
-        """Return the requests for missing captions of an image. If the image is unreadable, store the error instead."""
+        """Return the requests for an image's missing captions. If the image is unreadable, store the error instead."""
         captions = row.record.get("captions") if self.options.use_captions else None
         caption = captions[0] if captions else None
         answers = database.list_answers(row.hash, self.captioner.name, self.prompts)
@@ -365,7 +362,7 @@ class _CaptionRun:
 
 @contextmanager
 def _stop_on_signals(run: _CaptionRun) -> Iterator[None]:
-    """Stop the run at the first SIGINT or SIGTERM. A second signal has its default effect."""
+    """Stop the run at the first SIGINT or SIGTERM. The previous handlers receive the second signal."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
         yield
         return

@@ -9,7 +9,7 @@ from functools import cache
 
 from llm2clip import __version__
 from llm2clip.cli import caption, evaluate, export, llava, search, serve, tools, train
-from llm2clip.cli.commands import ArgumentParser, CommandFunction, Commands, HelpFormatter
+from llm2clip.cli.commands import ArgumentParser, CommandFunction, CommandGroup, HelpFormatter
 
 DESCRIPTION = """Give a CLIP model a large language model's understanding of text.
 
@@ -55,9 +55,9 @@ def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
         version=__version__,
         description=DESCRIPTION,
         formatter_class=HelpFormatter,
-        allow_abbrev=False,  # otherwise, argparse accepts a misspelt setting as an abbreviation of another
+        allow_abbrev=False,  # argparse would otherwise accept misspelt settings as abbreviations
     )
-    commands = Commands(parser, is_listed=False)  # the description lists the commands
+    commands = CommandGroup(parser, is_listed=False)  # the description lists the commands
     for module in (tools, caption, train, evaluate, search, serve, export, llava):
         module.add_commands(commands)
     return parser, commands.run
@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
     """Run a command and return its exit status. Errors that users can fix are printed without a traceback."""
     try:
         return _run_command(args)
-    except KeyboardInterrupt:  # may also occur while the parser is built
+    except KeyboardInterrupt:  # Ctrl-C may also be pressed while the parser is built
         print("\nInterrupted. Run the same command again to resume.", file=sys.stderr)
         return 130
 
@@ -102,16 +102,16 @@ def _run_command(args: list[str] | None) -> int:
 
         name = f"{command} {settings[command].get('subcommand') or ''}".rstrip()  # for example, `store verify`
         print(f"llm2clip {name}: {escape_control_characters(str(error))}", file=sys.stderr)
-        if not _was_raised_in_packages(
+        if not _is_raised_in_packages(
             {"llm2clip", *sys.stdlib_module_names}, error
-        ):  # library messages may be unclear
+        ):  # error messages of libraries may be unclear
             print("(set LLM2CLIP_TRACEBACK=1 to see the traceback)", file=sys.stderr)
         return 1
     except RuntimeError as error:
         from llm2clip.runs.ranks import PEER_FAILED, is_distributed
 
         if is_distributed() and PEER_FAILED not in str(error):
-            error.add_note(f"If a collective operation raised this error: {PEER_FAILED}")
+            error.add_note(f"Possible cause, if a collective operation raised this error: {PEER_FAILED}")
         raise
     return 0
 
@@ -128,6 +128,6 @@ def _print_closing_lines(lines: list[str]) -> None:
         print(escape_control_characters("\n".join(lines)), flush=True)
 
 
-def _was_raised_in_packages(packages: set[str], error: BaseException) -> bool:
+def _is_raised_in_packages(packages: set[str], error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")).partition(".")[0] in packages

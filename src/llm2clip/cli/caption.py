@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 from jsonargparse import Namespace
 
-from llm2clip.caption.options import CaptionOptions, format_missing_server_error
+from llm2clip.caption.options import CaptionOptions, format_connection_error
 from llm2clip.cli.checks import check_data_sources, check_path_can_be_created, resolve_model_name
 from llm2clip.cli.commands import (
     ArgumentParser,
-    Commands,
+    CommandGroup,
     add_data_reading_arguments,
     add_dataclass_flags,
     format_command,
@@ -22,20 +22,20 @@ from llm2clip.cli.commands import (
 from llm2clip.io_utils import require_extra
 from llm2clip.runs.output_folder import has_outputs
 
-CAPTIONS_FILE = "captions.jsonl"  # captions written by `fit --caption` in the run directory
+CAPTIONS_FILE = "captions.jsonl"  # file in the run directory to which `fit --caption` writes captions
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     parser = commands.add(
         "caption", _run_caption, "Caption images with a multimodal model. Run the command again to resume."
     )
     parser.add_argument("data", nargs="+", type=str, help="Image sources, with or without captions.")
-    parser.add_argument("--out", type=str, required=True, help="JSON Lines file with the captions to write.")
+    parser.add_argument("--out", type=str, required=True, help="JSON Lines file to which the captions are written.")
     parser.add_argument(
         "--model",
         type=str,
         required=True,
-        help="Name of the model on the server in --endpoint. Without --endpoint: folder or hub id of a transformers "
+        help="Name of the model on the server at --endpoint. Without --endpoint: folder or hub id of a transformers "
         "image-text-to-text model, which runs in this process.",
     )
     add_dataclass_flags(parser, CaptionOptions, skip={"columns", "max_skipped"})
@@ -47,21 +47,21 @@ def _run_caption(args: Namespace) -> list[str]:
     check_data_sources(args, require_captions=False)
     options = make_options_from_args(CaptionOptions, args)
     if options.endpoint is None and args.model.startswith(("http://", "https://")):
-        raise ValueError(f"--model {args.model} is a URL. Pass it to --endpoint, and the model's name to --model")
+        raise ValueError(f"--model {args.model} is a URL. Pass the URL to --endpoint, and the model's name to --model")
     if options.check is not None:
         options.check = resolve_model_name(options.check)
     model = resolve_model_name(args.model, allow_revision=False) if options.endpoint is None else args.model
     out = Path(args.out).expanduser()
     if str(out) in args.data:
         raise ValueError(
-            f"--out {args.out} is also the source. Pass the images, or choose another file for the captions"
+            f"--out {args.out} is also the source. Pass the images as the source, or choose another output file"
         )
     check_path_can_be_created(args.out)
-    _check_server(options.endpoint, out)
+    _check_connection(options.endpoint, out)
     return [*_run_captioning(args.data, out, model, options), f"Next: {format_command('fit', out, '--out', 'RUN')}"]
 
 
-def _check_server(endpoint: str | None, out: Path) -> None:
+def _check_connection(endpoint: str | None, out: Path) -> None:
     """Raise OSError if an http:// server cannot be reached. Resumed runs are not checked."""
     url = urlsplit(endpoint or "")
     if url.scheme != "http" or out.with_name(f"{out.name}.sqlite").exists():
@@ -69,7 +69,7 @@ def _check_server(endpoint: str | None, out: Path) -> None:
     try:
         socket.create_connection((url.hostname, url.port or 80), timeout=3).close()
     except (OSError, ValueError) as error:  # ValueError: the port is not a number
-        raise OSError(format_missing_server_error(url.netloc.rpartition("@")[2], error)) from error
+        raise OSError(format_connection_error(url.netloc.rpartition("@")[2], error)) from error
 
 
 def _run_captioning(sources: Sequence[str], out: Path, model: str, options: CaptionOptions) -> list[str]:
@@ -90,12 +90,12 @@ def add_caption_arguments(parser: ArgumentParser) -> None:
         "--caption",
         type=str,
         help="Multimodal model that generates captions for the images before training: a model folder, a hub id or the "
-        "URL of a server. Uses the defaults of `llm2clip caption`, and writes the captions to OUT/captions.jsonl.",
+        "URL of a server. The settings are the defaults of `llm2clip caption`. The output is OUT/captions.jsonl.",
     )
-    parser.add_argument("--caption_model", type=str, help="Name of the model on the server in --caption.")
+    parser.add_argument("--caption_model", type=str, help="Name of the model on the server at --caption.")
 
 
-def prepare_captions(args: Namespace) -> Callable[[], None] | None:
+def prepare_captioning(args: Namespace) -> Callable[[], None] | None:
     """Check the caption arguments of `fit`, and make `args.data` refer to the generated captions.
 
     After a stage has written outputs, no more captions are generated, because a resumed run requires the same data.
@@ -110,7 +110,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
         return None
     require_extra("caption", "--caption")
     if is_server and not args.caption_model:
-        raise ValueError(f"--caption {args.caption} is a server. Pass the name of its model with --caption_model")
+        raise ValueError(f"--caption {args.caption} is a URL. Pass the name of the server's model with --caption_model")
     _check_evaluate_fields(args)
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
@@ -123,7 +123,7 @@ def prepare_captions(args: Namespace) -> Callable[[], None] | None:
     options = CaptionOptions(
         endpoint=args.caption if is_server else None, columns=columns, max_skipped=args.max_skipped
     )
-    _check_server(options.endpoint, out)
+    _check_connection(options.endpoint, out)
 
     def write_captions() -> None:
         from llm2clip.cpu_tuning import free_memory
@@ -141,8 +141,8 @@ def _check_evaluate_fields(args: Namespace) -> None:
     lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)
     if lost_fields and not args.evaluate.data:
         raise ValueError(
-            f"--evaluate.fields: with --caption, the data has only the columns {', '.join(CAPTION_FIELDS)} (got "
-            f"{', '.join(sorted(lost_fields))}). Pass the captions for evaluation with --evaluate.data"
+            f"with --caption, --evaluate.fields can contain only {', '.join(CAPTION_FIELDS)} (got "
+            f"{', '.join(sorted(lost_fields))}). To evaluate other captions, pass their sources with --evaluate.data"
         )
 
 
@@ -150,7 +150,7 @@ def _select_caption_splits(captions: Path, sources: Sequence[str]) -> str:
     """Return the caption file as a source, with the same splits selected as in `sources`.
 
     Raises:
-        ValueError: Some of the sources select splits, but others do not.
+        ValueError: Some sources select splits, but others do not.
     """
     from llm2clip.data.records import Source
 

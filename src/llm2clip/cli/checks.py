@@ -1,4 +1,4 @@
-"""Checks of paths, model names and output folders. There are no slow imports, so that errors are reported quickly."""
+"""Checks of paths, model names and output folders. The module has no slow imports, so errors are reported early."""
 
 import os
 import shlex
@@ -32,13 +32,13 @@ def check_sources_exist(*groups: Iterable[str] | None) -> None:
     for source in (source for group in groups for source in group or []):
         path = Source.parse(source).path
         if not path.startswith("hf:") and not os.path.exists(os.path.expanduser(path)):
-            find_source_files(path)  # expands patterns; raises an error if no file matches
+            find_source_files(path)  # raises an error if no file matches a pattern
 
 
 def check_data_sources(
     args: Namespace, *others: Iterable[str] | None, image_check: Any = "header", require_captions: bool = True
 ) -> None:
-    """Check sources with `check_sources_exist`, and read the first rows of small local files in `args.data`.
+    """Check that all sources exist, and read the first rows of small local files in `args.data`.
 
     Reading a few rows reveals unknown formats, missing columns and unusable images before the slow imports.
     """
@@ -47,7 +47,7 @@ def check_data_sources(
     from llm2clip.data.skip_log import SkipLog
 
     check_sources_exist(args.data, *others)
-    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # smaller fractions are reported by the command itself
+    log = SkipLog(max_skipped=max(args.max_skipped, 0.9))  # fails only if almost all rows are unusable
     for text in args.data:
         source = Source.parse(text, args.columns)
         path = os.path.expanduser(source.path)
@@ -91,7 +91,7 @@ def check_stores_exist(*folders: str) -> None:
 
 
 def check_port_is_available(host: str, port: int) -> None:
-    """Raise OSError if a server cannot listen on a port, for example because it is in use."""
+    """Raise OSError if a server cannot listen on a port, for example because the port is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
@@ -128,7 +128,7 @@ def _resolve_name_or_subfolder(name: str, config_file: str, subfolders: tuple[st
 
     Raises:
         FileNotFoundError: The name is neither an existing path nor a valid name.
-        ValueError: The folder is an index, a store or a run directory without a model, or the name has a revision.
+        ValueError: The folder is an index, a store or a run directory without a model, or the name contains a revision.
         ImportError: The model requires open_clip, which is not installed.
     """
     path = Path(name).expanduser()
@@ -182,19 +182,19 @@ KINDS = {
     "evaluation": "an output folder of `llm2clip evaluate`",
     "model": "a model folder",
 }
-# Glob patterns of files, at least one of which exists in a folder of this kind.
+# Glob patterns that identify each kind of folder. A single match is sufficient.
 _CONTENTS = {
     "index": ("index.sqlite",),
     "store": ("manifest.json", "keys-*.parquet"),
     "evaluation": ("results.json", "vectors", "skipped"),
     "model": ("config.json", "open_clip_config.json", "text.onnx"),
 }
-_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # written by llm2clip, so they do not count as data
+_OWN_FILES = ("skipped.jsonl", "metrics.jsonl")  # output files of llm2clip, which are not data
 _DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
     *(".tar", ".parquet", ".arrow", ".csv", ".tsv", ".jsonl"),
 }
-_MAX_ENTRIES = 1000  # maximum number of files and folders to check per folder
+_MAX_ENTRIES = 1000  # maximum number of files and subfolders that are checked per folder
 
 
 def check_output_folder(path: str | Path, kind: str) -> None:
@@ -219,7 +219,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
 
 
 def check_path_can_be_created(path: str | Path, option: str = "--out") -> None:
-    """Raise OSError if the file or folder in `option` cannot be created in its nearest existing ancestor."""
+    """Raise OSError if no file or folder can be created in the nearest existing ancestor of `path`."""
     parent = next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".llm2clip-", dir=parent))
@@ -228,7 +228,7 @@ def check_path_can_be_created(path: str | Path, option: str = "--out") -> None:
 
 
 def detect_folder_kind(folder: str | Path) -> str | None:
-    """Return the kind of a folder (a key of `KINDS`), or None if it is unknown."""
+    """Return the kind of a folder (a key of `KINDS`), or None if the kind is unknown."""
     folder = Path(folder)
     if (folder / CONFIG_FILE).is_file():
         try:
@@ -248,7 +248,7 @@ def _find_data_file(folder: Path) -> Path | None:
     """Return the relative path of a data file in a folder or its direct subfolders, or None if there is none."""
     entries = list(islice(folder.iterdir(), _MAX_ENTRIES))
     for entry in list(entries):
-        with suppress(OSError):  # not a folder, or not readable
+        with suppress(OSError):  # raised by iterdir for files and for unreadable folders
             entries += islice(entry.iterdir(), _MAX_ENTRIES)
     for entry in entries:
         is_own = entry.name.startswith(".") or entry.name in _OWN_FILES

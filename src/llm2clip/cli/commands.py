@@ -94,8 +94,8 @@ def _explain_jsonargparse_error(message: str, parser: Any) -> str:
 
 
 def suggest_similar_names(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean X?)" with the most similar known names, or "" if there are none."""
-    names = {other.lstrip("-"): other for other in known}  # dashes would inflate the similarity
+    """Return " (did you mean X?)" with the most similar known names, or "" if no name is similar."""
+    names = {other.lstrip("-"): other for other in known}  # leading dashes would inflate the similarity
     prefix, _, last_part = name.lstrip("-").rpartition(".")
     initials = "".join(word[:1] for word in last_part.split("_"))  # `learning_rate` may mean `lr`
     last_parts = {other: other.rpartition(".")[2] for other in names}  # `--lr` may mean `--align.lr` or `--tune.lr`
@@ -125,8 +125,8 @@ def _describe_argument_type(typehint: Any) -> str:
     return " or ".join(dict.fromkeys(parts)) or str(typehint)
 
 
-class Commands:
-    """Subcommands of a parser and the functions that run them."""
+class CommandGroup:
+    """Subcommands of a parser, with the functions that run the subcommands."""
 
     def __init__(self, parser: ArgumentParser, is_listed: bool = True) -> None:
         shown: dict[str, Any] = {"title": "commands"} if is_listed else {"title": SUPPRESS, "help": SUPPRESS}
@@ -146,11 +146,11 @@ class Commands:
         self.run[name] = run
         return parser
 
-    def add_group(self, name: str, description: str) -> Commands:
-        """Add a command group. Return a `Commands` object to which its subcommands can be added."""
+    def add_group(self, name: str, description: str) -> CommandGroup:
+        """Add and return a group of subcommands."""
         parser = ArgumentParser(description=description)
         self._subparsers.add_subcommand(name, parser, help=description)
-        group = Commands(parser)
+        group = CommandGroup(parser)
         self.run[name] = lambda args: group.run[args.subcommand](args[args.subcommand])
         return group
 
@@ -194,12 +194,12 @@ def _read_config_file(file_or_name: str) -> dict[str, Any]:
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(settings, dict | None):
-        raise ValueError(f"must contain settings of the form `name: value` (got {settings!r})")
+        raise ValueError(f"the file must contain settings of the form `name: value` (got {settings!r})")
     return settings or {}
 
 
 def _select_relevant_settings(settings: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Return the settings that are in `known`. Raise ValueError for settings that are also unknown to `fit`."""
+    """Return the settings in `known`. Raise ValueError for settings that neither `known` nor `fit` contains."""
     relevant: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in SECTIONS:
@@ -252,12 +252,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return text
 
 
-class Columns:
+class ColumnMapping:
     """Argument type of --columns, whose parsed value is a dict that maps field names to column names."""
 
 
 def parse_column_mapping(value: str | dict[str, str]) -> dict[str, str]:
-    """Parse `field=column,field=column`, or raise ValueError. Dicts are returned unchanged."""
+    """Convert `field=column,field=column` to a dict, or raise ValueError. A dict is returned unchanged."""
     if isinstance(value, dict):
         return value
     pairs = [part.partition("=") for part in value.split(",")]
@@ -268,12 +268,12 @@ def parse_column_mapping(value: str | dict[str, str]) -> dict[str, str]:
 
 Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)])
 register_type(
-    Columns, serializer=dict, deserializer=parse_column_mapping, type_check=lambda value, _: type(value) is dict
+    ColumnMapping, serializer=dict, deserializer=parse_column_mapping, type_check=lambda value, _: type(value) is dict
 )
 
 # Descriptions of restricted argument types for error messages.
 TYPE_DESCRIPTIONS: dict[type, str] = {
-    Columns: "of the form field=column,field=column, such as captions=text,image=file",
+    ColumnMapping: "of the form field=column,field=column, such as captions=text,image=file",
     Port: "an integer between 0 and 65535",
     PositiveInt: "an integer of at least 1",
     NonNegativeInt: "an integer of at least 0",
@@ -285,7 +285,7 @@ TYPE_DESCRIPTIONS: dict[type, str] = {
 def add_data_reading_arguments(parser: ArgumentParser, max_skipped: float = 0.05) -> None:
     parser.add_argument(
         "--columns",
-        type=Columns,
+        type=ColumnMapping,
         default={},
         help="Source column of each field, e.g. captions=text,image=file.",
     )
@@ -334,6 +334,6 @@ def format_column_flags(columns: dict[str, str]) -> list[str]:
 
 
 def make_options_from_args(options: type[Options], args: Namespace) -> Options:
-    """Create a dataclass from arguments with the same names as its fields. Other fields keep their defaults."""
+    """Create a dataclass instance from the arguments that match its field names. Other fields keep their defaults."""
     fields = dataclasses.fields(options)  # type: ignore[arg-type]
     return options(**{field.name: args[field.name] for field in fields if field.name in args})

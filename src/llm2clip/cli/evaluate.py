@@ -13,7 +13,7 @@ from llm2clip.cli.checks import (
 )
 from llm2clip.cli.commands import (
     DATA_HELP,
-    Commands,
+    CommandGroup,
     add_data_reading_arguments,
     add_dataclass_flags,
     format_column_flags,
@@ -23,7 +23,7 @@ from llm2clip.cli.commands import (
 from llm2clip.config import EncoderConfig, EvaluateConfig, EvaluateOptions
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     parser = commands.add(
         "evaluate",
         _run_evaluate,
@@ -44,7 +44,7 @@ def add_commands(commands: Commands) -> None:
         default=[],
         help=f"{DATA_HELP} If a source has no splits, only the images that `fit` would hold out are used.",
     )
-    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to compare with.")
+    parser.add_argument("--baselines", nargs="+", type=str, help="Other models to evaluate for comparison.")
     add_dataclass_flags(parser, EvaluateOptions, skip={"columns", "max_skipped"})
     add_data_reading_arguments(parser)
     parser.add_class_arguments(EncoderConfig, "encoder")

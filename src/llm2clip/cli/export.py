@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index_exists, check_output_folder, check_stores_exist, resolve_model_name
-from llm2clip.cli.commands import Commands, format_command
+from llm2clip.cli.commands import CommandGroup, format_command
 from llm2clip.io_utils import format_count, require_extra
 from llm2clip.models.export import FORMATS, export_model
 from llm2clip.models.loading import describe_hub_error, find_hub_problem, is_hub_id
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     parser = commands.add(
         "convert",
         _run_convert,
@@ -36,9 +36,9 @@ def add_commands(commands: Commands) -> None:
         help="Official checkpoint (folder, file or hub id), model folder, one or more LoRA adapters in training order, "
         "or nvidia/NV-Embed-v2.",
     )
-    parser.add_argument("--out", type=str, required=True, help="Model folder to create or, with --to, checkpoint.")
+    parser.add_argument("--out", type=str, required=True, help="Output model folder or, with --to, output checkpoint.")
     parser.add_argument(
-        "--text", type=str, help="Caption encoder, or its LoRA adapter, with which the checkpoint was trained."
+        "--text", type=str, help="Caption encoder with which the checkpoint was trained, or the encoder's LoRA adapter."
     )
     parser.add_argument(
         "--to", choices=["hf", "eva"], help="Convert a model folder to an official checkpoint in this layout."
@@ -72,13 +72,13 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add("push", _run_push, "Upload a model folder or exported model to the hub, with a model card.")
     parser.add_argument("model", type=str, help="Folder to upload.")
-    parser.add_argument("repo_id", type=str, help="Repository USER/NAME on the hub, which is created if needed.")
+    parser.add_argument("repo_id", type=str, help="Hub repository USER/NAME, which is created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Create a private repository.")
     parser.add_argument("--license", type=str, help="License identifier on the hub, such as apache-2.0.")
     _add_store_commands(commands)
 
 
-def _add_store_commands(commands: Commands) -> None:
+def _add_store_commands(commands: CommandGroup) -> None:
     group = commands.add_group("store", "Check, repair and merge embedding stores.")
 
     parser = group.add("verify", _verify_store, "Read every shard and verify its checksum.")
@@ -129,7 +129,7 @@ def _convert_caption_encoder(args: Namespace, kind: str, load: Callable[[], Capt
     from llm2clip.io_utils import atomic_dir
 
     if args.to is not None or args.text is not None:
-        raise ValueError(f"--to and --text cannot be used with {kind}: `convert` writes a caption encoder")
+        raise ValueError(f"--to and --text cannot be used with {kind}, because the output is a caption encoder")
     if Path(args.out).exists():
         raise FileExistsError(f"{args.out} exists: choose another folder")
     encoder = load()
@@ -198,8 +198,8 @@ def _export_gallery(args: Namespace) -> list[str]:
         raise ValueError("--to gallery requires --index INDEX, the index to search")
     if args.int8 or args.dim is not None:
         raise ValueError(
-            "--int8 and --dim cannot be used with --to gallery: a gallery always has 8-bit weights, and the vectors of "
-            "its index. To truncate them, build an index with `llm2clip index --dim`"
+            "--int8 and --dim cannot be used with --to gallery: a gallery always has 8-bit weights, and uses the "
+            "vectors of the index. To truncate the vectors, build the index with `llm2clip index --dim`"
         )
     check_index_exists(args["index"])
     from llm2clip.search.gallery import MAX_MB, export_gallery
@@ -208,7 +208,7 @@ def _export_gallery(args: Namespace) -> list[str]:
     return [
         *messages,
         f"Exported: {args.out}",
-        "Upload the folder to any static web host, or open it on this machine:",
+        "Upload the folder to any static web host, or serve it on this machine:",
         f"Next: python -m http.server --directory {shlex.quote(args.out)}      (then open http://localhost:8000)",
     ]
 
@@ -229,7 +229,7 @@ def _export_vectors(args: Namespace) -> list[str]:
 def _run_push(args: Namespace) -> list[str]:
     args.model = resolve_model_name(args.model)
     if not is_hub_id(args.repo_id):
-        raise ValueError(f"the name on the hub must be of the form USER/NAME (got {args.repo_id})")
+        raise ValueError(f"the name of the hub repository must be of the form USER/NAME (got {args.repo_id})")
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -239,7 +239,7 @@ def _run_push(args: Namespace) -> list[str]:
     folder = Path(args.model)
     if not any((folder / name).is_file() for name in ("config.json", "modules.json", "text.onnx")):
         raise FileNotFoundError(f"{args.model} is not a model folder: it has no config.json")
-    _check_no_home_paths(folder)
+    _check_for_home_paths(folder)
     problem = find_hub_problem()
     if problem:
         raise OSError(f"cannot push to {args.repo_id}: {problem}")
@@ -252,7 +252,7 @@ def _run_push(args: Namespace) -> list[str]:
         info = api.model_info(args.repo_id)
         if args.private and not info.private:
             raise ValueError(
-                f"{args.repo_id} exists and is public: make it private on the hub first, or remove --private"
+                f"{args.repo_id} exists and is public. Make it private on the hub first, or remove --private"
             )
         if "config.json" in files:  # delete old files that would be loaded together with the new model
             outdated = (TRAINING_IMAGES_FILE, "modules.json", ".safetensors", ".safetensors.index.json")
@@ -281,16 +281,16 @@ def _list_files_to_upload(folder: Path) -> dict[str, Path]:
             continue
         is_inside = target.is_relative_to(folder.resolve()) or target.parent.name == "blobs"
         if path.is_symlink() and not (target.is_file() and is_inside):
-            raise ValueError(f"{path} is a symbolic link to {target}: replace the link with a copy")
+            raise ValueError(f"{path} is a symbolic link to {target}: replace the link with a copy of the file")
         if path.is_file():
             files[name.as_posix()] = path
     return files
 
 
-def _check_no_home_paths(folder: Path) -> None:
+def _check_for_home_paths(folder: Path) -> None:
     """Raise ValueError if a JSON file contains a path in the home folder, which would reveal the user name."""
     for file in sorted(folder.rglob("*.json")):
-        is_config = file.stat().st_size < 1 << 20  # unlike tokenizer vocabularies, which are larger
+        is_config = file.stat().st_size < 1 << 20  # larger JSON files are tokenizer vocabularies
         if is_config and f"{Path.home()}/" in file.read_text(encoding="utf-8", errors="replace"):
             raise ValueError(
                 f"{file} contains a path in {Path.home()}, which would become public. Replace the path, for example "
@@ -319,10 +319,10 @@ def _repair_store(args: Namespace) -> list[str]:
     deleted = repair_store(args.folder)
     count = len(EmbeddingStore(args.folder))
     if not deleted:
-        return [f"Nothing to repair: the store is intact and has {format_count(count, 'caption')}"]
+        return [f"Nothing to repair: the store is intact and contains {format_count(count, 'caption')}"]
     return [
         f"Deleted: {', '.join(deleted)}",
-        f"The store has {format_count(count, 'caption')}. To re-encode the deleted captions, run `llm2clip embed`",
+        f"The store contains {format_count(count, 'caption')}. To re-encode the deleted captions, run `llm2clip embed`",
     ]
 
 

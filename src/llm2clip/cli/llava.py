@@ -8,14 +8,14 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from llm2clip.cli.checks import check_output_folder, check_pretrained_names, check_sources_exist
-from llm2clip.cli.commands import SECTIONS, Commands, add_data_reading_arguments, format_command
+from llm2clip.cli.commands import SECTIONS, CommandGroup, add_data_reading_arguments, format_command
 from llm2clip.io_utils import format_count
 from llm2clip.llava import LlavaConfig
 
 SECTIONS.add("llava")
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     llava = commands.add_group("llava", "Build and train a multimodal LLM: LLaVA-1.5 with any vision tower.")
 
     parser = llava.add("build", _run_build, "Build an untrained multimodal model from a vision tower and an LLM.")
@@ -41,7 +41,7 @@ def add_commands(commands: Commands) -> None:
     parser = llava.add(
         "train",
         _run_train,
-        "Train the projector, then the projector and the LLM. Run the command again to resume.",
+        "Train the projector alone, then the projector and the LLM. Run the command again to resume.",
     )
     parser.add_argument("model", type=str, help="Model folder written by `llava build`.")
     parser.add_argument(
@@ -108,7 +108,7 @@ def _run_train(args: Namespace) -> list[str]:
     pretrain = read_conversations(args.pretrain, make_captioning_conversations, **reading)
     instruct = read_conversations(args.instruct, make_instruction_conversations, **reading)
     count = format_count(len(pretrain), "conversation")
-    print_once(f"{count} for the projector, {len(instruct):,} for the projector and the LLM", log.summary())
+    print_once(f"{count} to train the projector, {len(instruct):,} to train the projector and the LLM", log.summary())
     folder = train_llava(args.model, pretrain, instruct, config=args.llava, out=run, log=log)
     evaluate = ["lmms-eval", "--model", "llm2clip_llava", "--model_args", f"pretrained={folder}", "--tasks", "pope"]
     return [

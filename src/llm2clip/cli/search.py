@@ -27,7 +27,7 @@ from llm2clip.cli.checks import (
     check_sources_exist,
     resolve_model_name,
 )
-from llm2clip.cli.commands import ArgumentParser, Commands, add_data_reading_arguments, make_options_from_args
+from llm2clip.cli.commands import ArgumentParser, CommandGroup, add_data_reading_arguments, make_options_from_args
 from llm2clip.io_utils import format_count
 from llm2clip.models.loading import DEFAULT_MODEL
 from llm2clip.search.metadata import CONDITIONS, CONTENT_FIELDS, IMAGE_FIELDS, Filter, metadata_to_json
@@ -48,18 +48,18 @@ NOTHING_CLOSE = "No image is close to the query. To see the closest images anywa
 NOT_CALIBRATED = "Relevance is not calibrated for this index, so the images may not be close to the query."
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     _add_index_arguments(commands.add("index", _run_index, "Build or update an image index for `search` and `serve`."))
     sub = commands.add(
-        "search", _run_search, "Search an index by text (in any language that the model supports) and by image."
+        "search", _run_search, "Search an index by text, in any language that the model supports, and by image."
     )
-    sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Omit it with --server.")
+    sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Not used with --server.")
     _add_query_arguments(sub)
     for name, condition in CONDITIONS.items():
         example = ", given as a date or time such as 2024-05-31" if condition.kind.endswith("time") else ""
         value_type = PositiveInt if condition.kind == "number" else str
         sub.add_argument(f"--{name}", type=value_type, help=f"Only images {condition.description}{example}.")
-    sub.add_argument("--model", type=str, help="Model that built the index. Needed only if the model folder was moved.")
+    sub.add_argument("--model", type=str, help="Model of the index. Needed only if the model folder was moved.")
     sub.add_argument(
         "--server",
         type=str,
@@ -69,7 +69,7 @@ def add_commands(commands: Commands) -> None:
     sub.add_argument(
         "--token",
         type=str,
-        help="Token of the server. Default: the token in the address, otherwise $LLM2CLIP_TOKEN. Other users of this "
+        help="Token for the server. Default: the token in the address, or $LLM2CLIP_TOKEN. Other users of this "
         "machine can see command-line arguments, but not environment variables.",
     )
     _add_output_arguments(sub)
@@ -108,20 +108,20 @@ def _add_index_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Also index images outside the source's folder that caption files or symbolic links refer to.",
+        help="Also index images outside the source folder if caption files or symbolic links refer to the images.",
     )
     add_data_reading_arguments(sub, max_skipped=1.0)
     sub.add_argument("--batch_size", type=PositiveInt, default=64, help="Number of images per forward pass.")
     sub.add_argument(
         "--workers",
         type=NonNegativeInt,
-        help="Number of image decoding processes. Default: half the number of CPU cores.",
+        help="Number of processes that decode images. Default: half the number of CPU cores.",
     )
 
 
 def _add_query_arguments(sub: ArgumentParser) -> None:
     sub.add_argument(
-        "words", nargs="*", type=str, default=[], help="What the images should show. All words form one text."
+        "words", nargs="*", type=str, default=[], help="What the images should show. All words together form one text."
     )
     sub.add_argument("--text", action="append", type=str, default=[], help="Additional query text. May be repeated.")
     sub.add_argument("--images", nargs="+", type=str, default=[], help="Images that the results should resemble.")
@@ -138,7 +138,7 @@ def _add_query_arguments(sub: ArgumentParser) -> None:
         "without a value disables templates.",
     )
     sub.add_argument("--top", type=PositiveInt, default=10, help="Maximum number of results.")
-    sub.add_argument("--show_weak", action="store_true", help="Also show results if nothing is close to the query.")
+    sub.add_argument("--show_weak", action="store_true", help="Also show results if no image is close to the query.")
     sub.add_argument(
         "--no_words",
         action="store_true",
@@ -179,7 +179,7 @@ def _run_index(args: Namespace) -> list[str]:
         require_extra("ocr", "--ocr")
     if not args.prune:
         check_sources_exist(args.data)
-    if not (args.prune or os.path.exists(args.out)):  # an update suggests --prune instead if images are missing
+    if not (args.prune or os.path.exists(args.out)):  # an update reports missing images and suggests --prune
         check_data_sources(args, require_captions=False)
     args.model = _choose_index_model(args.out) if args.model is None else resolve_model_name(args.model)
     from llm2clip.data.skip_log import SkipLog
@@ -257,11 +257,11 @@ def _choose_index_model(location: str) -> str:
     except FileNotFoundError as error:
         raise OSError(
             f"without --model, `index` needs {DEFAULT_MODEL}, but {find_hub_problem()}. Pass a model folder with "
-            "--model. `llm2clip quickstart` and `llm2clip fit` can train one without the hub"
+            "--model. `llm2clip quickstart` and `llm2clip fit` can train a model without the hub"
         ) from error
     print(
         f"Model: {DEFAULT_MODEL} (English; MIT licence; the first use downloads 605 MB). To use another model, such as "
-        "RUN/model of your own `fit` run, pass --model."
+        "RUN/model of your own `fit` run, use --model."
     )
     return DEFAULT_MODEL
 
@@ -278,7 +278,7 @@ def _run_search(args: Namespace) -> list[str]:
     _check_output_flags(args)
     image_filter = _parse_filter_arguments(args)
     if args.server is not None:
-        return _search_server(args, image_filter)
+        return _search_on_server(args, image_filter)
     if args.model is not None:
         args.model = resolve_model_name(args.model)
     from llm2clip.models.prompts import QueryTemplates, check_prompt_templates
@@ -296,12 +296,12 @@ def _run_search(args: Namespace) -> list[str]:
     return _print_search_results(args, index, query, page, image_filter)
 
 
-def _search_server(args: Namespace, image_filter: Filter) -> list[str]:
+def _search_on_server(args: Namespace, image_filter: Filter) -> list[str]:
     from llm2clip.cli.server_index import ServerIndexClient, encode_images
 
     for name in ("model", "templates"):
         if args[name] is not None:
-            raise ValueError(f"--{name} cannot be used with --server, which has its own model and templates")
+            raise ValueError(f"--{name} cannot be used with --server: the server uses its own model and templates")
     index = ServerIndexClient(args.server, args.token)
     query = {
         "texts": args.texts,
@@ -328,11 +328,11 @@ def _print_search_results(
     if page.nothing_close and (args.json or args.paths):
         print(NOTHING_CLOSE, file=sys.stderr)
     if args.json:
-        return [hit_to_json(rank, hit) for rank, hit in enumerate(page.hits, 1)]
+        return [format_hit_as_json(rank, hit) for rank, hit in enumerate(page.hits, 1)]
     if args.paths:
         return [hit.images[0].name for hit in page.hits]
     if not page.hits:
-        return [NOTHING_CLOSE if page.nothing_close else _explain_no_results(args, index, image_filter)]
+        return [NOTHING_CLOSE if page.nothing_close else _explain_missing_results(args, index, image_filter)]
     print_hits(page.hits, Console())
     if args.explain:
         print_explanation(index.explain(query, page.hits[0].id), Console())
@@ -342,7 +342,7 @@ def _print_search_results(
     return [NOT_CALIBRATED] if has_query and page.hits[0].relevance is None else []
 
 
-def _explain_no_results(args: Namespace, index: Index | ServerIndexClient, image_filter: Filter) -> str:
+def _explain_missing_results(args: Namespace, index: Index | ServerIndexClient, image_filter: Filter) -> str:
     from llm2clip.cli.server_index import ServerIndexClient
 
     if isinstance(index, ServerIndexClient):
@@ -363,7 +363,7 @@ def _check_output_flags(args: Namespace) -> None:
     if args.explain and not args.texts:
         raise ValueError("--explain requires a query text")
     if args.explain and (args.json or args.paths):
-        raise ValueError("--explain prints a table: remove --json and --paths")
+        raise ValueError("--explain prints a table, so it cannot be combined with --json or --paths")
 
 
 def _check_query_arguments(args: Namespace) -> None:
@@ -380,7 +380,7 @@ def _check_query_arguments(args: Namespace) -> None:
 
 
 def _parse_filter_arguments(args: Namespace) -> Filter:
-    """Create a filter. Raise ValueError if a time is invalid, or if --after is later than --before."""
+    """Create a filter from `args`. Raise ValueError if a time is invalid, or if --after is later than --before."""
     values = {name: args[name] for name in CONDITIONS}
     for name, condition in CONDITIONS.items():
         if condition.kind.endswith("time"):
@@ -396,7 +396,6 @@ def parse_iso_timestamp(text: str | None, option: str, end_of_day: bool = False)
     """Convert an ISO 8601 date or time to a Unix timestamp.
 
     Args:
-        option: Name of the option, for the error message.
         end_of_day: If True, a date without a time means the end of the day instead of its start.
 
     Raises:
@@ -472,7 +471,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     console.print(table)
 
 
-def hit_to_json(rank: int, hit: Hit) -> str:
+def format_hit_as_json(rank: int, hit: Hit) -> str:
     """Format a search result as a single line of JSON, with local times in ISO 8601 format."""
     first, *duplicates = hit.images
     values = {

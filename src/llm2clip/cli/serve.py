@@ -1,4 +1,4 @@
-"""The command `serve`."""
+"""Command that starts an HTTP server for search and embeddings: `serve`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from llm2clip.cli.checks import check_index_exists, check_port_is_available, resolve_model_name
-from llm2clip.cli.commands import ArgumentParser, Commands, Port
+from llm2clip.cli.commands import ArgumentParser, CommandGroup, Port
 from llm2clip.io_utils import require_extra
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     sub = commands.add("serve", _run_serve, "Serve a search API, an embeddings API and a search page over HTTP.")
     sub.add_argument("index", nargs="?", type=str, help="Index folder or URL. Default: serve embeddings only.")
     sub.add_argument(
         "--model",
         type=str,
-        help="Model that built the index. Needed only if the model folder was moved. Required without an index.",
+        help="Model of the index. Needed only if the model folder was moved. Required without an index.",
     )
     sub.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."
@@ -63,7 +63,7 @@ def add_commands(commands: Commands) -> None:
         "--immich_upstream",
         type=str,
         help="Address of Immich's own machine-learning service, such as http://127.0.0.1:3004, to which requests for "
-        "facial recognition and OCR are forwarded. Default: such requests fail, so disable both features in Immich.",
+        "facial recognition and OCR are forwarded. By default, the requests fail. Disable both features in Immich.",
     )
     _add_model_arguments(sub)
 
@@ -145,7 +145,7 @@ def _run_serve(args: Namespace) -> list[str]:
         if args.immich:
             print_once(describe_immich_setup(address, model.embed_dim, upstream))
             return
-        known = os.environ.get("LLM2CLIP_TOKEN")  # not printed, because the output may end up in logs
+        known = os.environ.get("LLM2CLIP_TOKEN")  # a known token is not printed, because logs may contain the output
         page = f"{address}?token={quote(token, safe='')}" if token and token != known else address
         mcp = f"MCP server: {address}mcp. " if args.mcp else ""
         print_once(f"Serving at {page}", f"{mcp}API description: {address}openapi.json. Press Ctrl-C to stop.")

@@ -22,19 +22,19 @@ NO_SERVER = "{} is not the address of a server started with `llm2clip serve`"
 
 
 class ServerIndexClient:
-    """Index of a running server. Search results have the same attributes as those of `search.index.Index`."""
+    """Client for the index of a running server. Search results have the same attributes as results of `Index`."""
 
     def __init__(self, address: str, token: str | None = None) -> None:
-        """Default token: the token in the address or, if there is none, $LLM2CLIP_TOKEN.
+        """Use the token in the address or, if there is none, $LLM2CLIP_TOKEN, unless `token` is set.
 
         Raises:
-            ValueError: The address is invalid, or the token contains characters that are not allowed in a token.
+            ValueError: The address is invalid, or the token contains unprintable or non-ASCII characters.
         """
         form = f"--server must be of the form http://HOST:PORT or https://HOST (got {hide_url_secrets(address)})"
         try:
             parts = urlsplit(address)
             is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.username is None
-            is_valid = is_valid and parts.port != 0  # reading the port raises an error if it is invalid
+            is_valid = is_valid and parts.port != 0  # reading an invalid port raises ValueError
         except ValueError as error:
             raise ValueError(form) from error
         if not is_valid:
@@ -42,13 +42,13 @@ class ServerIndexClient:
         self.address = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._token = token or parse_qs(parts.query).get("token", [""])[0] or os.environ.get("LLM2CLIP_TOKEN", "")
         if not self._token.isascii() or not self._token.isprintable():
-            raise ValueError("the token contains characters that are not allowed in a token")
-        # Redirects and, for http://, proxies are disabled, because other servers could then read the token.
+            raise ValueError("the token must contain only printable ASCII characters")
+        # Redirects and, for http://, proxies are disabled, so that no other server can read the token.
         proxies = [ProxyHandler({})] if parts.scheme == "http" else []
         self._opener = build_opener(_RejectRedirectsHandler, *proxies)
 
     def search(self, query: dict[str, Any], **options: Any) -> Any:
-        """Return a page of hits. `query` and `options` contain the fields of `search.schemas.SearchRequest`.
+        """Return a page of hits. The arguments are the fields of `search.schemas.SearchRequest`.
 
         Raises:
             OSError: The server cannot be reached, rejects the token or the request, or is not an llm2clip server.
@@ -93,11 +93,11 @@ def _explain_http_error(error: HTTPError) -> str:
             "`llm2clip serve` printed, which contains the token"
         )
     if 300 <= error.code < 400:
-        return f"the server redirects to {hide_url_secrets(error.headers.get('Location', ''))}. Pass the final address"
+        return f"the server redirects to {hide_url_secrets(error.headers.get('Location', ''))}. Pass the new address"
     try:
         return str(json.loads(error.read(MAX_RESPONSE_BYTES))["error"]["message"])
     except (OSError, HTTPException, ValueError, LookupError, TypeError):
-        return f"the server answered with status {error.code}. Check the address"
+        return f"the server answered with HTTP status {error.code}. Check the address"
 
 
 def encode_images(paths: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from llm2clip.cli.checks import check_data_sources, check_output_folder, check_path_can_be_created, check_sources_exist
 from llm2clip.cli.commands import (
     DATA_HELP,
-    Commands,
+    CommandGroup,
     add_data_reading_arguments,
     format_column_flags,
     format_command,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llm2clip.tools.plan import FitPlan
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     parser = commands.add(
         "doctor", _run_doctor, "Check this machine and environment, and explain how to fix any problems."
     )
@@ -41,7 +41,7 @@ def add_commands(commands: Commands) -> None:
 
     parser = commands.add("data", _describe_data, "Describe your data before you train on it.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
-    parser.add_argument("--report", type=str, help="HTML page to write, with plots and example images.")
+    parser.add_argument("--report", type=str, help="HTML file for a report with plots and example images.")
     add_data_reading_arguments(parser, max_skipped=1.0)
 
     parser = commands.add("configs", _list_configs, "List the built-in configs for --config, or print one.")
@@ -74,7 +74,7 @@ def add_commands(commands: Commands) -> None:
     add_stage_settings(parser)
 
     parser = commands.add("runs", _list_runs, "List the runs in a folder with their state, progress and result.")
-    parser.add_argument("folder", nargs="?", type=str, default="runs", help="Folder to search, including subfolders.")
+    parser.add_argument("folder", nargs="?", type=str, default="runs", help="Folder to search recursively.")
 
 
 def _run_doctor(args: Namespace) -> list[str]:
@@ -84,7 +84,7 @@ def _run_doctor(args: Namespace) -> list[str]:
 
 
 def _run_quickstart(args: Namespace) -> list[str]:
-    if not (Path(args.out) / "data").is_dir():  # --out has no earlier quickstart run
+    if not (Path(args.out) / "data").is_dir():  # --out does not contain an earlier quickstart run
         check_output_folder(args.out, "fit")
         require_extra("quickstart", "`quickstart`")
     from llm2clip.tools.quickstart import quickstart

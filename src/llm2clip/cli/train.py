@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
 
-from llm2clip.cli.caption import add_caption_arguments, prepare_captions
+from llm2clip.cli.caption import add_caption_arguments, prepare_captioning
 from llm2clip.cli.checks import (
     check_data_sources,
     check_output_folder,
@@ -24,7 +24,7 @@ from llm2clip.cli.checks import (
 from llm2clip.cli.commands import (
     DATA_HELP,
     ArgumentParser,
-    Commands,
+    CommandGroup,
     add_data_reading_arguments,
     format_column_flags,
     format_command,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from llm2clip.pipeline import Run
 
 
-def add_commands(commands: Commands) -> None:
+def add_commands(commands: CommandGroup) -> None:
     _add_fit_command(commands)
     _add_tune_command(commands)
     _add_embed_command(commands)
@@ -55,7 +55,7 @@ def add_commands(commands: Commands) -> None:
     _add_distill_command(commands)
 
 
-def _add_fit_command(commands: Commands) -> None:
+def _add_fit_command(commands: CommandGroup) -> None:
     parser = commands.add("fit", _run_fit, "Train on your images and captions: tune, embed, align, evaluate.")
     parser.add_argument("data", nargs="+", type=str, help=DATA_HELP)
     parser.add_argument("--out", type=str, required=True, help="Run directory.")
@@ -65,7 +65,7 @@ def _add_fit_command(commands: Commands) -> None:
     parser.add_class_arguments(EvaluateConfig, "evaluate")
 
 
-def _add_tune_command(commands: Commands) -> None:
+def _add_tune_command(commands: CommandGroup) -> None:
     parser = commands.add("tune", _run_tune, "Tune a language model contrastively on captions.")
     parser.add_argument(
         "data",
@@ -81,7 +81,7 @@ def _add_tune_command(commands: Commands) -> None:
     parser.add_class_arguments(TuneConfig, "tune")
 
 
-def _add_embed_command(commands: Commands) -> None:
+def _add_embed_command(commands: CommandGroup) -> None:
     parser = commands.add("embed", _run_embed, "Encode every caption in DATA once, and store the embeddings.")
     parser.add_argument("data", nargs="+", type=str, help="Caption sources; images are not needed.")
     parser.add_argument("--out", type=str, required=True, help="Store folder.")
@@ -109,7 +109,7 @@ def _add_embed_command(commands: Commands) -> None:
     parser.add_class_arguments(EmbedConfig, "embed")
 
 
-def _add_align_command(commands: Commands) -> None:
+def _add_align_command(commands: CommandGroup) -> None:
     parser = commands.add("align", _run_align, "Train a vision tower on images and the caption embeddings in a store.")
     parser.add_argument(
         "data",
@@ -120,12 +120,12 @@ def _add_align_command(commands: Commands) -> None:
     parser.add_argument(
         "--store", type=str, required=True, help="Store with the caption embeddings of DATA, written by `embed`."
     )
-    parser.add_argument("--held_out", nargs="+", type=str, help="Sources for evaluation during training.")
+    parser.add_argument("--held_out", nargs="+", type=str, help="Held-out sources for evaluation during training.")
     parser.add_argument(
         "--features",
         type=str,
-        help="Store for image features of the frozen tower (--align.tower_lr 0), which several runs can share. "
-        "Default: a folder in OUT.",
+        help="Folder for the cached image features of a frozen tower (--align.tower_lr 0). Several runs can share the "
+        "folder. Default: a folder in OUT.",
     )
     parser.add_argument("--out", type=str, required=True, help="Output folder. The trained model is in OUT/model.")
     add_data_reading_arguments(parser)
@@ -133,9 +133,9 @@ def _add_align_command(commands: Commands) -> None:
     parser.add_class_arguments(AlignConfig, "align")
 
 
-def _add_distill_command(commands: Commands) -> None:
+def _add_distill_command(commands: CommandGroup) -> None:
     parser = commands.add("distill", _run_distill, "Train a small text encoder to replace the LLM and adapter.")
-    parser.add_argument("model", type=str, help="Teacher: a model folder or hub id of an llm2clip model.")
+    parser.add_argument("model", type=str, help="Teacher: the folder or hub id of an llm2clip model.")
     parser.add_argument(
         "data",
         nargs="+",
@@ -181,8 +181,8 @@ def _run_fit(args: Namespace) -> list[str]:
     if args.encoder.path != AUTO:
         args.encoder.path = resolve_encoder_path(args.encoder.path)
     check_pretrained_names(args.align.tower)
-    index_data = _format_index_sources(args)  # includes images without an accepted caption
-    write_captions = prepare_captions(args)
+    index_data = _format_index_sources(args)  # before `prepare_captioning` changes `args.data`
+    write_captions = prepare_captioning(args)
     from llm2clip.pipeline import fit, open_run
     from llm2clip.runs.ranks import print_once
 
@@ -196,7 +196,7 @@ def _run_fit(args: Namespace) -> list[str]:
 
 
 def _check_disk_and_memory(run: Run, records: RecordTable | None) -> list[str]:
-    """Check disk space and memory for a model that is not yet trained. Return warnings to print."""
+    """Check whether disk space and memory suffice for the run. Return warnings to print."""
     from llm2clip.runs.ranks import process_state
     from llm2clip.tools.plan import check_resources
 

@@ -1,8 +1,8 @@
-"""Construction of record tables from data sources, and division into training records and held-out records.
+"""Construction of record tables from data sources, and the split into training records and held-out records.
 
-A data source is read in parts. Each part is a file or a range of a large file. The rows of a part are saved in a file
-whose name is a hash of everything that affects the rows. An interrupted read resumes with the missing parts, and only
-changed files are read again. Each saved file ends with a checksum, and corrupt files are rebuilt.
+A data source is read in parts. Each part is a file or a section of a large file. The rows of a part are saved in a file
+whose name is a hash of everything that affects the rows. An interrupted run resumes with the parts that have not been
+saved, and only changed files are read again. Saved files end with a checksum. Corrupt files are rebuilt.
 
     FOLDER/
       parts/HASH.arrow    rows of one part, and the log of its skipped rows
@@ -34,7 +34,7 @@ from llm2clip.data.image_facts import (
     ImageFacts,
     find_duplicate_images,
     find_first_occurrences,
-    mask_matching_images,
+    find_matching_images,
 )
 from llm2clip.data.records import (
     CAPTION_FIELDS,
@@ -63,24 +63,24 @@ from llm2clip.parallel import count_cores, map_in_processes
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import hold_folder_lock
 
-FORMAT_VERSION = 5  # must be increased when the file formats or the merge rules change
+FORMAT_VERSION = 5  # increment when the file formats or the merge rules change
 PART_BYTES = 16 << 20  # approximate size of each part of a large file
-MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in the main process, because starting workers takes a second
+MIN_PARALLEL_BYTES = 8 << 20  # smaller sources are read in the main process, because starting workers takes about 1 s
 START_TIME = time.time_ns()  # approximate start time of this process, in nanoseconds since the epoch
 PREFETCH_FILES = 8  # number of remote files to download in advance
-MAX_VERIFIED_BYTES = 1 << 30  # parts beyond this total size are not verified, to save time
-UNUSED_DAYS = 30  # parts and tables that have not been used for this many days are deleted
+MAX_VERIFIED_BYTES = 1 << 30  # to save time, parts beyond this total size are not verified
+UNUSED_DAYS = 30  # saved files that have not been used for this number of days are deleted
 
 ARRAY_FILES = ("rows.npy", "sources.npy", "copies.npy")
 CORRUPT_FILE = "corrupt, and therefore rebuilt"
 TRAIN_SPLITS = (NO_SPLIT, "train", "training", "restval")
-HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first split that exists is held out
-HELD_OUT_DIVISOR = 10  # if the data has no held-out split, 1 image in 10 is held out
+HELD_OUT_SPLITS = ("val", "validation", "valid", "dev", "test")  # the first of these splits that exists is held out
+HELD_OUT_DIVISOR = 10  # if the data has no held-out split, 1 in 10 images is held out
 MAX_HELD_OUT = 1000  # maximum number of held-out images if the data has no held-out split
 
 
 class NoImagesError(ValueError):
-    """Raised when no record has an image although images are required."""
+    """Raised when images are required but no record has an image."""
 
 
 def build_record_table(
@@ -95,14 +95,14 @@ def build_record_table(
     """Read data sources into a table with one record per image, in order of first appearance.
 
     Rows with the same image are merged, even across sources. The merged record contains all distinct captions, and the
-    id, split and source of the first row. Image files with identical bytes count as the same image. Rows without an
-    image are merged if they have the same id, source path and split. Merging takes about 60 bytes of memory per row.
+    id, split and source of the first row. Image files with identical bytes are treated as the same image. Rows without
+    an image are merged if they have the same id, source path and split. Merging takes about 60 bytes of memory per row.
 
     The saved rows of an unchanged caption file are reused, unless an image that was missing or invalid has since been
     added or modified.
 
     Args:
-        columns: Mapping from record fields to column names. It extends or overrides each source's own mapping.
+        columns: Mapping from record fields to column names. Takes precedence over the mapping of a `Source`.
         image_check: See `open_records`. With "ignore", image files are not compared by content.
         folder: Folder in which the table is saved. Default: a folder in the user's cache directory.
         workers: Number of worker processes. Default: one per CPU core, or none for small sources.
@@ -136,7 +136,7 @@ def build_record_table(
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
-    """Load the source index of each record in a table from `build_record_table`, as an int16 array of shape (N,)."""
+    """Return the source index of each record in a saved table, as an int16 array of shape (N,)."""
     assert table.folder is not None
     return np.load(table.folder / "sources.npy")
 
@@ -145,8 +145,8 @@ def load_source_indices(table: RecordTable) -> np.ndarray:
 
 
 @dataclass
-class _ReadPartTask:
-    """Task of reading one part of a source and saving its rows in `file`."""
+class _PartTask:
+    """Task that reads one part of a source and saves the rows in `file`."""
 
     source_index: int
     source: Source
@@ -163,7 +163,7 @@ class _ReadPartTask:
 
 def _list_part_tasks(
     sources: Sequence[Source], log: SkipLog, image_check: ImageCheck, require_captions: bool, folder: Path
-) -> list[_ReadPartTask]:
+) -> list[_PartTask]:
     tasks = []
     num_bytes = 0
     for index, source in enumerate(sources):
@@ -182,10 +182,10 @@ def _list_part_tasks(
                     summary = _load_part_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
                     if summary is None:
                         log.add_note(CORRUPT_FILE, str(file))
-                if summary is None or _must_reread_part(part, summary):
+                if summary is None or _should_reread_part(part, summary):
                     remove_path(file)
                     summary = None
-                tasks.append(_ReadPartTask(index, source, part, image_check, require_captions, file, pinned, summary))
+                tasks.append(_PartTask(index, source, part, image_check, require_captions, file, pinned, summary))
     return tasks
 
 
@@ -197,7 +197,7 @@ def _load_part_summary(file: Path, verify: bool) -> ReadSummary | None:
     return None
 
 
-def _must_reread_part(part: FilePart, summary: ReadSummary) -> bool:
+def _should_reread_part(part: FilePart, summary: ReadSummary) -> bool:
     """Return True if an unchanged file must be read again because a download failed or a skipped image has changed."""
     skipped = [event for event in summary.events if event[0] == "skip"]  # see `SkipLog.skip`
     # A new run retries failed downloads, but all processes of one run must use the same rows.
@@ -213,7 +213,7 @@ def _must_reread_part(part: FilePart, summary: ReadSummary) -> bool:
     return False
 
 
-def _read_unsaved_parts(tasks: Sequence[_ReadPartTask], log: SkipLog, workers: int | None) -> None:
+def _read_unsaved_parts(tasks: Sequence[_PartTask], log: SkipLog, workers: int | None) -> None:
     """Read all parts that have no saved summary. Check each source as soon as all of its parts have been read."""
     missing = {task.file: task for task in tasks if task.summary is None}
     work = _estimate_read_bytes([task.part for task in missing.values()])
@@ -252,8 +252,8 @@ def _estimate_read_bytes(parts: Sequence[FilePart]) -> float:
     return work
 
 
-def _read_and_save_part(task: _ReadPartTask) -> Exception | None:
-    """Read a part and save its rows. Return an error, because errors in earlier parts must be raised first."""
+def _read_and_save_part(task: _PartTask) -> Exception | None:
+    """Save the rows of a part. Return an exception instead of raising it, so that exceptions are raised in order."""
     if task.version is not None:
         pin_versions({task.part.path: task.version})
     log = RecordingSkipLog()
@@ -270,11 +270,11 @@ def _read_and_save_part(task: _ReadPartTask) -> Exception | None:
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def _build_merged_table(tasks: Sequence[_ReadPartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
-    """Build and save the merged table, unless it already exists. Return the folder of the table."""
+def _build_merged_table(tasks: Sequence[_PartTask], log: SkipLog, image_check: ImageCheck, folder: Path) -> Path:
+    """Build and save the merged table unless a valid copy exists. Return the folder of the table."""
     summaries = [task.summary for task in tasks if task.summary is not None]
     source_paths = {task.source_index: task.source.path for task in tasks}
-    # A part that was read again may have different rows, so the hash includes the time of reading.
+    # Reading a part again can yield different rows, so the hash includes the time at which each part was read.
     names = [(task.source_index, task.file.name, part.read_at) for task, part in zip(tasks, summaries, strict=True)]
     table_folder = folder / "tables" / _hash_json([FORMAT_VERSION, names, list(source_paths.values())])
     if table_folder.exists():
@@ -359,7 +359,7 @@ class DataSplits:
     train: RecordTable
     held_out: dict[str, RecordTable]
     summary: str
-    rule: str  # message that explains how images were held out and how to train on all images
+    rule: str  # message that explains how the held-out images were chosen and how to train on all images
 
 
 def read_data_splits(
@@ -380,8 +380,8 @@ def read_data_splits(
     1. If `config.data` lists sources, their records are held out, and their images are removed from the training data.
     2. If a source has a split named val, validation, valid, dev or test, the first of these splits that exists is held
        out.
-    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. Images
-       are held out from sources with selected splits only if all sources have selected splits and
+    3. Otherwise, a tenth of the training images (at most 1,000) is held out, chosen by a hash of each record. No image
+       is held out from a source with selected splits, unless all sources have selected splits and
        `keep_selected_splits` is False.
     """
     records = build_record_table(sources, columns, log, image_check, folder)
@@ -389,7 +389,7 @@ def read_data_splits(
     source_of_record = load_source_indices(records)
     has_selection = np.array([bool(source.splits) for source in parsed], bool)[source_of_record]
     split_names, split_of_record = _read_split_names(records)
-    is_selected = has_selection | _mask_records_in_splits(split_names, split_of_record, TRAIN_SPLITS)
+    is_selected = has_selection | _find_records_in_splits(split_names, split_of_record, TRAIN_SPLITS)
     other_splits = {split_names[n].lower() for n in np.unique(split_of_record[~is_selected])}
     held_out_split = next((name for name in HELD_OUT_SPLITS if name in other_splits), None)
     is_held_out = np.zeros(len(records), bool)
@@ -398,13 +398,13 @@ def read_data_splits(
         parsed = [Source.parse(source) for source in config.data]
         held_out = build_record_table(config.data, columns, log, image_check, folder)
         source_of_held_out = load_source_indices(held_out)
-        is_leaked = is_selected & mask_matching_images(held_out, records)
+        is_leaked = is_selected & find_matching_images(held_out, records)
         is_training = is_selected & ~is_leaked
         if is_leaked.any():
             notes.append(f"{format_count(int(is_leaked.sum()), 'held-out image')} removed from training")
     else:
         if held_out_split is not None:
-            is_held_out = ~is_selected & _mask_records_in_splits(split_names, split_of_record, (held_out_split,))
+            is_held_out = ~is_selected & _find_records_in_splits(split_names, split_of_record, (held_out_split,))
         elif not (keep_selected_splits and all(source.splits for source in parsed)):
             is_held_out = _choose_held_out_records(records, is_selected, has_selection)
         is_training = is_selected & ~is_held_out
@@ -445,9 +445,9 @@ def _list_split_names(split_names: Sequence[str], splits: np.ndarray) -> list[st
     return sorted(split_names[n] for n in np.unique(splits))
 
 
-def mask_training_splits(records: RecordTable) -> np.ndarray:
-    """Return a boolean mask of shape (N,) that selects records with a training split or without a split."""
-    return _mask_records_in_splits(*_read_split_names(records), TRAIN_SPLITS)
+def find_training_records(records: RecordTable) -> np.ndarray:
+    """Return a boolean mask of shape (N,) that selects the records with a training split or without a split."""
+    return _find_records_in_splits(*_read_split_names(records), TRAIN_SPLITS)
 
 
 def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
@@ -458,13 +458,13 @@ def _read_split_names(records: RecordTable) -> tuple[list[str], np.ndarray]:
     return [decode_file_name(name) for name in names], np.concatenate([np.empty(0, np.int32), *indices])
 
 
-def _mask_records_in_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
+def _find_records_in_splits(names: Sequence[str], split_of_record: np.ndarray, splits: Sequence[str]) -> np.ndarray:
     is_selected = np.array([name.lower() in splits for name in names], bool)
     return is_selected[split_of_record] if len(names) else np.zeros(len(split_of_record), bool)
 
 
 def _choose_held_out_records(records: RecordTable, is_training: np.ndarray, has_selection: np.ndarray) -> np.ndarray:
-    """Choose the training images to hold out by hash. Return a boolean mask of the records, of shape (N,)."""
+    """Choose the images with the lowest hashes. Return a boolean mask of shape (N,) that selects their records."""
     is_candidate = is_training & ~has_selection
     if not is_candidate.any():
         is_candidate = is_training
@@ -483,7 +483,7 @@ def _build_tables_by_caption_field(
     columns: dict[str, str],
     folder: Path | None,
 ) -> dict[str, RecordTable]:
-    """Return one table per caption field. Each extra caption column requires another pass over the sources."""
+    """Return one table per caption field. For each extra caption column, the sources are read once more."""
     fields = {"captions": held_out.select(held_out.count_texts("captions") > 0)}
     for name in CAPTION_FIELDS[1:]:
         if held_out.count_texts(name).any():
@@ -493,5 +493,5 @@ def _build_tables_by_caption_field(
         only_this_column = {**columns, **dict.fromkeys(CAPTION_FIELDS, ""), "captions": name}
         quiet = SkipLog(max_skipped=1.0)  # rows without a caption in the extra column are expected
         candidates = build_record_table(sources, only_this_column, quiet, "header", folder)
-        fields[name] = candidates.select(mask_matching_images(held_out, candidates))
+        fields[name] = candidates.select(find_matching_images(held_out, candidates))
     return fields

@@ -1,11 +1,11 @@
 """Counter-based random numbers, computed by hashing a seed and counters such as the epoch and the image index.
 
-Each random number depends only on its own seed and counters. It does not depend on the batch, the number of ranks or
-the step from which a run is resumed.
+Each random number depends only on the seed and the counters, and not on the batch, the number of ranks or the step at
+which a run is resumed.
 
 The hash function is based on SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014, https://doi.org/10.1145/2714064.2660195). Each counter selects an output of a SplitMix64 generator, and
-this output is the seed of the generator for the next counter.
+OOPSLA 2014, https://doi.org/10.1145/2714064.2660195). Each counter selects an output of a SplitMix64 generator. The
+selected output is the seed of the generator for the next counter.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049
 def hash_counters(seed: int, *counters: np.ndarray | int) -> np.ndarray:
     """Return 64 random bits per combination of counters, as a uint64 array with the broadcast shape of the counters.
 
-    The counters must be at least 0. Raise ValueError if the seed is negative.
+    Raise ValueError if the seed is negative. The counters must not be negative.
     """
     if seed < 0:
         raise ValueError(f"the seed must be at least 0 (got {seed})")
@@ -35,7 +35,7 @@ def convert_bits_to_unit_interval(bits: np.ndarray) -> np.ndarray:
 
 
 def shuffle_row_prefixes(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Shuffle the first `counts[n]` values of each row `n`. The other values keep their positions.
+    """Return a copy in which the first `counts[n]` values of each row `n` are shuffled.
 
     Args:
         values: Array of shape (N, M).

@@ -4,7 +4,7 @@ The hash of an image file covers its size and a sample of bytes from its middle.
 contents only if their hashes are equal.
 
 Model folders contain the hashes of the training images, so that `evaluate` can warn if a model is evaluated on its own
-training images. Anyone who has an image can use the hashes to check whether a model was trained on this image.
+training images. Anyone who has an image can use the hashes to check whether a model was trained on that image.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llm2clip.data.image_header import (
 )
 from llm2clip.data.image_refs import IMAGE_KINDS, FileImage, ImageRef, LoadedImage, TarImage, get_file_version
 from llm2clip.data.remote import file_exists, open_file
-from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.skip_log import BadRowError
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import FatalDataError, describe_error
 
@@ -44,24 +44,24 @@ TRAINING_IMAGES_FILE = "training_images.npy"
 SAMPLE_BYTES = 1024
 NUM_THREADS = 16  # enough threads to hide the latency of network file systems
 ITEMS_PER_TASK = 32
-BATCH_IMAGES = 1 << 14  # maximum number of image references in memory
+BATCH_IMAGES = 1 << 14  # maximum number of image references in memory at a time
 MISSING_IMAGE, UNREADABLE_IMAGE, TOO_LARGE_IMAGE = "missing image", "unreadable image", "image too large"
 
 
 class ImageFacts(NamedTuple):
-    """Properties of an image that can be read without decoding its pixels. Unknown numbers are 0."""
+    """Properties of an image that can be read without decoding its pixels. Unknown sizes and hashes are 0."""
 
     width: int = 0  # pixels
     height: int = 0
     hash: int = 0  # see `get_distinct_image_hashes`
-    digest: bytes | None = None  # SHA-256 of an image in object storage; avoids a second download
+    digest: bytes | None = None  # SHA-256 of a remote image; stored to avoid a second download
 
 
 def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> ImageFacts:
     """Read the size of an image if `check` is True, and its hash if `compute_hash` is True.
 
     Raises:
-        UnusableRow: `check` is True, and the image is missing, unreadable or too large.
+        BadRowError: `check` is True, and the image is missing, unreadable or too large.
     """
     samples = _sample_image_bytes(image) if check or compute_hash else None
     width = height = image_hash = 0
@@ -69,11 +69,11 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
     if check:
         if samples is None and type(image.ref) is FileImage and not file_exists(image.ref.path):
             is_url = is_remote(image.ref.path)
-            raise UnusableRow(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
+            raise BadRowError(MISSING_IMAGE, str(image.ref) if is_url else os.path.abspath(image.ref.path))
         size = parse_image_size(samples.start, samples.size) if samples is not None else None
         width, height = size or _read_size_with_pillow(image)
         if width * height > MAX_PIXELS:
-            raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
+            raise BadRowError(TOO_LARGE_IMAGE, f"{image.ref}: {width} x {height}")
     if compute_hash:
         image_hash = _hash_image(image.ref, samples)
         if samples is not None and isinstance(image.ref, FileImage | TarImage) and is_remote(image.ref.path):
@@ -82,13 +82,13 @@ def read_image_facts(image: LoadedImage, check: bool, compute_hash: bool) -> Ima
 
 
 class _SampledImageBytes(NamedTuple):
-    size: int  # total number of bytes of the image
-    start: bytes  # first bytes of the image, or all bytes
+    size: int  # size of the encoded image in bytes
+    start: bytes  # first bytes of the image, or the entire image
     middle: bytes
 
 
 def _sample_image_bytes(image: LoadedImage) -> _SampledImageBytes | None:
-    """Read samples of an image's bytes. Return None for unreadable files and for unloaded images in tables."""
+    """Read samples of an encoded image. Return None for unreadable files and for table cells that were not read."""
     if image.data is not None:
         size = len(image.data)
         start, length = _get_middle_byte_range(size)
@@ -122,14 +122,14 @@ def _read_size_with_pillow(image: LoadedImage) -> tuple[int, int]:
     try:
         with io.BytesIO(image.data) if image.data is not None else image.ref.open() as stream:
             return open_image_header(stream).size
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own limits
-        raise UnusableRow(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow has its own pixel limit
+        raise BadRowError(TOO_LARGE_IMAGE, f"{image.ref}: {error}") from error
     except FatalDataError:
         raise
     except Exception as error:  # malicious files can make Pillow raise any type of exception
         is_complete = isinstance(error, ImageFormatError | DecodingLimitError | OSError)
         reason = str(error) if is_complete else describe_error(error)
-        raise UnusableRow(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
+        raise BadRowError(UNREADABLE_IMAGE, f"{image.ref}: {reason}") from error
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------------
@@ -160,9 +160,10 @@ def save_training_image_hashes(folder: Path, training_images: np.ndarray) -> Non
 
 
 def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
-    """Load a model's sorted training image hashes, of shape (N,), uint64, from its folder or downloaded Hub repository.
+    """Load the sorted hashes of a model's training images, of shape (N,), uint64.
 
-    Return None if the model has no hashes. Raise ValueError if the hashes are corrupt.
+    `model` is a folder or the name of a downloaded Hub repository. Return None if the model has no hashes. Raise
+    ValueError if the hashes are corrupt.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -174,7 +175,7 @@ def load_training_image_hashes(model: str | Path) -> np.ndarray | None:
     try:
         hashes = np.load(file, mmap_mode="r", allow_pickle=False)
         if hashes.dtype != np.dtype("<u8") or hashes.ndim != 1:
-            raise ValueError(f"it has dtype {hashes.dtype} and shape {hashes.shape}")
+            raise ValueError(f"dtype {hashes.dtype}, shape {hashes.shape}")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{file} is not a valid array of image hashes ({error}). Delete the file") from error
     return hashes
@@ -211,10 +212,10 @@ def _hash_file_content_cached(image: FileImage | TarImage, version: object) -> b
 # ---- duplicates ------------------------------------------------------------------------------------------------------
 
 
-def mask_matching_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
-    """Return a boolean mask of shape (len(candidates),) of the candidates whose image also occurs in `records`.
+def find_matching_images(records: RecordTable, candidates: RecordTable) -> np.ndarray:
+    """Return a boolean mask of shape (N,) that selects the candidates whose image also occurs in `records`.
 
-    Image files with identical bytes count as the same image.
+    Image files with identical bytes are treated as the same image.
     """
     keys = [table.get_numeric_column("key_high") for table in (records, candidates)]
     is_same = candidates.has_image & np.isin(keys[1], keys[0][records.has_image])
@@ -230,15 +231,15 @@ def mask_matching_images(records: RecordTable, candidates: RecordTable) -> np.nd
 
 
 def find_first_occurrences(high: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """Find the first row with the same key for each of N rows. Return row indices of shape (N,), int64.
+    """Return, for each of N rows, the index of the first row with the same key, of shape (N,), int64.
 
-    Keys have 128 bits: `high` and `low` contain the upper and lower 64 bits, of shape (N,), uint64. Rows with key 0 do
+    `high` and `low` contain the upper and lower 64 bits of each 128-bit key, of shape (N,), uint64. Rows with key 0 do
     not match any other row.
     """
     order = np.argsort(high, kind="stable")
     is_same = high[order[1:]] == high[order[:-1]]
     is_equal = is_same & (low[order[1:]] == low[order[:-1]])
-    if not np.array_equal(is_same, is_equal):  # some different keys have the same upper 64 bits
+    if not np.array_equal(is_same, is_equal):  # if distinct keys share their upper 64 bits, sort by all 128 bits
         order = np.lexsort((low, high))
         is_equal = (high[order[1:]] == high[order[:-1]]) & (low[order[1:]] == low[order[:-1]])
     is_equal &= (high[order[1:]] > 0) | (low[order[1:]] > 0)
@@ -252,7 +253,7 @@ def find_duplicate_images(table: RecordTable, first: np.ndarray) -> tuple[np.nda
     """Find images with different keys but identical bytes.
 
     Args:
-        first: First row with the same image key for each row, of shape (N,). See `find_first_occurrences`.
+        first: For each row, the first row with the same image key, of shape (N,). See `find_first_occurrences`.
 
     Returns:
         The first row of each duplicate image, and the first row of its original, both of shape (D,), int64.

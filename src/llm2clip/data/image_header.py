@@ -1,7 +1,7 @@
 """Image header parsing, supported formats, and limits on image size and decoding cost.
 
 A small file can make a decoder process the same pixels or bytes thousands of times. `open_image_header` and
-`check_decoding_cost` reject such files. `benchmarks/hostile_images.py` measures the decoding time of the slowest files
+`check_decoding_cost` reject these files. `benchmarks/hostile_images.py` measures the decoding time of the slowest files
 that are accepted.
 """
 
@@ -44,7 +44,7 @@ _SIMPLE_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 _unpack_segment_header = struct.Struct(">BBH").unpack_from  # 0xFF, marker, length
 MAX_SIMPLE_SEGMENTS = 100  # JPEG files with more segments are opened with Pillow
 MAX_SIMPLE_PIXELS = 50_000_000  # larger images are opened with Pillow, which has its own limit
-START_BYTES = 4096  # number of bytes at the start that contain the headers of most images
+START_BYTES = 4096  # number of bytes read at the start of a file, enough for most image headers
 
 _TILE_WIDTH, _TILE_HEIGHT, _TILE_BYTES, _STRIP_BYTES = 322, 323, 325, 279  # TIFF tags
 _FILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF tags
@@ -96,7 +96,7 @@ def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
 def _parse_jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Return the width and height of a baseline or progressive JPEG, or None if its header is unusual.
 
-    The segments before the first scan are checked as in Pillow.
+    The segments before the first scan are checked in the same way as in Pillow.
     """
     size = None
     position = 2
@@ -128,14 +128,14 @@ def _is_accepted_jpeg_segment(marker: int, start: bytes, length: int) -> bool:
     if marker == 0xE0:
         return length >= 7 or not start.startswith(b"JFIF")
     if marker == 0xE1:
-        return not start.startswith(b"Exif\0\0")  # Pillow parses EXIF data
+        return not start.startswith(b"Exif\0\0")  # EXIF data must be parsed by Pillow
     if marker == 0xE2:
         return not start.startswith(b"MPF\0") and (length >= 14 or not start.startswith(b"ICC_PROFILE\0"))
     return marker == 0xEE and (length >= 7 or not start.startswith(b"Adobe"))
 
 
 def open_image_header(stream: BinaryIO) -> Image.Image:
-    """Open an image without decoding its pixels. The caller must check that it has at most `MAX_PIXELS` pixels.
+    """Open an image without decoding its pixels. The caller must check the number of pixels against `MAX_PIXELS`.
 
     Malicious files can make Pillow raise almost any type of exception.
 
@@ -210,7 +210,7 @@ def check_decoding_cost(data: bytes, header: Image.Image) -> None:
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
-        if codec in ("bmp_rle", "ppm_plain"):  # Pillow decodes both formats in Python
+        if codec in ("bmp_rle", "ppm_plain"):  # decoded by Pillow in pure Python, which is slow
             raise DecodingLimitError("run-length encoded BMP images and plain-text PPM images are not supported")
         if codec == "ppm" and width * height > MAX_PYTHON_PIXELS:
             raise DecodingLimitError(
@@ -235,7 +235,7 @@ class _BoundedImageStream:
         self._bytes_left = 2 * self._size + (1 << 20)
 
     def allow_decoding(self, bytes_per_read: int) -> None:
-        """Reset the limits to allow reading the entire file in chunks of `bytes_per_read` bytes."""
+        """Reset the limits, so that a decoder can read the entire file in chunks of `bytes_per_read` bytes."""
         self._reads_left = MAX_HEADER_READS + self._size // bytes_per_read
         self._bytes_left = 2 * self._size + (1 << 20)
 
@@ -291,7 +291,7 @@ def _check_tiff_cost(data: bytes, header: Any) -> None:
         if num_tiles * tile_width * tile_height > 2 * MAX_PIXELS:
             raise DecodingLimitError(f"the tiles of the TIFF must have at most {2 * MAX_PIXELS:,} pixels in total")
     if header.info.get("compression", "raw") == "raw":
-        return  # Pillow reads uncompressed pixels through the bounded reader
+        return  # Pillow reads uncompressed pixels through `_BoundedImageStream`
     sizes = tags.get(_TILE_BYTES) or tags.get(_STRIP_BYTES)
     if not sizes or sum(sizes) > len(data):
         raise DecodingLimitError("the strips or tiles of the TIFF overlap or have no size")

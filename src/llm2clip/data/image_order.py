@@ -1,8 +1,8 @@
 """Order of the images in each training epoch, which depends only on the data, the seed and the epoch.
 
-The order is either a random permutation of all images, or grouped by shard (tar or Parquet file). For the grouped
-order, the shards are shuffled and divided into windows of several shards, and the images of each window are shuffled.
-Each remote shard is then downloaded only once per epoch.
+The images are either permuted randomly or grouped by shard (tar or Parquet file). To group the images, the shards are
+shuffled and divided into windows of several shards, and the images in each window are shuffled. Each remote shard is
+then downloaded only once per epoch.
 """
 
 import os
@@ -22,7 +22,7 @@ SHARD_KINDS = [IMAGE_KINDS.index(kind) for kind in (TarImage, ParquetImage)]
 
 
 class EpochImageOrders:
-    """Sequences of record indices in training order, one per epoch."""
+    """Training order of the images in each epoch, as a sequence of record indices."""
 
     def __init__(
         self,
@@ -34,16 +34,16 @@ class EpochImageOrders:
     ) -> None:
         """
         Args:
-            is_usable: Boolean mask of the records to use, of shape (N,). All of these records must have an image.
+            is_usable: Boolean mask of shape (N,) that selects the records to use, all of which must have an image.
             read_images: If True, download remote shards in advance.
         """
         self.image_order = image_order or choose_image_order(records)
         self.seed, self.num_images = seed, int(is_usable.sum())
-        self._usable: np.ndarray | None = None  # indices of the records to use, if not all
+        self._usable: np.ndarray | None = None  # indices of the records to use; None for all records
         if self.num_images < len(records):
             self._usable = np.flatnonzero(is_usable).astype(_choose_index_dtype(len(records)))
         self._shard_of_image, self._shards = np.empty(0, np.int32), _list_container_paths(records)
-        self._must_prefetch = read_images and any(map(is_remote, self._shards))
+        self._should_prefetch = read_images and any(map(is_remote, self._shards))
         self._next_prefetch = 0
         if self.image_order == "shards":
             self._shard_of_image, self._shards = compute_shard_indices(records)
@@ -52,7 +52,7 @@ class EpochImageOrders:
         self._epoch, self._order = -1, np.empty(0, np.int32)
 
     def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Return the indices of the records at positions `start` to `stop` of an epoch."""
+        """Return the indices of the records at positions `start` to `stop - 1` of an epoch."""
         if epoch != self._epoch:
             self._order = np.empty(0, np.int32)  # frees memory before the new order is drawn
             self._epoch = epoch
@@ -61,25 +61,25 @@ class EpochImageOrders:
             else:
                 self._order = draw_random_image_order(self.num_images, self.seed, epoch)
             self._next_prefetch = 0
-        if self._must_prefetch and start >= self._next_prefetch:
+        if self._should_prefetch and start >= self._next_prefetch:
             self._prefetch_upcoming_shards(start)
         images = self._order[start:stop]
         return images if self._usable is None else self._usable[images]
 
     def _prefetch_upcoming_shards(self, start: int) -> None:
-        """Start downloading the next remote shards. Update the position at which this method must be called again."""
+        """Start downloading the next remote shards. Update the position at which the next download must start."""
         if self.image_order == "shards":
             upcoming = list_upcoming_shards(self._order, self._shard_of_image, start)
             prefetch_remote_files([self._shards[shard] for shard in upcoming])
             self._next_prefetch = start + max(1, self.num_images // len(self._shards))
             return
-        if len(self._shards) <= WINDOW:  # more shards may not fit in the cache
+        if len(self._shards) <= WINDOW:  # a larger number of shards may not fit in the cache
             prefetch_remote_files(self._shards)
         self._next_prefetch = self.num_images
 
 
 def draw_random_image_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    """Return a random permutation of image indices, of shape (num_images,). The dtype is int32 if possible."""
+    """Return a random permutation of the image indices, of shape (num_images,), int32 or (if necessary) int64."""
     order = np.arange(num_images, dtype=_choose_index_dtype(num_images))
     np.random.default_rng([seed, epoch]).shuffle(order)
     return order
@@ -88,7 +88,7 @@ def draw_random_image_order(num_images: int, seed: int, epoch: int) -> np.ndarra
 def draw_shard_image_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
     """Return a random permutation of N image indices in which the images of each window of shards are consecutive.
 
-    `shard_of_image` contains the shard index of each image, of shape (N,). The last window may have fewer shards.
+    `shard_of_image` contains the shard index of each image, of shape (N,). `window` is the number of shards per window.
     """
     rng = np.random.default_rng([seed, epoch])
     counts = np.bincount(shard_of_image)
@@ -138,14 +138,14 @@ def _list_container_paths(records: RecordTable) -> list[str]:
     return list(dict.fromkeys(chain(*records.record_batches.containers)))
 
 
-# ---- choice of the order ---------------------------------------------------------------------------------------------
+# ---- order selection -------------------------------------------------------------------------------------------------
 
 
 def choose_image_order(records: RecordTable) -> ImageOrder:
-    """Return "shards" for more than `WINDOW` tar or Parquet files with at least one remote file, otherwise "random".
+    """Return "shards" if all images are in tar or Parquet files, at least one of which is remote, otherwise "random".
 
-    If any image is stored outside of these files, the order is "random". The environment variable LLM2CLIP_IMAGE_ORDER
-    overrides the choice, for example if local files are on a slow hard disk.
+    If there are at most `WINDOW` files, return "random". The environment variable LLM2CLIP_IMAGE_ORDER overrides the
+    choice, for example if local files are on a slow hard disk.
     """
     forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
     if forced:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
 from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
-from llm2clip.data.skip_log import UnusableRow
+from llm2clip.data.skip_log import BadRowError
 from llm2clip.data.storage import get_parent_folder, is_remote, join_path, parse_file_size
 from llm2clip.data.table_cells import map_cached_batches, open_image_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
@@ -28,8 +28,8 @@ _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
 class ImageColumns(NamedTuple):
     """Column values that represent an image reference in a record table."""
 
-    container: str | None = None  # path of the file or folder, or None if the bytes are stored in the table
-    name: str = ""  # file name, tar member or table column
+    container: str | None = None  # path of the file or folder that contains the image; None if the table contains it
+    name: str = ""  # name of the image file, tar member or table column
     offset: int = 0  # byte offset in a tar file, or row number in a table
     size: int = 0  # size of a tar member in bytes
     digest: bytes | None = None  # SHA-256 of the image's bytes, for images that are identified by their bytes
@@ -57,7 +57,7 @@ class ImageRef(ABC):
         return resolve_folder_links(container) + str(self)[len(hide_url_secrets(container)) :]
 
     @property
-    def identifies_image(self) -> bool:
+    def is_identified(self) -> bool:
         """True if `key` identifies the image. False for a table cell whose bytes have not been read."""
         return True
 
@@ -81,18 +81,18 @@ class ImageRef(ABC):
             return stream.read()
 
     def to_columns(self) -> ImageColumns:
-        """Convert the reference to columns of a record table. By default, the table stores the image's bytes."""
+        """Convert the reference to column values of a record table. By default, the table stores the image's bytes."""
         data = self.read()
         return ImageColumns(name=str(self), digest=hashlib.sha256(data).digest(), data=data)
 
     @classmethod
     @abstractmethod
     def from_columns(cls, columns: ImageColumns) -> Self:
-        """Create a reference from columns of a record table."""
+        """Create a reference from column values of a record table."""
 
     @abstractmethod
     def _open(self) -> BinaryIO:
-        """Open the encoded bytes as a stream. Any type of exception may be raised if the file is corrupt."""
+        """Open the encoded bytes as a stream. Corrupt files can cause any type of exception."""
 
     @contextmanager
     def _convert_reader_errors(self) -> Iterator[None]:
@@ -106,11 +106,11 @@ class ImageRef(ABC):
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """Image reference, together with the image's bytes if they have already been read."""
+    """Image reference, with the image's bytes if the image has already been read."""
 
     ref: ImageRef
     data: bytes | None
-    name: str | None = None  # original file name, if known
+    name: str | None = None  # original file name of the image, if known
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class TarImage(ImageRef):
     def read(self) -> bytes:
         if self.size > MAX_FILE_BYTES:
             return ImageRef.read(self)  # raises OSError
-        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than `FileSlice`
+        with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than a `FileSlice`
             file.seek(self.offset)
             return file.read(self.size)
 
@@ -185,7 +185,7 @@ class _TableCellImage(ImageRef):
         return self.digest or self.canonical_path
 
     @property
-    def identifies_image(self) -> bool:
+    def is_identified(self) -> bool:
         return bool(self.digest)
 
 
@@ -260,7 +260,7 @@ class RecordTableImage(_TableCellImage):
         return self.name
 
 
-# Record tables store the kind of an image as an index into this tuple, and other kinds of images as `RecordTableImage`.
+# Record tables store an image's kind as an index into this tuple. Images of other kinds become `RecordTableImage`.
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, RecordTableImage)
 
 
@@ -271,7 +271,7 @@ def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | 
     (as in Hugging Face datasets), or an image reference.
 
     Raises:
-        UnusableRow: The value has another type, or it is a URL and `reject_urls` is True.
+        BadRowError: The value has an unsupported type, or it is a URL and `reject_urls` is True.
     """
     if type(value) is LoadedImage:
         return value
@@ -286,13 +286,13 @@ def parse_image_cell(value: Any, file: str, reject_urls: bool) -> LoadedImage | 
     if isinstance(value, bytes):
         return LoadedImage(InMemoryImage(value, name or f"image in {file}"), value, name)
     if not isinstance(value, str):
-        raise UnusableRow("malformed row", f"an image must be a path, bytes or null (got {value!r})")
+        raise BadRowError("malformed row", f"an image must be a path, bytes or null (got {value!r})")
     if reject_urls and ":" in value and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", value):
-        raise UnusableRow("image is a URL", value)
+        raise BadRowError("image is a URL", value)
     path = join_path(get_parent_folder(file), value)
     if is_remote(file):
         return LoadedImage(FileImage(path), None, value)
-    if "\\" in value and not os.path.exists(path):  # a relative path with Windows separators
+    if "\\" in value and not os.path.exists(path):  # the path may have Windows separators
         portable = os.path.join(os.path.dirname(file), value.replace("\\", "/"))
         path = portable if os.path.exists(portable) else path
     return LoadedImage(FileImage(path), None, path)
@@ -316,7 +316,7 @@ def is_safe_relative_path(name: str) -> bool:
 
 
 def resolve_folder_links(path: str) -> str:
-    """Return the absolute path of a file, with symbolic links resolved in its folder only. URLs are unchanged."""
+    """Return the absolute path of a file, with symbolic links to folders resolved. URLs are unchanged."""
     if is_remote(path):
         return path
     folder, name = os.path.split(path)

@@ -38,10 +38,10 @@ from llm2clip.io_utils import FatalDataError, describe_error
 from llm2clip.parallel import count_cores
 
 T = TypeVar("T")
-MIN_IMAGES_FOR_WORKERS = 2048  # fewer images are decoded faster than worker processes start
-PREFETCH_IMAGES = 4096  # number of images between requests to download remote files in advance
+MIN_IMAGES_FOR_WORKERS = 2048  # decoding fewer images is faster than starting worker processes
+PREFETCH_IMAGES = 4096  # number of images after which the next remote files are downloaded in advance
 _ORIENTATION = 0x0112  # EXIF tag
-_FAST_FORMATS = ("JPEG", "MPO", "WEBP")  # decoded with torchvision, which crashes on corrupt PNG files
+_FAST_FORMATS = ("JPEG", "MPO", "WEBP")  # decoded with torchvision, which crashes on corrupt PNG images
 
 
 class ImageError(ValueError):
@@ -79,7 +79,7 @@ def load_image(image: ImageLike) -> Tensor:
             with _convert_decoder_errors():
                 return _decode_with_pillow(image)
         if isinstance(image, str | Path):
-            image = FileImage(join_path("", str(image)))  # URLs are not downloaded
+            image = FileImage(join_path("", str(image)))  # a URL is treated as a file name
         return decode_image(image.read())
     except (ImageError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -112,8 +112,8 @@ def decode_image(data: bytes) -> Tensor:
 
 @contextmanager
 def _convert_decoder_errors() -> Iterator[None]:
-    """Convert exceptions of any type, which decoders can raise for corrupt files, to `ImageError`."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # with True, missing pixels of truncated images become grey
+    """Convert exceptions to `ImageError`. Decoders can raise any type of exception for a corrupt file."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # if True, missing pixels of truncated images would be grey
     try:
         yield
     except ImageError:
@@ -216,7 +216,7 @@ def _decode_with_pillow(image: Image.Image) -> Tensor:
     image.load()
     _check_pixel_count(image)  # a decoded HEIC image can differ in size from its header
     if image.mode == "F":
-        raise ImageError("the pixels are floating-point values with an unknown range")
+        raise ImageError("images with floating-point pixels are not supported, because their range is unknown")
     if image.mode.startswith("I"):  # Pillow's own conversion clips 16-bit values at 255
         grey = torch.from_numpy(np.array(image, np.int32)).clamp_(0, 65535)
         pixels = grey.add_(128).floor_divide_(257).to(torch.uint8).expand(3, -1, -1)
@@ -238,7 +238,7 @@ def _read_orientation(image: Image.Image) -> int:
 def _composite_over_white(pixels: Tensor) -> Tensor:
     """Composite a uint8 RGBA image of shape (4, H, W) over white. Return a uint8 RGB image of shape (3, H, W)."""
     result = torch.empty(3, *pixels.shape[1:], dtype=torch.uint8)
-    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # rows per chunk, which limits the memory for int32 copies
+    num_rows = max(1, (1 << 20) // max(1, pixels.shape[-1]))  # small chunks save memory for the int32 copies
     for chunk, out in zip(pixels.split(num_rows, dim=-2), result.split(num_rows, dim=-2), strict=True):
         colour, alpha = chunk[:3].to(torch.int32), chunk[3:].to(torch.int32)
         out.copy_((colour * alpha + 255 * (255 - alpha) + 127) // 255)
@@ -261,7 +261,7 @@ def decode_or_return_error(ref: ImageRef, transform: Callable[[Tensor], T]) -> T
     try:
         return transform(load_image(ref))
     except (ImageError, OSError) as error:
-        return str(error).removeprefix(f"{ref}: ")  # the caller adds the image's name
+        return str(error).removeprefix(f"{ref}: ")  # callers add the name of the image
     except FatalDataError:
         raise
     except Exception as error:  # a single bad image must not stop a run
@@ -335,9 +335,9 @@ def build_worker_options(workers: int, *modules: str) -> dict[str, Any]:
 def _initialize_worker(environment: dict[str, str], worker: int) -> None:
     """Make a data loader worker exit when its main process exits, without finalising the Python interpreter.
 
-    Finalisation can abort a worker, because it stops threads that are still sending a batch in C++ code.
+    Finalising the interpreter can abort a worker whose C++ threads are still sending a batch.
     """
-    os.environ.update(environment)  # a fork server has the environment of the first data loader
+    os.environ.update(environment)  # a fork server keeps the environment of the first data loader
     atexit.register(os._exit, 0)
     sys.excepthook = _print_worker_exception
     threading.Thread(target=_exit_with_main_process, daemon=True).start()
@@ -351,7 +351,7 @@ def _exit_with_main_process() -> None:
 
 
 def _print_worker_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print an exception, unless it is a connection error caused by the interruption of the main process."""
+    """Print an exception unless it is a connection error, which occurs when the main process is interrupted."""
     if not issubclass(kind, EOFError | ConnectionError | AuthenticationError):
         sys.__excepthook__(kind, error, traceback)
 
@@ -367,12 +367,11 @@ def pack_batch(items: list[Any]) -> Tensor:
 
 
 def unpack_batch(batch: Tensor) -> list[Any]:
-    """Restore the items packed by `pack_batch`."""
     return cast(list[Any], pickle.loads(batch.numpy().data))
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickler that stores tensors as NumPy arrays, which is faster than PyTorch's format."""
+    """Pickler that serialises tensors as NumPy arrays, which is faster than PyTorch's serialisation."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

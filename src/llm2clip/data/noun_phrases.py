@@ -4,9 +4,9 @@ The extraction rules are for English. To use phrases in another language, or fro
 the data. NLP libraries such as spaCy and NLTK are not used, because their models are not available from PyPI.
 
 As in RAKE (Rose et al. 2010, "Automatic keyword extraction from individual documents"), each caption is divided into
-runs of words at function words and punctuation marks. A word is a noun if it often stands alone between an article and
-a function word, like "dog" in "a dog in". The captions are read three times: to count nouns, to count phrases, and to
-select the phrases of each image.
+runs of words at function words and punctuation marks. A word is treated as a noun if it occurs alone between an article
+and a function word in the captions of several images, like "dog" in "a dog in". The captions are read three times: to
+count nouns, to count phrases, and to select the phrases of each image.
 """
 
 import hashlib
@@ -30,19 +30,19 @@ from llm2clip.progress import ProgressBar
 from llm2clip.runs.output_folder import hold_folder_lock
 
 T = TypeVar("T")
-MIN_IMAGES = 3  # phrases and nouns that occur in fewer images are often wrong and are discarded
+MIN_IMAGES = 3  # phrases and nouns found for fewer images are often wrong and are discarded
 MAX_WORDS = 4  # maximum number of words in a phrase
 PART_IMAGES = 1 << 16  # number of images per worker task
 MIN_PARALLEL_IMAGES = 100_000  # smaller tables are processed without workers, because workers take seconds to start
 LANGUAGE_SAMPLES = 10_000  # maximum number of records whose language is checked
-RULES_VERSION = 1  # must be increased when the extraction rules change
+RULES_VERSION = 1  # increment when the extraction rules change
 
 
 def make_word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-ARTICLES = make_word_set("a an the his its their")  # a word that stands alone after one of these words is a noun
+ARTICLES = make_word_set("a an the his its their")  # a single word after one of these words is treated as a noun
 NUMBERS = make_word_set("two three four five six seven eight nine ten")
 DETERMINERS = (
     ARTICLES
@@ -70,7 +70,7 @@ VAGUE_NOUNS = make_word_set(
 ENGLISH_WORDS = make_word_set("the of with and is are on at")
 _BOUNDARIES = DETERMINERS | CONNECTIVES | FUNCTION_WORDS
 _BEFORE_PHRASE = DETERMINERS | CONNECTIVES | {"."}
-# A single word before "and" or "or" may be an adjective ("a black and white dog"), so it does not count as a noun.
+# A single word before "and" or "or" is not treated as a noun, because it may be an adjective ("a black and white dog").
 _AFTER_NOUN = (_BOUNDARIES - {"and", "or"}) | {"."}
 # A token is a word (with optional inner apostrophes and hyphens), a punctuation mark or a number.
 _TOKEN = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\w\s]|\d+")
@@ -89,7 +89,7 @@ def is_english(captions: Sequence[str]) -> bool:
 def split_into_content_word_runs(caption: str) -> Iterator[tuple[str, list[str], str]]:
     """Yield (preceding token, words, following token) for each run of content words in a caption.
 
-    Words are converted to lower case. The start and the end of a caption count as full stops.
+    Words are converted to lower case. The start and the end of a caption are treated as full stops.
     """
     before = "."
     run: list[str] = []
@@ -114,14 +114,14 @@ def _tokenize(word: str) -> tuple[tuple[str, bool], ...]:
 
 
 def find_lone_nouns(caption: str) -> Iterator[str]:
-    """Yield the words that stand alone between an article and either a function word or the end of a sentence."""
+    """Yield the words that occur alone between an article and either a function word or the end of a sentence."""
     for before, run, after in split_into_content_word_runs(caption):
         if len(run) == 1 and before in ARTICLES and after in _AFTER_NOUN:
             yield run[0]
 
 
 def find_noun_phrases(caption: str, nouns: Collection[str]) -> Iterator[str]:
-    """Yield each phrase in a caption, followed by the last noun of the phrase. Texts can be yielded several times.
+    """Yield each phrase in a caption, followed by the phrase's last noun. The same text can be yielded several times.
 
     A phrase ends with a noun and starts after a determiner, a number or a connective, or at the start of a sentence.
     """
@@ -166,7 +166,7 @@ def add_noun_phrases(records: RecordTable) -> RecordTable:
         phrases = [batch.column(0) for batch in map_batches(str(file))]
     if not any(len(lists.values) for lists in phrases):
         print_once(
-            "No short phrases are used: the captions are not in English, or no phrase occurs in the captions of "
+            "No short phrases are used, because the captions are not in English or no phrase occurs in the captions of "
             f"{MIN_IMAGES} or more images. To use your own phrases, add a `phrases` column to the data"
         )
         return records
@@ -197,16 +197,16 @@ def _extract_phrases(records: RecordTable) -> Iterator[pa.ListArray]:
     is_parallel = len(records) >= MIN_PARALLEL_IMAGES and records.folder is not None
     with ProgressBar(total=3 * len(parts), desc="extracting phrases", unit="part", disable=not is_parallel) as bar:
 
-        def process(function: Callable[[RecordTable], T]) -> Iterator[T]:
+        def process_parts(function: Callable[[RecordTable], T]) -> Iterator[T]:
             for result in map_in_processes(function, parts, None if is_parallel else 1):
                 yield result
                 bar.update()
 
         with tempfile.TemporaryDirectory() as folder:
             nouns, frequent = Path(folder) / "nouns.txt", Path(folder) / "phrases.txt"
-            _save_frequent_texts(nouns, process(partial(_count_texts_of_part, nouns_file=None)))
-            _save_frequent_texts(frequent, process(partial(_count_texts_of_part, nouns_file=nouns)))
-            yield from process(partial(_find_phrases_of_part, nouns_file=nouns, frequent_file=frequent))
+            _save_frequent_texts(nouns, process_parts(partial(_count_texts, nouns_file=None)))
+            _save_frequent_texts(frequent, process_parts(partial(_count_texts, nouns_file=nouns)))
+            yield from process_parts(partial(_find_frequent_phrases, nouns_file=nouns, frequent_file=frequent))
 
 
 def _save_frequent_texts(file: Path, counters: Iterator[Counter[str]]) -> None:
@@ -226,11 +226,11 @@ def _sample_captions(records: RecordTable) -> list[str]:
     return list(records.select(positions).iterate_texts(CAPTION_FIELDS))
 
 
-# ---- functions of worker processes -----------------------------------------------------------------------------------
+# ---- functions called in worker processes ----------------------------------------------------------------------------
 
 
-def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
-    """Count the images per phrase or, if `nouns_file` is None, per lone noun."""
+def _count_texts(records: RecordTable, nouns_file: Path | None) -> Counter[str]:
+    """Count the images per phrase or, if `nouns_file` is None, per noun that occurs alone."""
     find = find_lone_nouns if nouns_file is None else partial(find_noun_phrases, nouns=_load_frequent_texts(nouns_file))
     counts = Counter[str]()
     for captions in _iterate_captions(records):
@@ -238,7 +238,7 @@ def _count_texts_of_part(records: RecordTable, nouns_file: Path | None) -> Count
     return counts
 
 
-def _find_phrases_of_part(records: RecordTable, nouns_file: Path, frequent_file: Path) -> pa.ListArray:
+def _find_frequent_phrases(records: RecordTable, nouns_file: Path, frequent_file: Path) -> pa.ListArray:
     nouns, frequent = _load_frequent_texts(nouns_file), _load_frequent_texts(frequent_file)
     texts: list[str] = []
     offsets = [0]

@@ -1,10 +1,10 @@
-"""Positive text pairs for `tune`: data sources and batch sampling.
+"""Positive text pairs for the `tune` stage: data sources and batch sampling.
 
 A pair consists of two captions of the same image, or is read from a text-pair dataset in the format of E5's training
 data (arXiv 2212.03533): `{"query": ..., "positive": ..., "negatives": [...], "instruction": ...}`. The fields
 `negatives` and `instruction` are optional.
 
-For the same data and settings, the batches depend only on the seed, and not on the number of processes.
+The batches depend only on the data, the settings and the seed, and not on the number of processes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2clip.config import TuneConfig
-from llm2clip.data.build_table import build_record_table, load_source_indices, mask_training_splits
+from llm2clip.data.build_table import build_record_table, find_training_records, load_source_indices
 from llm2clip.data.formats import BadRow, ReadOptions, find_source_files, read_rows
-from llm2clip.data.image_facts import mask_matching_images
+from llm2clip.data.image_facts import find_matching_images
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, NO_SPLIT, Source, guess_columns, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable, decode_file_name
@@ -47,7 +47,7 @@ class Pair:
     """Positive pair of texts, with optional hard negatives."""
 
     anchor: str  # query
-    positive: str  # text with the same meaning as the anchor, or an answer to it
+    positive: str  # text with the same meaning as the anchor, or an answer to the anchor
     negatives: tuple[str, ...] = ()  # known hard negatives
     instruction: str = ""  # text prepended to the anchor and excluded from pooling
 
@@ -58,8 +58,6 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class ImageCaptions:
-    """All captions of an image."""
-
     short: tuple[str, ...]
     long: tuple[str, ...] = ()
 
@@ -84,7 +82,7 @@ class CaptionItems:
                 yield ImageCaptions(short=(*captions, *short), long=tuple(long))
 
     @cached_property
-    def pairable(self) -> CaptionItems:
+    def pairable_items(self) -> CaptionItems:
         """Images with at least two different captions."""
         is_pairable = np.fromiter(map(has_caption_pair, self), bool, len(self))
         return CaptionItems(self.records.select(is_pairable))
@@ -106,16 +104,16 @@ def read_tuning_sources(
     training_sources: Sequence[str] = (),
     folder: Path | None = None,
 ) -> list[TuningItems]:
-    """Read the training data for `tune`. Return the items of the caption sources, then of the text-pair sources.
+    """Read the training data for `tune`. Return the caption sources, followed by the text-pair sources.
 
     All caption sources except `train` are merged into one source. If no splits are selected for a source, only records
-    with a training split or without a split are used. Held-out images are recognised by their files and, in
-    `config.data`, also by their ids; see `extract_comparable_id`.
+    with a training split or without a split are used. Held-out images are identified by the contents of their files
+    and, in `config.data`, also by their ids; see `extract_comparable_id`.
 
     Args:
         train: Training records that have already been read. If not empty, they form the first caption source.
         held_out: Tables of records whose images must not be used for tuning.
-        training_sources: Sources of the training captions. Held-out images can come from any of these sources.
+        training_sources: Sources of the training captions. The sources can also contain the held-out images.
 
     Raises:
         ValueError: A source has too few pairs, or the data has neither text pairs nor images with two captions.
@@ -124,12 +122,12 @@ def read_tuning_sources(
     num_read = len(train or ())
     captions: list[CaptionItems] = []
     if train:
-        captions.append(CaptionItems(train.select(~_mask_records_by_id(train, excluded_ids))))
+        captions.append(CaptionItems(train.select(~_find_records_by_id(train, excluded_ids))))
     if training_sources or config.data:
         records = build_record_table([*training_sources, *config.data], columns, log, "unchecked", folder)
         num_read += len(records)
-        is_usable = _mask_usable_records(records, held_out, training_sources, config)
-        is_usable &= ~_mask_records_by_id(records, excluded_ids)
+        is_usable = _find_usable_records(records, held_out, training_sources, config)
+        is_usable &= ~_find_records_by_id(records, excluded_ids)
         captions.append(CaptionItems(records.select(is_usable)))
     num_removed = num_read - sum(len(items) for items in captions)
     if config.exclude and not num_removed:
@@ -154,21 +152,21 @@ def check_has_caption_pairs(captions: Iterable[ImageCaptions]) -> None:
         )
 
 
-def _mask_usable_records(
+def _find_usable_records(
     records: RecordTable, held_out: Sequence[RecordTable], training_sources: Sequence[str], config: TuneConfig
 ) -> np.ndarray:
-    """Return a boolean mask of shape (N,) that selects records in a selected split that are not held out."""
+    """Return a boolean mask of shape (N,) that selects the records in selected splits that are not held out."""
     source_of_record = load_source_indices(records)
     training = [Source.parse(source) for source in training_sources]
     sources = [*training, *map(Source.parse, config.data)]
-    is_usable = mask_training_splits(records) | np.array([bool(s.splits) for s in sources])[source_of_record]
+    is_usable = find_training_records(records) | np.array([bool(s.splits) for s in sources])[source_of_record]
     for table in held_out:
-        is_usable &= ~mask_matching_images(table, records)
+        is_usable &= ~find_matching_images(table, records)
     training_paths = {(source.path, source.splits) for source in training}
     is_training_source = np.array([(source.path, source.splits) in training_paths for source in sources])
     others = np.flatnonzero(is_usable & ~is_training_source[source_of_record])
     held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
-    is_usable[others] = ~_mask_records_by_id(records.select(others), held_out_ids)
+    is_usable[others] = ~_find_records_by_id(records.select(others), held_out_ids)
     return is_usable
 
 
@@ -186,14 +184,14 @@ def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
             yield extract_comparable_id(decode_file_name(name))
 
 
-def _mask_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
+def _find_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
     if not comparable_ids:
         return np.zeros(len(records), bool)
     return np.fromiter((name in comparable_ids for name in _list_comparable_ids(records)), bool, len(records))
 
 
 def extract_comparable_id(record_id: str) -> str:
-    """Return the part of an image id that is the same in all datasets that contain the image.
+    """Convert an image id to a form that is the same in all datasets that contain the image.
 
     Leading zeros are removed from numeric ids, because COCO uses them in its file names but not in its ids. If a
     non-numeric id starts with at least five digits, only these digits are returned. All other ids are unchanged.
@@ -205,7 +203,7 @@ def extract_comparable_id(record_id: str) -> str:
 
 
 def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
-    """Yield the pairs in a source (`PATH` or `PATH@split`) in order. If a row has several positives, use the first one.
+    """Yield the pairs in a source (`PATH` or `PATH@SPLIT`) in order. Use only the first positive of each row.
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
@@ -276,7 +274,6 @@ def _get_first_text(value: Any) -> str:
 
 
 def _list_cell_texts(value: Any) -> list[str]:
-    """Return the texts in a cell that contains a single text or a list of texts."""
     values = value if isinstance(value, list) else [value]
     return [text.strip() for text in values if isinstance(text, str) and text.strip()]
 
@@ -290,13 +287,13 @@ def iter_pair_batches(
     """Yield `steps` batches of `batch_size` pairs. Images without two different captions are ignored.
 
     Each batch comes from a single source, sampled in proportion to its number of items. No image or text occurs twice
-    in a batch, so another caption of the anchor's image is never used as a negative. Items that conflict with the batch
-    are deferred to the next one. Each pass over a source uses a new order and new pairs.
+    in a batch, so another caption of the anchor's image is never used as a negative. Items that would repeat an image
+    or text are deferred to the source's next batch. Each pass over a source uses a new order and new pairs.
 
     `hard_negative_group_size` is the number of items per group of similar captions; see `draw_grouped_permutation`.
 
     Raises:
-        ValueError: A source has fewer usable items than a batch needs.
+        ValueError: A source does not have enough usable items for a batch.
     """
     if any(not items for items in sources):
         raise ValueError("a source has no captions or pairs to tune on")
@@ -311,13 +308,13 @@ def iter_pair_batches(
 
 
 def resolve_pairs_per_step(sources: Sequence[TuningItems], batch_size: int, world_size: int) -> int:
-    """Return the total number of pairs per step across all ranks: `batch_size` per rank, if the data allows it.
+    """Return the number of pairs per step across all ranks, which is `batch_size` per rank if there is enough data.
 
     If no source has that many items, the number is reduced until every source can fill a step with pairs that have no
     text in common. The number is then rounded down to a multiple of the number of ranks.
 
     Raises:
-        ValueError: Only some of the sources have enough items, or a source is too small for a single step.
+        ValueError: Only some of the sources have enough items, or a source is too small to fill a step.
     """
     pairs_per_step = batch_size * world_size
     usable = [select_pairable_items(items, 1) for items in sources]
@@ -342,7 +339,7 @@ def select_pairable_items(items: TuningItems, batch_size: int) -> TuningItems:
     """
     usable: TuningItems
     if isinstance(items, CaptionItems):
-        usable = items.pairable
+        usable = items.pairable_items
     else:
         usable = [item for item in items if isinstance(item, Pair) or has_caption_pair(item)]
     if len(usable) < batch_size:
@@ -381,7 +378,7 @@ def draw_caption_pair(captions: ImageCaptions, rng: np.random.Generator) -> Pair
 def _count_unrelated_groups(items: TuningItems) -> int:
     """Count the groups of items that are connected by shared texts.
 
-    Items in different groups share no text, so a batch can always contain one pair per group.
+    Items in different groups share no text, so a batch can always contain one pair from each group.
     """
     parents = list(range(len(items)))  # union-find: each item's chain of parents ends at the root of its group
 
@@ -391,7 +388,7 @@ def _count_unrelated_groups(items: TuningItems) -> int:
             n = parents[n]
         return n
 
-    first_items: dict[str, int] = {}  # text -> first item that contains it
+    first_items: dict[str, int] = {}  # text -> first item that contains the text
     for n, item in enumerate(items):
         for text in item.texts:
             parents[find_group_root(n)] = find_group_root(first_items.setdefault(text, n))
@@ -421,7 +418,7 @@ def _draw_pair_batches(
     if group_size > 1:
         vectors = compute_caption_vectors(item.texts for item in usable)
     upcoming: Iterator[tuple[int, TuningItem]] = iter(())  # (index, item) of each remaining item in this pass
-    waiting: list[tuple[int, TuningItem]] = []  # items deferred by earlier batches, last item first
+    waiting: list[tuple[int, TuningItem]] = []  # items deferred by earlier batches, in reverse order
     for _ in range(steps):
         pairs: list[Pair] = []
         used_texts: set[str] = set()
@@ -434,7 +431,7 @@ def _draw_pair_batches(
                 order = draw_grouped_permutation(vectors, group_size, rng)[::-1]
                 upcoming = _read_items(usable, order[~np.isin(order, [index for index, _ in deferred])])
                 entry = next(upcoming, None)
-            if entry is None:  # only deferred items remain, so try other captions
+            if entry is None:  # only deferred items remain, so draw other captions from these items
                 waiting, deferred = deferred, []
                 entry = waiting.pop()
             index, item = entry
@@ -457,7 +454,7 @@ def _draw_pair_batches(
 
 
 def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, TuningItem]]:
-    """Yield (index, item) for each index in `order`. Items of a record table are read several at a time."""
+    """Yield (index, item) for each index in `order`. Items in a record table are read in batches."""
     for start in range(0, len(order), ITEMS_PER_READ):
         indices = order[start : start + ITEMS_PER_READ]
         if isinstance(items, CaptionItems):
@@ -470,7 +467,7 @@ def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, Tu
 
 # In a random batch, most negatives describe a different subject and soon become too easy.
 # Each pass over the data therefore groups similar captions with a random projection tree.
-# Similarity is based on TF-IDF, which is fast to compute and gives a resumed run the same groups.
+# Similarity is based on TF-IDF, which is fast to compute and reproduces the same groups when a run is resumed.
 
 
 def compute_caption_vectors(captions: Iterable[Sequence[str]]) -> np.ndarray:
@@ -518,5 +515,5 @@ def _split_into_similar_groups(
 
 
 def _split_words(text: str) -> list[str]:
-    """Split a text into words. In scripts without spaces, such as Thai or Chinese, split it into characters."""
+    """Split a text into words or, in scripts without spaces such as Thai and Chinese, into characters."""
     return re.findall(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower()) or [text]

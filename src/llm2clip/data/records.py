@@ -1,6 +1,6 @@
-"""Records (images with their captions), and a reader of records in all supported formats.
+"""Records (images with their captions), and a reader for records in all supported formats.
 
-Skipped rows are logged with their file, row number and the reason. URLs in the data are never downloaded.
+Skipped rows are logged with the file, the row number and the reason. URLs in the data are never downloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llm2clip.data.formats import (
 )
 from llm2clip.data.image_facts import ImageFacts, read_image_facts
 from llm2clip.data.image_refs import FileImage, ImageRef, LoadedImage, is_missing_value, parse_image_cell
-from llm2clip.data.skip_log import RecordingSkipLog, SkipLog, UnusableRow
+from llm2clip.data.skip_log import BadRowError, RecordingSkipLog, SkipLog
 from llm2clip.data.storage import is_remote
 from llm2clip.io_utils import DataFormatError, FatalDataError, describe_error, hide_url_secrets, to_valid_unicode
 
@@ -56,7 +56,7 @@ _PYTHON_LIST = re.compile(
 )
 
 ImageCheck = Literal["header", "unchecked", "ignore"]
-NO_SPLIT = "none"  # split name of records without a split, both in split selections and in the data
+NO_SPLIT = "none"  # split name that means "no split", both in split selections and in the data
 EARLY_CHECK_ROWS = 1000  # number of rows after which the fraction of skipped rows is checked during reading
 
 
@@ -87,8 +87,8 @@ class Source:
     """Data source, with selected splits and a column mapping.
 
     Attributes:
-        columns: Maps record fields (see `COLUMN_NAMES`) to column names. An empty column name disables the field. The
-            columns of unmapped fields are detected by their common names.
+        columns: Mapping from record fields (see `COLUMN_NAMES`) to column names. An empty column name disables the
+            field. The columns of fields without a mapping are detected by their common names.
     """
 
     path: str  # path, URL, glob or brace pattern of files or folders, or `hf:NAME` for a Hugging Face dataset
@@ -102,7 +102,7 @@ class Source:
 
     @classmethod
     def parse(cls, value: str | os.PathLike[str] | Source, columns: Mapping[str, str] | None = None) -> Source:
-        """Create a source from `PATH` or `PATH@SPLIT+SPLIT`, or copy a `Source`. `columns` updates its column mapping.
+        """Create a source from `PATH` or `PATH@SPLIT+SPLIT`, or copy a `Source`. `columns` updates the column mapping.
 
         A string that is the path of an existing file or folder is not split at an @ character.
         """
@@ -129,22 +129,22 @@ def open_records(
     """Return an iterator over the records in a source, in their original order.
 
     Rows are read lazily, with one exception: a .csv, .tsv or captions.txt file is read completely before its first
-    record is returned. Rows of such a file that have the same image and split are merged into one record, at the
-    position of the first row.
+    record is returned. Rows in one of these files that have the same image and split are merged into one record, at
+    the position of the first row.
 
     Args:
         log: Log of skipped rows. By default, no log file is written, and up to 5% of the rows may be skipped.
         image_check: "header" checks the format and size of each image, which takes about 0.1 ms, but does not detect
             truncated pixel data. With "unchecked", images are not checked. With "ignore", images embedded in
-            tables are not read either, so that duplicates of these images are not detected.
+            tables are not read either, so their duplicates are not detected.
         require_captions: If True, skip rows without captions. If False, keep rows that have only an image, and search
             folders recursively for images, tar files and Parquet files.
 
     Raises:
         FileNotFoundError: The path does not exist.
         ValueError: The format is unknown, a column is missing, the source is empty, or the selected splits are empty.
-        TooManySkipped: Too many rows were skipped. The limit is checked after the last row and, from row 1,000 on,
-            after each skipped row.
+        TooManySkipped: Too many rows were skipped. The limit is checked after the last row and, once 1,000 rows have
+            been read, after each skipped row.
     """
     source = Source.parse(source)
     if image_check not in get_args(ImageCheck):
@@ -167,14 +167,14 @@ class _ParsedRow:
 
 @dataclass
 class ReadSummary:
-    """JSON-serialisable summary of a source, or of a part of a source, that has been read."""
+    """JSON-serialisable summary of the rows read from a source or from a part of a source."""
 
     num_records: int = 0
-    row_counts: Counter[str] = field(default_factory=Counter)  # rows per selected split
+    row_counts: Counter[str] = field(default_factory=Counter)  # number of rows per selected split
     split_counts: Counter[str] = field(default_factory=Counter)  # rows per split
     columns: list[str] = field(default_factory=list)
     events: list[list[Any]] = field(default_factory=list)  # events of a part's skip log; empty for a complete source
-    read_at: int = field(default_factory=time.time_ns)  # start of reading, in nanoseconds since the epoch
+    read_at: int = field(default_factory=time.time_ns)  # when reading started, in nanoseconds since the epoch
 
     def __post_init__(self) -> None:
         self.row_counts, self.split_counts = Counter(self.row_counts), Counter(self.split_counts)  # dicts in JSON
@@ -183,7 +183,7 @@ class ReadSummary:
 class RecordReader:
     """Single-pass reader of a source or of a part of a source.
 
-    If several readers read the parts of a source, one reader combines all summaries in order with `add_summary`.
+    If several readers read the parts of a source, another reader combines their summaries with `add_summary`, in order.
     """
 
     def __init__(self, source: Source, log: SkipLog, image_check: ImageCheck, require_captions: bool) -> None:
@@ -191,7 +191,7 @@ class RecordReader:
         self.image_check = image_check
         self.mapper = ColumnMapper(str(source), source.columns, require_captions)
         self.summary = ReadSummary()
-        self._listed_images: set[str] = set()  # image files listed in a folder's caption files
+        self._listed_images: set[str] = set()  # keys of the image files listed in caption files
         is_path = not source.path.startswith("hf:") and not is_remote(source.path)
         self._log_path = os.path.realpath(os.path.expanduser(source.path)) if is_path else source.path
 
@@ -215,7 +215,7 @@ class RecordReader:
             try:
                 if not row.record.texts and (self.require_captions or not row.record.image):
                     reason = "no caption" if self.require_captions else "no image and no caption"
-                    raise UnusableRow(reason, row.record.image or (row.record.id if row.record.id_from_source else ""))
+                    raise BadRowError(reason, row.record.image or (row.record.id if row.record.id_from_source else ""))
                 facts = ImageFacts()
                 if row.image is not None:
                     facts = read_image_facts(row.image, check_image, hash_images and read_bytes)
@@ -241,26 +241,26 @@ class RecordReader:
             self._check_skip_limit_early()
 
     def check_complete_source(self) -> None:
-        """Raise ValueError if the complete source has no records or too many of its rows were skipped."""
+        """Raise ValueError if the complete source has no records, or if too many of its rows were skipped."""
         if self.mapper.columns:
-            self.mapper.check()
+            self.mapper.check_required_columns()
             if self.image_check == "header" and not self.mapper.has_images:
                 self.log.add_note(self.mapper.describe_missing_column("image"), self.source.path)
         self.log.check()
         if not self.summary.num_records:
             counts = [f"{name} {count:,}" for name, count in self.summary.split_counts.items()]
-            splits = f"; rows in its splits: {', '.join(counts)}" if counts else ""
+            splits = f"; rows per split: {', '.join(counts)}" if counts else ""
             raise ValueError(f"{self.source}: no records{splits}; {self.log.summary()}")
 
     def _parse_rows(self, raw_rows: Iterable[RawRow], source_format: SourceFormat) -> Iterator[_ParsedRow]:
         for file, number, fields in raw_rows:
             is_listed = source_format.is_folder and FileImage(file).key in self._listed_images
-            num_rows = 0 if is_listed else 1  # already counted as a row of a caption file
+            num_rows = 0 if is_listed else 1  # listed images were already counted as rows of a caption file
             split = ""
             try:
                 if isinstance(fields, BadRow):
                     num_rows *= fields.rows
-                    raise UnusableRow(fields.reason, fields.value)
+                    raise BadRowError(fields.reason, fields.value)
                 if source_format.is_table:
                     columns = self.mapper.map_table_columns(file, list(fields))
                 else:
@@ -289,12 +289,12 @@ class RecordReader:
         image = parse_image_cell(values.get("image"), file, reject_urls=self.image_check == "header")
         texts = {"captions": parse_captions(values.get("captions"), parse_lists, self.log, file, number)}
         for name in ("short_captions", "long_captions", "phrases"):
-            # An empty string in these fields means that there are no captions.
+            # In optional caption fields, an empty string means that there are no captions.
             if value := values.get(name):
                 try:
                     texts[name] = parse_captions(value, parse_lists, self.log, file, number)
-                except UnusableRow as error:
-                    if name != "phrases":  # some datasets have a `phrases` column with another meaning
+                except BadRowError as error:
+                    if name != "phrases":  # some datasets use a column named `phrases` for other data
                         raise
                     self.log.record_dropped(file, number, "malformed phrases", error.value)
         record = Record(
@@ -311,10 +311,10 @@ class RecordReader:
         self.log.count_source_rows(self._log_path, split, self.summary.row_counts[split])
 
     def _skip_row(self, file: str, row: int, error: Exception, rows: int) -> None:
-        """Skip a row because of an error. Raise the error instead if it affects more than this row."""
+        """Skip a row because of an error. If the error also affects other rows, raise the error instead."""
         if isinstance(error, DataFormatError | FatalDataError):
             raise error
-        problem = error if isinstance(error, UnusableRow) else UnusableRow("malformed row", describe_error(error))
+        problem = error if isinstance(error, BadRowError) else BadRowError("malformed row", describe_error(error))
         if rows:
             self.log.skip(file, row, problem.reason, problem.value, rows)
             self._check_skip_limit_early()
@@ -323,7 +323,7 @@ class RecordReader:
         if self.summary.row_counts.total() < EARLY_CHECK_ROWS:
             return
         if not self.mapper.has_captions:
-            self.mapper.check()
+            self.mapper.check_required_columns()
         self.log.check()
 
 
@@ -349,7 +349,7 @@ def _merge_caption_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
 
 
 def merge_records(records: Sequence[Record], distinct: bool = False) -> Record:
-    """Return the first record, extended by the texts of all records. If `distinct` is True, drop duplicate texts."""
+    """Return the first record with the texts of all records. If `distinct` is True, drop duplicate texts."""
     texts: dict[str, Any] = {}
     for name in TEXT_FIELDS:
         merged = chain.from_iterable(getattr(record, name) for record in records)
@@ -380,7 +380,7 @@ def guess_columns(names: Mapping[str, Sequence[str]], columns: Collection[str]) 
 
 
 class NoCaptionsError(DataFormatError):
-    """Raised when a source contains only images although captions are required."""
+    """Raised when captions are required but a source contains only images."""
 
 
 class ColumnMapper:
@@ -393,16 +393,16 @@ class ColumnMapper:
         self._cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def map_table_columns(self, file: str, columns: Sequence[str]) -> dict[str, str]:
-        """Return a dict {field: column} for a table with these columns. Raise the same errors as `check`."""
+        """Return a dict {field: column} for a table. Raise the same errors as `check_required_columns`."""
         key = tuple(columns)
         if key not in self._cache:
             self.columns |= dict.fromkeys(columns)
             self._cache[key] = self._guess_columns(columns)
-            self.check(file)
+            self.check_required_columns(file)
         return self._cache[key]
 
     def map_row_columns(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Return a dict {field: column} for a row that has its own keys. Keys with a non-null value are preferred."""
+        """Return a dict {field: key} for the fields of a JSON object. Keys with a non-null value are preferred."""
         names = filled = tuple(fields)
         if any(map(is_missing_value, fields.values())):
             filled = tuple(
@@ -411,7 +411,7 @@ class ColumnMapper:
                 if _normalize_column_name(name) in COLUMN_NAMES["image"] or not is_missing_value(fields[name])
             )
         key = (*names, "", *filled)
-        if key not in self._cache:  # most rows of a source have the same keys
+        if key not in self._cache:  # cached, because most rows of a source have the same keys
             self.columns |= dict.fromkeys(names)
             self._cache[key] = self._guess_columns(names) | self._guess_columns(filled)
         return self._cache[key]
@@ -424,7 +424,7 @@ class ColumnMapper:
     def has_images(self) -> bool:
         return "image" in self._guess_columns(self.columns)
 
-    def check(self, file: str = "") -> None:
+    def check_required_columns(self, file: str = "") -> None:
         """Raise `DataFormatError` if the source lacks a mapped column or a required caption column."""
         where = file or self.source
         for name, column in self.mapping.items():
@@ -451,14 +451,14 @@ class ColumnMapper:
         message = f"no {field.removesuffix('s')} column; {self._describe_columns()}. "
         if any(re.search(r"\.(jpe?g|png|webp|gif|bmp|tiff?)$", column.lower()) for column in self.columns):
             return message + "The first line of the file must contain the column names, such as image,caption"
-        return message + f"Select one with --columns {field}={next(similar, 'NAME')}"
+        return message + f"Select a column with --columns {field}={next(similar, 'NAME')}"
 
     def _describe_columns(self) -> str:
         return f"the file has the columns {', '.join(self.columns)}" if self.columns else "the file has no columns"
 
     def _guess_columns(self, columns: Collection[str]) -> dict[str, str]:
         chosen = guess_columns(self._names, columns)
-        # In data with long captions, such as Image Paragraphs, `sentences` contains the sentences of these captions.
+        # In datasets with long captions, such as Image Paragraphs, `sentences` contains the parts of each long caption.
         guessed = None if "captions" in self.mapping else chosen.get("captions")
         if guessed in ("sentences", "sentence") and "long_captions" in chosen:
             del chosen["captions"]
@@ -474,7 +474,7 @@ def _normalize_column_name(column: str) -> str:
 
 
 def _clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: int) -> dict[str, Any]:
-    """Return the field values in a row of a text table. Placeholders for missing values are logged and become None.
+    """Return the field values in a row of a text file. Placeholders for missing values are logged and become None.
 
     If several columns have the same name, all of their captions are collected. Other fields get the last value that
     is not missing.
@@ -483,7 +483,7 @@ def _clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: i
     for name, value in values.items():
         cells = value if isinstance(value, list) else [value]
         present = cells
-        if name != "split":  # "none" is a split name
+        if name != "split":  # in the split column, "none" is a name
             present = [cell for cell in cells if not isinstance(cell, str) or cell.strip().lower() not in MISSING_TEXTS]
         if len(present) < len(cells):
             log.record_dropped(file, row, "missing value", value)
@@ -493,28 +493,28 @@ def _clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: i
 
 
 def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: int) -> tuple[str, ...]:
-    """Return the stripped captions in a cell, which contains a single caption or a list of captions.
+    """Return the stripped captions in a cell that contains a single caption or a list of captions.
 
     If `parse_lists` is True, strings that look like JSON or Python lists are parsed. Empty captions are dropped and
-    recorded in `log` with the cell's location.
+    recorded in `log` with the file and row.
 
     Raises:
-        UnusableRow: A caption is not valid text, or the captions have more than `MAX_CAPTION_CHARACTERS` in total.
+        BadRowError: A caption is not valid text, or the captions have more than `MAX_CAPTION_CHARACTERS` in total.
     """
     if isinstance(value, str):
         value = _parse_text_list(value) if parse_lists else [value]
     elif is_missing_value(value):
         return ()
     if not isinstance(value, list):
-        raise UnusableRow("malformed row", f"captions must be text or a list of texts (got {value!r})")
+        raise BadRowError("malformed row", f"captions must be text or a list of texts (got {value!r})")
     captions = []
     num_characters = 0
     for text in value:
         if not isinstance(text, str) and text is not None:
-            raise UnusableRow("malformed row", f"a caption must be text (got {text!r})")
+            raise BadRowError("malformed row", f"a caption must be text (got {text!r})")
         num_characters += len(text or "")
         if num_characters > MAX_CAPTION_CHARACTERS:
-            raise UnusableRow("malformed row", f"the captions have more than {MAX_CAPTION_CHARACTERS:,} characters")
+            raise BadRowError("malformed row", f"the captions have more than {MAX_CAPTION_CHARACTERS:,} characters")
         text = (text or "").strip()
         if not text:
             log.record_dropped(file, row, "empty caption", value)
@@ -524,8 +524,8 @@ def parse_captions(value: Any, parse_lists: bool, log: SkipLog, file: str, row: 
                 text.encode()
         except UnicodeEncodeError as error:
             if "\udc80" <= text[error.start] <= "\udcff":  # an undecodable byte
-                raise UnusableRow(NOT_UTF8, to_valid_unicode(text)) from error
-            raise UnusableRow("malformed row", f"not valid Unicode: {text!r}") from error
+                raise BadRowError(NOT_UTF8, to_valid_unicode(text)) from error
+            raise BadRowError("malformed row", f"not valid Unicode: {text!r}") from error
         captions.append(text)
     return tuple(captions)
 
@@ -552,5 +552,5 @@ def _parse_name_cell(value: Any, field: str) -> str | None:
     if is_missing_value(value):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UnusableRow("malformed row", f"{field} must be text or a number (got {value!r})")
+        raise BadRowError("malformed row", f"{field} must be text or a number (got {value!r})")
     return str(value).strip() or None

@@ -1,10 +1,10 @@
 """Access to files in object storage and on web servers: `s3://`, `gs://`, `hf://`, `https://` and `http://`.
 
 Entire files are downloaded into a local cache. The least recently used files are removed when the cache is full.
-Readers hold a shared lock, so files that are being read are not removed. Messages never contain credentials.
+Readers hold a shared lock, so files that are being read are not removed. Error messages never contain credentials.
 
 Each process pins the version of a file when it first accesses the file. If the file is replaced later, reading it
-raises an error, so that a run never mixes two versions.
+raises an error, so a run never mixes two versions of a file.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 PREFETCH_THREADS = 4
-FAILURE_SECONDS = 600  # delay before a file is requested again after a failure
-MAX_FOLDERS = 30_000  # maximum number of folders in a remote folder
-MAX_FOLDER_DEPTH = 16  # maximum number of nested folders in a remote folder
+FAILURE_SECONDS = 600  # seconds after a failure before the file is requested again
+MAX_FOLDERS = 30_000  # maximum number of subfolders in a remote folder
+MAX_FOLDER_DEPTH = 16  # maximum depth of nested subfolders in a remote folder
 SIZE_VARIABLE = "LLM2CLIP_SHARD_CACHE_GB"
 MAX_DEFAULT_BYTES = 200 * 10**9
-FILL_FRACTION = 0.95  # files are removed from a full cache until it uses this fraction of its limit
-UNLISTED_FRACTION = 0.02  # fraction of the size limit to download before the cache is listed again
-TOUCH_SECONDS = 60  # minimum interval between updates of a file's access time
-# Modification time of complete files in the cache, in seconds since the epoch. Files with other times are invalid.
+FILL_FRACTION = 0.95  # files are removed from a full cache until its size is this fraction of the size limit
+UNLISTED_FRACTION = 0.02  # the cache is listed again after downloads of this fraction of the size limit
+TOUCH_SECONDS = 60  # minimum number of seconds between updates of a file's access time
+# Modification time of every complete file in the cache, in seconds since the epoch. Other files are invalid.
 DOWNLOADED_TIME = 1_000_000_000
 
 _versions: dict[str, str] = {}  # URL -> pinned version
 _failures: dict[str, tuple[float, RemoteError]] = {}  # URL -> time and error of the last failure
-_unlisted_allowances: dict[tuple[str, str], float] = {}  # (folder, limit) -> bytes to add before the next listing
+# (cache folder, size limit) -> number of bytes that can be downloaded before the cache must be listed again
+_unlisted_allowances: dict[tuple[str, str], float] = {}
 _pending: deque[str] = deque()  # URLs of files to download in advance
 _free_threads = threading.Semaphore(PREFETCH_THREADS)
 
@@ -68,13 +69,13 @@ class CacheFullError(FatalDataError):
 
 
 def find_remote_files(pattern: str) -> list[str]:
-    """Expand glob characters and {000..010} ranges in a URL. Return the URLs, and pin the versions of all files.
+    """Expand glob characters and {000..010} ranges in a URL. Return the URLs, and pin the versions of the files.
 
-    The returned URLs of folders end with a slash. Raise `MissingRemoteFileError` if no file matches.
+    In the returned list, the URLs of folders end with a slash. Raise `MissingRemoteFileError` if no file matches.
     """
     name = hide_url_secrets(pattern)
     if "@" in storage.split_url(pattern)[1] and not pattern.startswith("hf"):
-        raise ValueError(f"{name}: a URL must not contain a user name or password. Put them in ~/.netrc instead")
+        raise ValueError(f"{name}: a URL must not contain a user name or password. Use ~/.netrc instead")
     address = storage.strip_query_string(pattern)
     is_pattern = (glob.has_magic(address) or "{" in address) and not _remote_file_exists(pattern)
     urls = []
@@ -89,7 +90,7 @@ def find_remote_files(pattern: str) -> list[str]:
 def pin_current_versions(urls: Sequence[str]) -> list[str]:
     """Pin the current versions of files in parallel. Return the URLs, with a slash at the end of each folder's URL."""
     with ThreadPoolExecutor(storage.LOOKUP_THREADS) as pool:
-        return list(pool.map(_pin_file_or_mark_folder, urls))
+        return list(pool.map(_pin_current_version, urls))
 
 
 def list_folder(folder: str) -> list[str]:
@@ -115,7 +116,7 @@ def _list_remote_folder(folder: str) -> list[str]:
 def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yield the path, folder names and file names of a folder and its subfolders, as `os.walk` does.
 
-    To skip subfolders, the caller can remove their names from the list.
+    To skip subfolders, remove their names from the list of folder names during the iteration.
 
     Raises:
         OSError: A folder is unreadable, or a remote folder has too many subfolders.
@@ -123,7 +124,7 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     if not is_remote(folder):
         yield from os.walk(folder, onerror=_raise_listing_error)
         return
-    pending = [(folder.rstrip("/"), 0)]  # the depth is limited, because a web server can list a folder in itself
+    pending = [(folder.rstrip("/"), 0)]  # (folder, depth); on web servers, a folder can contain itself
     num_folders = 0
     while pending:
         path, depth = pending.pop()
@@ -144,7 +145,7 @@ def file_exists(path: str) -> bool:
         return os.path.isfile(path)
     try:
         _look_up_version(path)
-    except RemoteError as error:  # such as a missing permission, which is reported when the file is opened
+    except RemoteError as error:  # errors such as a missing permission are raised again when the file is opened
         return not isinstance(error, MissingRemoteFileError)
     return True
 
@@ -161,7 +162,7 @@ def _raise_listing_error(error: OSError) -> None:
 
 
 def _remote_file_exists(url: str) -> bool:
-    with suppress(RemoteError):  # usually a missing permission; the file counts as missing
+    with suppress(RemoteError):  # files without read permission are treated as missing
         return get_remote_version(url) != ""
     return False
 
@@ -179,8 +180,8 @@ def _glob_remote_files(pattern: str) -> list[str]:
     return [url for url in urls if not posixpath.basename(url.rstrip("/")).startswith(".")]
 
 
-def _pin_file_or_mark_folder(url: str) -> str:
-    """Pin the current version of a file. Return the URL, with a slash at the end if it is the URL of a folder.
+def _pin_current_version(url: str) -> str:
+    """Pin the current version of a file. Return the URL, with a slash appended if it is the URL of a folder.
 
     Web servers do not distinguish files from folders, so a web address without a file suffix is treated as a folder.
     """
@@ -199,7 +200,7 @@ def _pin_file_or_mark_folder(url: str) -> str:
 
 
 def get_remote_version(url: str) -> str:
-    """Return the pinned version of a remote file (size and etag or time). On first use, pin the current version."""
+    """Return the pinned version of a remote file (size and etag or time). If there is none, pin the current version."""
     version = _versions.get(url)
     if version is None:
         info = storage.fetch_file_info(url)
@@ -210,7 +211,7 @@ def get_remote_version(url: str) -> str:
 
 
 def get_pinned_versions(urls: Iterable[str]) -> dict[str, str]:
-    """Return the pinned versions of files, for `pin_versions` in another process."""
+    """Return the pinned versions of files. Other processes can pass the result to `pin_versions`."""
     return {url: _versions[url] for url in urls if url in _versions}
 
 
@@ -222,7 +223,7 @@ def pin_versions(versions: Mapping[str, str]) -> None:
 def _check_remote_version(url: str, version: str) -> None:
     current = storage.build_file_version(storage.fetch_file_info(url, storage.MAX_ATTEMPTS), url)
     if current != version:
-        raise storage.build_replaced_error(url, version, current)
+        raise storage.build_replaced_file_error(url, version, current)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def open_file(path: str) -> io.BufferedReader:
     version = _look_up_version(path)
     cached_path = get_cached_path(path, version)
     while (file := _open_cached_file(cached_path, storage.parse_file_size(version))) is None:
-        # Another process can remove the downloaded file before it is opened.
+        # Another process can remove the downloaded file before this process opens it.
         _call_unless_recently_failed(path, functools.partial(_download_unless_cached, path, version, cached_path))
     return file
 
@@ -254,7 +255,7 @@ def get_local_path(path: str) -> str:
 
 
 class FileSlice(io.RawIOBase):
-    """Seekable stream of a byte range of a local or remote file."""
+    """Seekable stream over a byte range of a local or remote file."""
 
     def __init__(self, path: str, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = open_file(path), offset, size, 0
@@ -287,7 +288,7 @@ def _look_up_version(url: str) -> str:
 
 
 def _call_unless_recently_failed(url: str, function: Callable[[], T]) -> T:
-    """Call a function that reads a remote file. If a call for the same URL failed recently, raise the same error."""
+    """Call a function that accesses a URL. If access to the URL has recently failed, raise the earlier error."""
     failed_at, failure = _failures.get(url, (0.0, None))
     if failure is not None and time.monotonic() - failed_at < FAILURE_SECONDS:
         raise failure
@@ -308,7 +309,7 @@ def get_cache_folder() -> Path:
 
 
 def get_cached_path(url: str, version: str) -> Path:
-    """Return the path in the cache for a version of a remote file, with the suffix of the file."""
+    """Return the cache path for a version of a remote file. The path has the same suffix as the file."""
     digest = hashlib.sha256(f"{url}\0{version}".encode("utf-8", "surrogatepass")).hexdigest()[:40]
     name = url.partition("?")[0].rpartition("/")[2]
     suffix = re.search(r"(\.[A-Za-z0-9]{1,9}){1,2}$", name)
@@ -316,7 +317,7 @@ def get_cached_path(url: str, version: str) -> Path:
 
 
 def _open_cached_file(path: Path, size: int) -> io.BufferedReader | None:
-    """Open a cached file and lock it against removal. Return None if it is missing or was changed after download."""
+    """Open a cached file and lock it against removal. Return None if the file is missing or invalid."""
     try:
         file = open_regular_file(path)
     except FileNotFoundError:
@@ -368,7 +369,7 @@ def _download_to_cache(url: str, version: str, path: Path) -> None:
                 )
             _check_remote_version(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
-        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # without the time, the file would be downloaded again
+        if temporary.stat().st_mtime != DOWNLOADED_TIME:  # cached files with any other time are invalid
             raise FatalDataError(
                 f"{path.parent}: this disk does not store modification times. Move the cache to another disk with the "
                 "environment variable LLM2CLIP_CACHE"
@@ -407,19 +408,19 @@ def _get_cache_size_limit(used: int) -> float:
 
 
 def _list_cached_files() -> Iterator[tuple[float, int, str]]:
-    """Yield the (time of last use, size, path) of each file in the cache, including incomplete downloads."""
+    """Yield (time of last use, size, path) for each file in the cache, including incomplete downloads."""
     for parent, folders, names in os.walk(get_cache_folder()):
         if "locks" in folders:
             folders.remove("locks")
         for name in names:
             path = os.path.join(parent, name)
-            with suppress(OSError):  # removed by another process
+            with suppress(OSError):  # the file was removed by another process
                 status = os.stat(path)
                 yield status.st_atime, status.st_size, path
 
 
 def _remove_cached_files(files: Iterable[tuple[float, int, str]], num_bytes: float) -> int:
-    """Remove files that are not in use, in order, until `num_bytes` are freed. Return the number of freed bytes."""
+    """Remove unused files, in order, until `num_bytes` bytes are freed. Return the number of freed bytes."""
     num_freed = 0
     for _, size, path in files:
         if num_freed >= num_bytes:
@@ -439,7 +440,7 @@ def _lock_file(file: BinaryIO, exclusive: bool) -> bool:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
     except BlockingIOError:
         return False
-    except OSError:  # no lock support; on POSIX, an open file remains readable after its removal
+    except OSError:  # The disk does not support locks. On POSIX, open files can be read after their removal.
         return True
     return True
 
@@ -469,7 +470,7 @@ def _download_pending_files() -> None:
         except IndexError:
             _free_threads.release()
             return
-        with suppress(Exception):  # raised again when the file is opened
+        with suppress(Exception):  # the error is raised again when the file is opened
             get_local_path(url)
 
 

@@ -13,20 +13,20 @@ import numpy as np
 from llm2clip.io_utils import format_count, hide_url_secrets, to_valid_unicode
 
 MAX_NOTES = 5  # maximum number of notes in the summary
-MAX_VALUE_CHARACTERS = 200  # longer values are truncated
+MAX_VALUE_CHARACTERS = 200  # maximum length of a value in the log
 MAX_PATH_CHARACTERS = 4096
-# reason for which rows were skipped -> how to fix the source
+# reason for skipping a row -> advice on how to fix the source
 ADVICE_BY_REASON = {
     "missing image": "Relative image paths are resolved against the folder of the caption file. Move the caption file, "
     "or correct the paths",
-    "image is a URL": "Images are not downloaded. Download them first, for example with img2dataset --output_format "
-    "webdataset, and pass the tar files",
+    "image is a URL": "Image URLs are not downloaded. Download the images first, for example with img2dataset "
+    "--output_format webdataset, and pass the tar files",
     "no caption": "In a folder of images or a tar file, the captions of x.jpg must be in x.txt or x.json. A folder can "
     "also contain captions.csv or captions.jsonl with the captions of all images",
 }
 
 
-class UnusableRow(Exception):
+class BadRowError(Exception):
     """Raised when a row cannot be converted to a record. Skipped rows are counted by `reason`."""
 
     def __init__(self, reason: str, value: object) -> None:
@@ -71,11 +71,10 @@ class SkipLog:
 
     @property
     def num_duplicate_images(self) -> int:
-        """Number of duplicate images that were merged."""
         return len(self._copies)
 
     def count_rows(self, count: int) -> None:
-        """Count rows of a source that is read only once."""
+        """Add `count` to the row count. For sources that can be read several times, use `count_source_rows`."""
         self._num_rows += count
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
@@ -88,7 +87,7 @@ class SkipLog:
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` rows from `row` on were skipped. Ignore repeated calls for the same row and reason."""
+        """Record that `rows` rows, starting at `row`, were skipped. Ignore calls that repeat the row and reason."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return
@@ -98,22 +97,22 @@ class SkipLog:
         self._write_log_entry(file, row, reason, value)
 
     def record_dropped(self, file: str, row: int, reason: str, value: object) -> None:
-        """Record that a value of a row was dropped. Ignore repeated calls for the same row and reason."""
+        """Record that a value in a row was dropped. Ignore calls that repeat the row and reason."""
         file = hide_url_secrets(file)
         if self._record_once(file, row, reason):
             self.dropped[reason] += 1
             self._write_log_entry(file, row, reason, value)
 
     def count_duplicate_images(self, hashes: np.ndarray) -> None:
-        """Count merged duplicate images. `hashes` identifies the images, of shape (N,), uint64."""
+        """Count merged duplicate images. `hashes` contains the hash of each image, of shape (N,), uint64."""
         self._copies = np.union1d(self._copies, hashes)
 
     def add_note(self, text: str, file: str) -> None:
-        """Add a note about a file, such as an unusual encoding, to the summary. Repeated notes are ignored."""
+        """Add a note to the summary, for example about the unusual encoding of a file. Ignore repeated notes."""
         self.notes.setdefault(text, {})[to_valid_unicode(hide_url_secrets(file))] = None
 
     def replay(self, events: Iterable[Sequence[Any]]) -> None:
-        """Record the events of a `RecordingSkipLog` in the same order."""
+        """Repeat the calls recorded by a `RecordingSkipLog`."""
         for name, *args in events:
             getattr(self, name)(*args)
 
@@ -130,14 +129,14 @@ class SkipLog:
         notes = "".join(f"\n{note}" for note in self.list_notes())
         most_common, _ = self.skipped.most_common(1)[0]
         advice = f"\n{ADVICE_BY_REASON.get(most_common, 'Fix the source')}"
-        if self.skipped.total() < self.rows_seen / 2:  # otherwise, the source or column mapping is probably wrong
+        if self.skipped.total() < self.rows_seen / 2:  # if most rows are skipped, the source is probably wrong
             advice += ", or raise the limit with --max_skipped"
         raise TooManySkipped(
             f"{self._format_skip_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
 
     def list_notes(self) -> list[str]:
-        """Return the first notes. Each note begins with a file that it applies to and the number of other files."""
+        """Return up to `MAX_NOTES` notes. Each note starts with one affected file and the number of other files."""
         notes = []
         for text, files in islice(self.notes.items(), MAX_NOTES):
             others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
@@ -154,7 +153,7 @@ class SkipLog:
     def _format_skip_totals(self) -> str:
         numbers = f"{self.skipped.total():,} of {self.rows_seen:,} rows skipped{_format_counts(self.skipped)}"
         if self.dropped:
-            numbers += f"; parts of rows dropped{_format_counts(self.dropped)}"
+            numbers += f"; dropped values{_format_counts(self.dropped)}"
         if len(self._copies):
             numbers += f"; {format_count(len(self._copies), 'duplicate image')} merged with the originals"
         return numbers
@@ -170,14 +169,14 @@ class SkipLog:
 
 
 class RecordingSkipLog(SkipLog):
-    """Skip log that records method calls, so that `SkipLog.replay` can repeat the calls in another process."""
+    """Skip log that records method calls, which `SkipLog.replay` can repeat in another process."""
 
     def __init__(self) -> None:
         super().__init__(max_skipped=1.0)
         self.events: list[list[Any]] = []
 
     def count_source_rows(self, path: str, split: str, count: int) -> None:
-        """Do nothing, because `ReadSummary` contains the number of rows."""
+        """Do nothing, because `ReadSummary` already contains the number of rows."""
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
         self.events.append(["skip", file, row, reason, str(value)[:MAX_PATH_CHARACTERS], rows])

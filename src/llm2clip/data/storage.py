@@ -25,24 +25,24 @@ T = TypeVar("T")
 
 BLOCK_BYTES = 32 << 20  # bytes per download request; after an error, only the current block is requested again
 BLOCK_TIMEOUT = 300.0  # seconds per block
-READ_TIMEOUT = 60.0  # seconds without any data
-MAX_LISTING_BYTES = 16 << 20  # maximum size of a web server's directory listing
+READ_TIMEOUT = 60.0  # maximum number of seconds without receiving data
+MAX_LISTING_BYTES = 16 << 20  # maximum size of a web server's folder listing
 CONNECT_TIMEOUT = 20.0  # seconds
-LOOKUP_ATTEMPTS = 4  # fewer than for downloads, to report a mistyped host within seconds
+LOOKUP_ATTEMPTS = 4  # fewer attempts than for downloads, to report a mistyped host within seconds
 LOOKUP_THREADS = 16
-UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # the only cache is `_filesystems`
+UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}  # file systems are cached only in `_filesystems`
 MAX_ATTEMPTS = 8
-FIRST_DELAY = 0.5  # seconds; doubles with each attempt, so that the default number of attempts spans about a minute
+FIRST_DELAY = 0.5  # seconds; the delay doubles with each attempt, so `MAX_ATTEMPTS` attempts take about a minute
 MAX_DELAY = 30.0  # seconds
-RETRIED_STATUSES = (408, 425, 429)  # retried in addition to all 5xx status codes
+RETRIED_STATUSES = (408, 425, 429)  # HTTP status codes that are retried, in addition to all 5xx codes
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NETWORK_PACKAGES = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "httpx", "httpx2", "httpcore", "requests", "urllib3")
 # Exceptions of storage packages that are not retried, for example because credentials are missing.
 PERMANENT_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "InvalidURL", "OfflineModeIsEnabled")
 _REMOTE = re.compile(r"(s3|gs|hf|https?)://")
-_random = random.Random()  # separate, so that retries do not change the state of the global generator
+_random = random.Random()  # separate generator, so that retries do not change the global random state
 
-_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system, not shared after a fork
+_filesystems: dict[tuple[int, str], Any] = {}  # (process id, scheme) -> file system; not shared after a fork
 
 
 class RemoteError(OSError):
@@ -61,7 +61,7 @@ class ReplacedFileError(FatalDataError):
 
 
 def is_remote(path: str) -> bool:
-    """Return True if a path is the URL of a remote file or folder. `hf:NAME`, a dataset on the Hub, is not a URL."""
+    """Return True if a path is the URL of a remote file or folder. Hub datasets (`hf:NAME`) are not remote paths."""
     path = str(path)
     return "://" in path and _REMOTE.match(path) is not None
 
@@ -91,7 +91,7 @@ def join_path(folder: str, name: str) -> str:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Split a URL into its scheme, its root (bucket, dataset or host), and the path below the root."""
+    """Split a URL into the scheme, the root (bucket, dataset or host) and the path below the root."""
     scheme, _, rest = url.partition("://")
     if scheme == "hf":
         parts = rest.split("/")
@@ -102,7 +102,7 @@ def split_url(url: str) -> tuple[str, str, str]:
 
 
 def strip_query_string(url: str) -> str:
-    """Remove the query string from a web address. In object storage, `?` is part of the name."""
+    """Remove the query string from a web address. In object storage, `?` is part of the file name."""
     return url.partition("?")[0] if url.startswith("http") else url
 
 
@@ -111,7 +111,6 @@ def get_url_scheme(url: str) -> str:
 
 
 def to_fsspec_path(url: str) -> str:
-    """Return the path that fsspec uses for a URL."""
     return url if get_url_scheme(url).startswith("http") else url.partition("://")[2]
 
 
@@ -146,7 +145,7 @@ def parse_file_size(version: str) -> int:
     return int(version.partition("-")[0])
 
 
-def build_replaced_error(url: str, version: str, current: str) -> ReplacedFileError:
+def build_replaced_file_error(url: str, version: str, current: str) -> ReplacedFileError:
     return ReplacedFileError(
         f"{hide_url_secrets(url)} was replaced during the run (size and version were {version}, and are now "
         f"{current}). Start the command again to use the new file"
@@ -163,7 +162,7 @@ def fetch_byte_range(url: str, version: str, start: int, end: int, file: BinaryI
     filesystem = get_filesystem(get_url_scheme(url))
     position = file.tell()
 
-    def fetch() -> None:
+    def fetch_bytes() -> None:
         file.seek(position)
         file.truncate()
         if get_url_scheme(url).startswith("http"):
@@ -175,7 +174,7 @@ def fetch_byte_range(url: str, version: str, start: int, end: int, file: BinaryI
             raise ConnectionError(f"truncated response: {len(data):,} of {end - start:,} bytes")
         file.write(data)
 
-    call_with_retries(fetch, url)
+    call_with_retries(fetch_bytes, url)
 
 
 async def _stream_response(filesystem: Any, url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
@@ -209,7 +208,7 @@ def _check_response_version(headers: Mapping[str, str], url: str, version: str) 
         info = {"size": int(total), "ETag": headers.get("ETag"), "Last-Modified": headers.get("Last-Modified")}
         current = build_file_version(info, url)
         if current != version:
-            raise build_replaced_error(url, version, current)
+            raise build_replaced_file_error(url, version, current)
 
 
 # ---- file systems ----------------------------------------------------------------------------------------------------
@@ -232,20 +231,20 @@ def _open_filesystem(scheme: str) -> Any:
     import fsspec
 
     if scheme == "s3":
-        return _open_s3()
+        return _open_s3_filesystem()
     if scheme == "hf":
         return fsspec.filesystem("hf")
     if scheme == "gs":
         return fsspec.filesystem("gs", **UNCACHED)
     from aiohttp import ClientTimeout
 
-    # trust_env uses the proxy in HTTPS_PROXY, and sends the credentials in ~/.netrc only to their own hosts.
+    # trust_env uses the proxy in HTTPS_PROXY, and sends each host only its own credentials in ~/.netrc.
     timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
     options = {"timeout": timeout, "trust_env": True}
     return fsspec.filesystem("https", client_kwargs=options, get_client=_open_http_session, **UNCACHED)
 
 
-def _open_s3() -> Any:
+def _open_s3_filesystem() -> Any:
     import botocore.session
     import fsspec
 
@@ -254,7 +253,7 @@ def _open_s3() -> Any:
     config = {
         "connect_timeout": CONNECT_TIMEOUT,
         "read_timeout": READ_TIMEOUT,
-        "retries": {"total_max_attempts": 1},  # no retries, because `call_with_retries` already retries
+        "retries": {"total_max_attempts": 1},  # no retries in botocore, because `call_with_retries` retries
         "max_pool_connections": 2 * LOOKUP_THREADS,
     }
     filesystem = fsspec.filesystem("s3", anon=anonymous, config_kwargs=config, **UNCACHED)
@@ -267,7 +266,7 @@ async def _open_http_session(loop: asyncio.AbstractEventLoop, **options: Any) ->
 
     class HttpResponse(ClientResponse):
         async def text(self, encoding: str | None = None, errors: str = "replace") -> str:
-            """Return a folder listing, the only response that fsspec reads as text."""
+            """Return the text of a folder listing. fsspec does not read other responses as text."""
             data = bytearray()
             async for block in self.content.iter_any():
                 data += block
@@ -285,16 +284,16 @@ async def _check_redirect(session: Any, context: Any, redirect: Any) -> None:
     from yarl import URL
 
     headers = redirect.response.headers
-    target = URL(headers.get("Location") or headers.get("URI") or "")  # parsed as in aiohttp
+    target = URL(headers.get("Location") or headers.get("URI") or "")  # aiohttp parses the target in the same way
     if redirect.url.scheme == "https" and target.scheme not in ("", "https"):
-        raise ValueError("redirect from https to http")
+        raise ValueError("redirects from https to http are not allowed")
 
 
 # ---- retries ---------------------------------------------------------------------------------------------------------
 
 
 def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | None = None) -> T:
-    """Return the result of a function that sends requests. Retry after temporary errors.
+    """Call a function that sends requests, and return its result. Retry after temporary errors.
 
     Raises:
         MissingRemoteFileError: The file does not exist.
@@ -320,9 +319,9 @@ def call_with_retries(function: Callable[[], T], url: str, max_attempts: int | N
 
 
 def compute_backoff(attempt: int, first: float, longest: float) -> float:
-    """Return a random delay in seconds before the next attempt. The maximum doubles from `first` up to `longest`.
+    """Return a random delay in seconds after a failed attempt.
 
-    `attempt` is the number of the failed attempt, starting at 0.
+    The maximum delay doubles with each attempt, from `first` (if `attempt` is 0) up to `longest`.
     """
     return min(longest, first * 2**attempt) * _random.uniform(0.5, 1.0)
 

@@ -35,16 +35,16 @@ SCHEMA = pa.schema(
         ("split", pa.binary()),
         *[(field, TEXTS) for field in TEXT_FIELDS],
         ("image_kind", pa.int8()),  # index into IMAGE_KINDS, or NO_IMAGE
-        ("container", pa.int32()),  # index into the list of containers in the file
+        ("container", pa.int32()),  # index into the list of containers, which is stored at the end of the file
         ("image_name", pa.binary()),  # name of the file, tar member or table column
         ("offset", pa.int64()),  # byte offset in the tar file, or row number in a table
-        ("size", pa.int64()),  # size of the tar member in bytes
+        ("size", pa.int64()),  # size of a tar member in bytes
         ("digest", pa.binary()),  # SHA-256 of an image in a table or in object storage
         ("image_data", pa.binary()),  # bytes of an image whose source cannot be read again
         ("width", pa.int32()),  # in pixels; 0 if the image header was not read
         ("height", pa.int32()),
         ("image_hash", pa.uint64()),  # see `image_facts.get_distinct_image_hashes`; 0 if the image was not read
-        ("key_high", pa.uint64()),  # rows with equal keys are merged, except for key 0
+        ("key_high", pa.uint64()),  # upper half of the key; rows with equal keys are merged, except for key 0
         ("key_low", pa.uint64()),
         ("draw_hash", pa.uint64()),  # images with the lowest hashes are held out
     ]
@@ -58,8 +58,8 @@ BATCH_ROWS = 1 << 16  # default number of rows per batch
 class RecordTable(Sequence[Record]):
     """Sequence of records in memory-mapped batches. Selecting records does not copy columns.
 
-    `rows` contains the row number in `record_batches` of each record, of shape (N,). `folder` contains files derived
-    from the table, and is None for a table in memory.
+    `rows` contains each record's row number in `record_batches`, of shape (N,). `folder` contains files derived from
+    the table, and is None for a table in memory.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class RecordTable(Sequence[Record]):
 
     @classmethod
     def from_records(cls, records: Iterable[Record]) -> RecordTable:
-        """Create a table in memory."""
         builder = RecordBatchBuilder()
         for record in records:
             builder.add(record)
@@ -107,9 +106,9 @@ class RecordTable(Sequence[Record]):
         return RecordTable(self.record_batches, self.rows[positions], self.folder, self._caption_field, phrases)
 
     def split(self, size: int) -> list[RecordTable]:
-        """Split the table into tables of `size` records. A process that receives a table maps only the files it needs.
+        """Split the table into tables of `size` records, each of which maps only the files that contain its records.
 
-        Phrases set by `with_phrases` are not included, because every process would receive all phrases.
+        Phrases set by `with_phrases` are not included, because every table would contain all phrases.
         """
         tables = []
         for start in range(0, len(self), size):
@@ -118,7 +117,7 @@ class RecordTable(Sequence[Record]):
         return tables
 
     def use_field_as_captions(self, field: str) -> RecordTable:
-        """Return a table in which the texts of one field are the records' only captions."""
+        """Return a table whose records have the texts of one field as their only captions."""
         return RecordTable(self.record_batches, self.rows, self.folder, self.resolve_field(field), self._phrases)
 
     def with_phrases(self, phrases: pa.ChunkedArray) -> RecordTable:
@@ -151,12 +150,12 @@ class RecordTable(Sequence[Record]):
         return np.concatenate([np.empty(0, SCHEMA.field(name).type.to_pandas_dtype()), *arrays])
 
     def count_texts(self, field: str) -> np.ndarray:
-        """Count the texts in a field of each record. Return shape (N,), int32."""
+        """Count the texts in a field of each record. Return an array of shape (N,), int32."""
         counts = [_count_list_items(batch.column(0)) for batch in self.iterate_batches([field])]
         return np.concatenate([np.empty(0, np.int32), *counts])
 
     def iterate_texts(self, fields: Sequence[str]) -> Iterator[str]:
-        """Yield the texts in the given fields, one record after the other."""
+        """Yield the texts in the given fields of all records, in the order of the records."""
         for batch in self.iterate_batches(fields, 4096):
             columns = [column.to_pylist() for column in batch.columns]
             for texts_by_field in zip(*columns, strict=True):
@@ -165,7 +164,7 @@ class RecordTable(Sequence[Record]):
 
     @cached_property
     def has_image(self) -> np.ndarray:
-        """Boolean mask of the records with an image, of shape (N,)."""
+        """Boolean mask of shape (N,) that selects the records with an image."""
         return self.get_numeric_column("image_kind") != NO_IMAGE
 
     def get_images(self) -> ImageRefList:
@@ -222,20 +221,20 @@ class RecordTable(Sequence[Record]):
 
 @dataclass(frozen=True)
 class _PhraseLists:
-    """Lists of phrases that replace the phrases of a table. `rows` contains the index of each record's list."""
+    """Lists of phrases that replace the phrases in a table. `rows` contains the list index of each record."""
 
     lists: pa.ChunkedArray
     rows: np.ndarray
 
     def take(self, start: int, stop: int) -> pa.Array:
         rows = self.rows[start:stop]
-        is_slice = len(rows) > 0 and are_consecutive_rows(rows)
+        is_slice = len(rows) > 0 and has_consecutive_rows(rows)
         lists = self.lists.slice(int(rows[0]), len(rows)) if is_slice else self.lists.take(pa.array(rows))
         return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
 
 
 class ImageRefList(Sequence[ImageRef | None]):
-    """Image references of the records in a table. Worker processes that receive the list memory-map the same files."""
+    """Image references of a table's records. Worker processes that receive the list memory-map the same files."""
 
     def __init__(self, record_batches: RecordBatches, rows: Any) -> None:
         self.record_batches, self.rows = record_batches, np.asarray(rows)
@@ -261,7 +260,7 @@ class ImageRefList(Sequence[ImageRef | None]):
         import torch
 
         # PyTorch sends tensors to data loader workers through shared memory, so the row numbers are stored only once.
-        # The attribute keeps the shared memory alive until the workers have mapped it.
+        # The attribute `_shared_rows` keeps the shared memory alive until the workers have mapped it.
         if self._shared_rows is None:
             self._shared_rows = torch.from_numpy(np.array(self.rows))
         return ImageRefList, (self.record_batches, self._shared_rows)
@@ -272,7 +271,7 @@ def _count_list_items(lists: pa.ListArray) -> np.ndarray:
 
 
 def _iter_value_buffers(array: pa.Array) -> Iterator[Any]:
-    """Yield byte buffers that determine an array's values, independently of its memory layout."""
+    """Yield byte buffers that depend only on an array's values, and not on its memory layout."""
     if pa.types.is_list(array.type):
         yield _count_list_items(array).tobytes()
         yield from _iter_value_buffers(array.flatten())
@@ -289,7 +288,7 @@ def _iter_value_buffers(array: pa.Array) -> Iterator[Any]:
 
 
 class RecordBatches:
-    """Record batches with consecutive row numbers.
+    """Sequence of record batches. Rows are numbered across all batches, starting at 0.
 
     `containers` lists, for each batch, the paths of the files and folders that contain its images. `paths` contains the
     Arrow file of each batch and the batch's index in the file, and is empty if the batches are in memory.
@@ -308,7 +307,7 @@ class RecordBatches:
     def open(cls, files: Sequence[str], versions: Mapping[str, str] | None = None) -> RecordBatches:
         """Memory-map the batches in Arrow files written by `write_record_rows`.
 
-        `versions` maps the URLs of remote files with images to the versions to pin; see `remote.pin_versions`.
+        `versions` maps the URLs of remote files that contain images to the versions to pin; see `remote.pin_versions`.
         """
         pin_versions(versions or {})
         batches: list[pa.RecordBatch] = []
@@ -334,7 +333,7 @@ class RecordBatches:
         return RecordBatches, (self.batches, self.containers)
 
     def drop_files_without_rows(self, rows: np.ndarray) -> tuple[RecordBatches, np.ndarray]:
-        """Return the batches of all files that contain the given rows, and the row numbers within these batches."""
+        """Return the batches of the files that contain the given rows, and the new numbers of the rows."""
         if not self.paths:
             return self, rows
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
@@ -348,20 +347,20 @@ class RecordBatches:
         return record_batches, (rows + shifts[batch_of_row]).astype(rows.dtype)
 
     def take(self, rows: np.ndarray, columns: Sequence[str]) -> pa.RecordBatch:
-        """Return columns of the given rows. Adjacent rows of a batch are not copied."""
+        """Return the given rows and columns. Adjacent rows in a batch are not copied."""
         if not len(rows):
             return pa.RecordBatch.from_arrays(
                 [pa.array([], SCHEMA.field(name).type) for name in columns], list(columns)
             )
         batch_of_row = np.searchsorted(self.starts, rows, side="right") - 1
-        order = np.argsort(batch_of_row, kind="stable")  # each batch is visited once
+        order = np.argsort(batch_of_row, kind="stable")  # sorted, so that each batch is read only once
         sorted_rows, batch_of_row = rows[order], batch_of_row[order]
         bounds = [0, *(np.flatnonzero(np.diff(batch_of_row)) + 1).tolist(), len(rows)]
         pieces = []
         for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
             local = sorted_rows[start:stop] - self.starts[batch_of_row[start]]
-            if are_consecutive_rows(local):
+            if has_consecutive_rows(local):
                 pieces.append(batch.slice(int(local[0]), len(local)))
             else:
                 pieces.append(batch.take(pa.array(local)))
@@ -398,7 +397,7 @@ class RecordBatches:
 
 
 def read_arrow_metadata(file: str, name: str) -> Any:
-    """Read the "summary" or the "containers" of a file written by `write_record_rows`."""
+    """Read the "summary" or the "containers" from a file written by `write_record_rows`."""
     reader = memory_map_arrow_file(file)
     _, metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
     return json.loads(metadata[name])
@@ -410,12 +409,11 @@ def encode_file_name(name: str) -> bytes:
 
 
 def decode_file_name(name: bytes) -> str:
-    """Decode a name encoded by `encode_file_name`."""
     return name.decode("utf-8", "surrogatepass")
 
 
-def are_consecutive_rows(rows: np.ndarray) -> bool:
-    """Return True if row numbers, of shape (N,) with N > 0, are consecutive."""
+def has_consecutive_rows(rows: np.ndarray) -> bool:
+    """Return True if the row numbers, of shape (N,) with N > 0, are consecutive."""
     return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
 
 
@@ -439,7 +437,7 @@ class RecordBatchBuilder:
         return len(self._rows)
 
     def add(self, record: Record, source: str = "", facts: ImageFacts = ImageFacts()) -> None:  # noqa: B008 - frozen
-        """Add a record. Rows without an image are merged only within the same `source`."""
+        """Add a record. Records without an image will be merged only with records from the same `source`."""
         key_high, key_low = compute_merge_key(record, source)
         kind, image, container = NO_IMAGE, ImageColumns(), 0
         if record.image is not None:
@@ -471,7 +469,7 @@ class RecordBatchBuilder:
         )
 
     def take_batch(self) -> pa.RecordBatch:
-        """Return the collected rows as a batch, and start a new batch. The list of containers is kept."""
+        """Return the collected rows as a batch, and start a new batch. The list of containers is not cleared."""
         columns = zip(*self._rows, strict=True) if self._rows else [()] * len(SCHEMA)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         self._rows, self.num_bytes = [], 0
@@ -479,9 +477,9 @@ class RecordBatchBuilder:
 
 
 def write_record_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]], metadata: Callable[[], Any]) -> None:
-    """Write rows to an Arrow file. Each row is a tuple of the arguments of `RecordBatchBuilder.add`.
+    """Write rows to an Arrow file. Each row is a tuple with the arguments of `RecordBatchBuilder.add`.
 
-    `metadata` is called after the last row. The file also contains the result of the call; see `read_arrow_metadata`.
+    `metadata` is called after the last row. Its result is stored in the file as "summary"; see `read_arrow_metadata`.
     """
     builder = RecordBatchBuilder()
     with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
@@ -493,7 +491,7 @@ def write_record_rows(file: Path, rows: Iterable[tuple[Record, str, ImageFacts]]
             writer.write_batch(builder.take_batch())
         values = {"containers": builder.containers, "summary": metadata()}
         encoded = {name: json.dumps(value) for name, value in values.items()}
-        # An Arrow file starts with its schema, so metadata known only at the end is stored in an empty last batch.
+        # The schema is at the start of an Arrow file, so the metadata is stored with an empty batch at the end.
         writer.write_batch(builder.take_batch(), custom_metadata=encoded)
     append_checksum(file)
 
@@ -503,7 +501,7 @@ def compute_merge_key(record: Record, source: str) -> tuple[int, int]:
 
     Records with neither an identified image nor an id from the source have the hash (0, 0) and are never merged.
     """
-    if record.image is not None and record.image.identifies_image:
+    if record.image is not None and record.image.is_identified:
         text = record.image.key
     elif record.id_from_source:
         text = "\0".join(["id", source, record.split or "", record.id])

@@ -34,7 +34,7 @@ class _DecodedCellWindow:
     num_bytes: int
 
 
-_windows: OrderedDict[tuple[object, ...], _DecodedCellWindow] = OrderedDict()  # least recently used first
+_windows: OrderedDict[tuple[object, ...], _DecodedCellWindow] = OrderedDict()  # from least to most recently used
 
 
 def read_parquet_cell(path: str, version: object, row: int, column: str) -> pa.Scalar:
@@ -68,14 +68,14 @@ def _read_row_group_layout(path: str, version: object) -> tuple[list[int], int]:
 
 def _decode_cell_window(path: str, group: int, column: str, row: int, batch_size: int) -> _DecodedCellWindow:
     """Decode a row group up to the given row, plus as many of the following rows as fit in `MAX_WINDOW_BYTES`."""
-    # The file is reopened and read without threads, because handles and threads can deadlock after a fork.
+    # The file is reopened and read without threads, because shared file handles and threads can deadlock after a fork.
     batches: deque[pa.Array] = deque()
     start = num_bytes = num_decoded = 0
     with open_file(path) as source, pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size, row_groups=[group], columns=[column], use_threads=False):
             index = batch.schema.get_field_index(column)  # the batch may contain other columns, such as "image.x"
             if index < 0:
-                raise OSError(f"{path} must have exactly one column {column!r}")
+                raise OSError(f"{path} must have exactly one column named {column!r}")
             cells = batch.column(index)
             batches.append(cells)
             num_bytes += cells.nbytes
@@ -131,7 +131,7 @@ map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
 
 
 def open_image_cell(cell: pa.Scalar, name: str) -> BinaryIO:
-    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if there are no bytes.
+    """Open the image in a table cell, which contains bytes or a struct with bytes. Raise OSError if it has no bytes.
 
     Paths in cells are not opened, because they could refer to any file on the machine.
     """

@@ -14,7 +14,7 @@ from llm2clip.data.records import CAPTION_FIELDS, NO_SPLIT, TEXT_FIELDS
 from llm2clip.data.table import NO_IMAGE
 
 STATISTICS_COLUMNS = ("image_kind", "image_name", "width", "height", "split", *TEXT_FIELDS)
-LANGUAGE_CHARACTERS = 1000  # number of characters from which the language of a text is identified
+LANGUAGE_CHARACTERS = 1000  # number of characters of a text that are used to identify its language
 KINDS_WITH_NAME = pa.array([number for number, kind in enumerate(IMAGE_KINDS) if kind.has_file_name], pa.int8())
 _SUFFIX = r"\.(?P<suffix>[A-Za-z0-9]{1,5})$"
 
@@ -63,12 +63,12 @@ class TextStatistics:
 
 @dataclass
 class TableStatistics:
-    """Statistics of a record table. Image sizes are in pixels, from the headers, before EXIF rotation."""
+    """Statistics of a record table. Image sizes are those in the headers, before EXIF rotation, in pixels."""
 
     num_records: int = 0
     num_images: int = 0  # number of records with an image
     texts: dict[str, TextStatistics] = field(default_factory=lambda: {name: TextStatistics() for name in TEXT_FIELDS})
-    captions_per_image: Histogram = field(default_factory=Histogram)  # over all caption fields
+    captions_per_image: Histogram = field(default_factory=Histogram)  # counts the captions in all caption fields
     splits: dict[str, tuple[int, int]] = field(default_factory=dict)  # split -> number of records and images
     kinds: Counter[int] = field(default_factory=Counter)  # index into `IMAGE_KINDS` -> number of images
     suffixes: Counter[str] = field(default_factory=Counter)  # lower-case file name suffix -> number of images
@@ -88,7 +88,7 @@ class TableStatistics:
         self.captions_per_image.add(count_captions(images))
         self.kinds.update(count_values(images["image_kind"]))
         self._add_suffixes(images)
-        measured = images.filter(pc.greater(images["width"], 0))  # only images whose header was read
+        measured = images.filter(pc.greater(images["width"], 0))  # excludes images with an unread header
         self.widths.add(measured["width"])
         self.heights.add(measured["height"])
         self.short_sides.add(pc.min_element_wise(measured["width"], measured["height"]))
@@ -135,7 +135,7 @@ def count_values(values: pa.Array) -> Counter:
 def count_languages(texts: Iterable[str]) -> Counter[str]:
     """Count the texts per language code, such as "en". Texts without linguistic content have the code "zxx".
 
-    Language identification is unreliable for short texts: for English captions of about ten words, one in 250 is wrong.
+    Language identification is unreliable for short texts. About one in 250 English captions of ten words is wrong.
     """
     from py3langid import classify
 

@@ -72,7 +72,7 @@ class PreprocessConfig:
         """Create the settings from the output of `to_dict` or from a transformers image processor's config."""
         try:
             resize_config = config.get("size", config.get("crop_size"))
-            if isinstance(resize_config, int):  # in configs from before 2022, an int is the shorter side
+            if isinstance(resize_config, int):  # in configs from before 2022, an integer is the shorter side
                 resize_config = {"shortest_edge": resize_config}
             resize: Literal["shortest", "squash"] = "shortest" if "shortest_edge" in (resize_config or {}) else "squash"
             resize_size = _parse_square_side(resize_config)
@@ -111,7 +111,7 @@ class EvalTransform:
             side = [resize_size]
         image = F.resize(image, side, interpolation=InterpolationMode(self.preprocess.interpolation), antialias=True)
         if self.preprocess.crop_rounding == "down":
-            # If an odd number of rows or columns must be cropped, drop the last one first to avoid rounding.
+            # If an odd number of rows or columns must be cropped, drop the last row or column first to avoid rounding.
             height, width = image.shape[-2:]
             image = image[..., : height - max(0, height - size) % 2, : width - max(0, width - size) % 2]
         return cast(Tensor, F.center_crop(image, [size, size]).contiguous())

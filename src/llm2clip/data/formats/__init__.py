@@ -1,4 +1,4 @@
-"""Formats of data sources: common interface, registry of all formats, and resolution of paths to files.
+"""Data source formats: common interface, registry of all formats, and resolution of paths to files.
 
 To add a format, write a subclass of `SourceFormat` in this package and register it in `load_source_formats`.
 """
@@ -54,11 +54,11 @@ class BadRow:
     """Row that cannot be read. Skipped rows are counted by `reason`."""
 
     reason: str
-    value: str  # details for the skip log
+    value: str  # details of the problem, for the skip log
     rows: int = 1  # number of rows that cannot be read, including this row
 
 
-# (file, row number starting at 1, {column name: raw value}). The row number in a text file is the line number.
+# (file, row number starting at 1, {column name: raw value}). In text files, the row number is the line number.
 RawRow = tuple[str, int, dict[str, Any] | BadRow]
 ColumnChooser = Callable[[str, Sequence[str]], dict[str, str]]  # (file, column names) -> {field: column}
 
@@ -69,8 +69,8 @@ def select_all_columns(file: str, names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    choose: ColumnChooser = select_all_columns  # selects the columns to read from a table
-    image_bytes: bool = True  # read images embedded in tables and tar files
+    choose_columns: ColumnChooser = select_all_columns  # selects the columns to read from a table
+    image_bytes: bool = True  # if True, read images embedded in tables and tar files
     # Splits of a Hugging Face dataset to read; empty for all splits. If None, rows get no `split` field.
     splits: Sequence[str] | None = ()
     log: SkipLog | None = None  # receives notes about files, such as unusual encodings
@@ -84,7 +84,7 @@ class FilePart:
     path: str
     start: int = 0  # byte offset of a row, or index of a row group in a Parquet file
     stop: int | None = None  # `start` of the next part, or None for the end of the file
-    first_row: int = 1  # number of the first row of the part; see `RawRow`
+    first_row: int = 1  # row number of the first row in the part; see `RawRow`
 
 
 class SourceFormat(ABC):
@@ -97,17 +97,17 @@ class SourceFormat(ABC):
     is_shard = False  # True if a folder of files in this format is read as one dataset
     has_caption_columns = True  # False if captions are in files next to the images
     is_table = False  # True if all rows of a file have the same columns
-    is_plain_text = False  # True if each caption has its own row and missing values are words such as "nan"
-    has_lists_as_text = False  # True if texts can contain a JSON or Python list of captions
+    is_plain_text = False  # True if each caption has its own row and missing values can be words such as "nan"
+    has_lists_as_text = False  # True if a cell can contain a JSON or Python list of captions, stored as text
 
     @abstractmethod
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         """Yield the rows in a part; see `read_rows`. Raise `DataFormatError` if the entire file cannot be read."""
 
     def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the `start` and `first_row` (see `FilePart`) of consecutive parts of about `target_bytes` bytes each.
+        """Yield (`start`, `first_row`) of consecutive parts of about `target_bytes` bytes each; see `FilePart`.
 
-        Any type of exception can be raised if the file is corrupt.
+        Corrupt files can cause any type of exception.
         """
         yield 0, 1
 
@@ -128,8 +128,8 @@ class SourceFormat(ABC):
 
 
 def split_file_into_parts(file: FilePart, target_bytes: int) -> list[FilePart]:
-    """Divide a file into parts of about `target_bytes` bytes each. Smaller files have a single part."""
-    with suppress(Exception):  # for example, corrupt Parquet metadata, which `read_rows` reports
+    """Divide a file into parts of about `target_bytes` bytes each. Smaller files are not divided."""
+    with suppress(Exception):  # errors such as corrupt Parquet metadata are reported by `read_rows`
         if get_file_size(file.path) > target_bytes:
             positions, rows = zip(*file.format.find_part_starts(file.path, target_bytes), strict=True)
             stops = [*positions[1:], None]
@@ -172,7 +172,7 @@ def load_source_formats() -> Mapping[str, SourceFormat]:
     # imported here to avoid a circular import
     from llm2clip.data.formats.csv_files import DelimitedTextFormat, FlickrCaptionsFormat
     from llm2clip.data.formats.image_files import ImageFolderFormat, WebdatasetTarFormat
-    from llm2clip.data.formats.tables import HubDatasetFormat, Parquet
+    from llm2clip.data.formats.tables import HubDatasetFormat, ParquetFormat
     from llm2clip.data.formats.text_files import JsonFileFormat, JsonLinesFormat
 
     formats: list[SourceFormat] = [
@@ -181,7 +181,7 @@ def load_source_formats() -> Mapping[str, SourceFormat]:
         DelimitedTextFormat("csv", ","),
         DelimitedTextFormat("tsv", "\t"),
         WebdatasetTarFormat(),
-        Parquet(),
+        ParquetFormat(),
         FlickrCaptionsFormat(),
         HubDatasetFormat(),
         ImageFolderFormat(),
@@ -193,16 +193,17 @@ def describe_supported_formats() -> str:
     suffixes = ", ".join(
         suffix for source_format in load_source_formats().values() for suffix in source_format.suffixes
     )
-    return f"files ending in {suffixes}, and folders with such files or with images (see docs/howto/data.md)"
+    return f"files ending in {suffixes}, and folders that contain these files or images (see docs/howto/data.md)"
 
 
 def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = None) -> list[FilePart]:
     """Resolve the path of a `Source` to files and folders with their formats, in reading order.
 
-    An existing path is never treated as a pattern, even if it contains glob or brace characters. In a folder, only the
-    first of these is used: a caption file (see `CAPTION_FILES`), the tar files, the Parquet files, or the images,
-    including images in subfolders. If `all_files` is True, all of these are used, and also tar and Parquet files, but
-    no caption files, in subfolders. Subfolders written by llm2clip are skipped and recorded in `log`.
+    A path that exists is never treated as a pattern, even if it contains glob or brace characters.
+
+    In a folder, the first available kind of data is used: a caption file (see `CAPTION_FILES`), tar files, Parquet
+    files, or images. Subfolders are searched only for images. If `all_files` is True, all kinds of data are used,
+    including tar and Parquet files in subfolders. Subfolders written by llm2clip are skipped and recorded in `log`.
 
     Raises:
         FileNotFoundError: No file matches the path. The message suggests similar names.
@@ -239,7 +240,7 @@ def find_source_files(path: str, all_files: bool = False, log: SkipLog | None = 
 
 
 def build_file_part(path: str) -> FilePart:
-    """Return a `FilePart` for an entire file, with the format of its suffix. Raise ValueError for unknown suffixes."""
+    """Return a `FilePart` for an entire file. Raise ValueError if no format has the suffix of the file."""
     name = get_file_name(path)
     for source_format in load_source_formats().values():
         if source_format.suffixes and name.lower().endswith(source_format.suffixes):
@@ -249,10 +250,10 @@ def build_file_part(path: str) -> FilePart:
 
 
 def list_files_with_suffixes(folder: str, suffixes: frozenset[str], log: SkipLog | None = None) -> Iterator[str]:
-    """Yield the paths of all files with these suffixes in a folder and its subfolders, sorted within each folder.
+    """Yield the paths of all files with the given suffixes in a folder and its subfolders, sorted within each folder.
 
-    Hidden files and folders are skipped. Subfolders that are run directories or embedding stores are also skipped, and
-    recorded in `log`.
+    Hidden files and folders are skipped. Subfolders written by llm2clip, such as run directories and embedding stores,
+    are also skipped, and recorded in `log`.
 
     Raises:
         OSError: A folder cannot be listed. Skipping the folder would make its files look deleted.
@@ -280,12 +281,13 @@ def suggest_similar_paths(path: str) -> str:
 
 
 def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> list[FilePart]:
-    """List the files in a folder; see `find_source_files`. Names of caption files are case-insensitive."""
+    """List the source files in a folder; see `find_source_files`. Names of caption files are case-insensitive."""
     names = list_folder(folder)
     formats = load_source_formats()
     if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= set(names):
         raise ValueError(
-            f"{folder} was written by save_to_disk. Convert it with datasets.load_from_disk(...) and to_parquet"
+            f"{folder} was written by save_to_disk. Load the dataset with datasets.load_from_disk(...), and save each "
+            "split with to_parquet(...)"
         )
     lower_names = {name.lower(): name for name in names}
     files: list[FilePart] = []
@@ -297,7 +299,7 @@ def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> 
     images = [FilePart(formats["images"], folder)]
     shard_formats = [source_format for source_format in formats.values() if source_format.is_shard]
     if all_files:
-        files += images if _contains_images(folder) else []
+        files += images if _has_images(folder) else []
         for shards in shard_formats:
             suffixes = frozenset(suffix.lstrip(".") for suffix in shards.suffixes)
             files += [FilePart(shards, path) for path in list_files_with_suffixes(folder, suffixes, log)]
@@ -308,14 +310,14 @@ def _find_files_in_folder(folder: str, all_files: bool, log: SkipLog | None) -> 
         paths = [os.path.join(folder, name) for name in names if name.lower().endswith(shards.suffixes)]
         if paths:
             return [FilePart(shards, path) for path in paths]
-    if not _contains_images(folder):
+    if not _has_images(folder):
         raise ValueError(
             f"{_describe_unreadable_folder(folder, names)}; supported formats: {describe_supported_formats()}"
         )
     return images
 
 
-def _contains_images(folder: str) -> bool:
+def _has_images(folder: str) -> bool:
     return next(list_files_with_suffixes(folder, IMAGE_SUFFIXES), None) is not None
 
 
@@ -330,10 +332,10 @@ def _describe_unreadable_folder(folder: str, names: Sequence[str]) -> str:
 
 
 def _suggest_conversion(path: str) -> str:
-    """Return advice on converting a file in a common but unsupported format, or an empty string."""
+    """Return advice on how to convert a file in a common unsupported format, or "" for other formats."""
     suffix = path.lower().rpartition(".")[2]
     if suffix in ("zip", "7z", "rar", "tgz", "gz", "bz2", "xz", "zst"):
-        return "unpack the archive, and pass the folder or the uncompressed file"
+        return "unpack the archive, and pass the extracted folder or file"
     if suffix in UNSUPPORTED_SUFFIXES:
         return "convert the images to JPEG, PNG or WebP, and pass their folder"
     if suffix in ("mp4", "mov", "avi", "mkv", "webm"):

@@ -36,7 +36,7 @@ SAMPLE_ROWS = 50
 class DelimitedTextFormat(SourceFormat):
     """CSV or TSV file with a header line. The values of columns with the same name are combined into a list.
 
-    The suffix determines the default delimiter. Another delimiter is used if more rows match the header with it.
+    The suffix determines the default delimiter. A different delimiter is used if it makes more rows match the header.
     """
 
     is_table = is_plain_text = has_lists_as_text = True
@@ -68,24 +68,24 @@ class DelimitedTextFormat(SourceFormat):
                 yield from _read_csv_rows(lines, rows, path, delimiter, header, part.first_row, log)
 
     def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte offsets and line numbers of rows at least `target_bytes` apart. Stop at a malformed row."""
+        """Yield (byte offset, line number) for rows that are at least `target_bytes` apart. Stop at a malformed row."""
         yield 0, 1
         detected, header_line = _detect_file_delimiter(path, self.delimiter)
         with open_text_file(path) as text:
             if text.encoding != "utf-8-sig" or not detected.isascii():
                 return
-        # All special characters of CSV files are ASCII, so decoding as Latin-1 finds the same rows.
+        # Delimiters, quotes and line breaks are ASCII, so decoding the file as Latin-1 yields the same rows.
         with io.TextIOWrapper(open_file(path), "latin-1", newline="") as file:
             last = position = end = sum(len(file.readline()) for _ in range(header_line - 1))
             lines = BoundedLineIterator(file, path)
 
-            def count_characters() -> Iterator[str]:
+            def iterate_counted_lines() -> Iterator[str]:
                 nonlocal position
                 for line in lines:
                     position += len(line)
                     yield line
 
-            rows = _create_csv_reader(count_characters(), detected)
+            rows = _create_csv_reader(iterate_counted_lines(), detected)
             number = header_line
             with suppress(csv.Error, LineTooLongError):
                 for _ in rows:
@@ -97,9 +97,9 @@ class DelimitedTextFormat(SourceFormat):
 
 
 class FlickrCaptionsFormat(SourceFormat):
-    """Text file with one caption per line, in one of the two formats of Flickr8k's caption files.
+    """Text file in one of the two formats of Flickr8k's caption files.
 
-    The lines have the form `name.jpg,caption`, with an optional header line, or the form `name.jpg#0<TAB>caption`.
+    Each line is either `name.jpg,caption`, where the first line can be a header, or `name.jpg#0<TAB>caption`.
     """
 
     name = "captions.txt"
@@ -117,7 +117,8 @@ class FlickrCaptionsFormat(SourceFormat):
             if not name or (number == 1 and re.fullmatch(r"image(_name)?|file_?name", name.lower())):
                 continue
             if not comma:
-                yield path, number, BadRow("malformed row", f"neither 'name,caption' nor 'name#0<TAB>caption': {line}")
+                problem = f"a line must be 'name,caption' or 'name#0<TAB>caption' (got {line.strip()!r})"
+                yield path, number, BadRow("malformed row", problem)
                 continue
             if len(caption) > 1 and caption[0] == caption[-1] == '"':
                 caption = caption[1:-1].replace('""', '"')
@@ -139,7 +140,7 @@ def _read_csv_rows(
     first_line: int,
     log: SkipLog | None,
 ) -> Iterator[RawRow]:
-    """Yield the remaining rows of a `csv.reader` for `lines`, which start at line number `first_line` of the file."""
+    """Yield the remaining rows of a `csv.reader` over `lines`, whose first line has the number `first_line`."""
     repeated = {name for name in header if header.count(name) > 1}
     while True:
         number = rows.line_num + first_line
@@ -149,10 +150,10 @@ def _read_csv_rows(
         except StopIteration:
             return
         except (csv.Error, LineTooLongError) as error:
-            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` does not count overlong lines
+            num_lines = max(1, rows.line_num + first_line - number)  # `line_num` ignores overlong lines
             is_too_long = "field limit" in str(error)
             if "unexpected end" in str(error) or (is_too_long and num_lines > 1):
-                # The quoted cell contains all following rows.
+                # Without a closing quote, the cell would contain all following rows.
                 raise DataFormatError(f"{path}: a quote opened in the row at line {number} is not closed") from error
             problem = f"a cell has more than {MAX_CELL_CHARACTERS:,} characters" if is_too_long else str(error)
             if num_lines > 1:
@@ -202,7 +203,7 @@ def _count_matching_rows(sample: str, delimiter: str) -> int:
 
 def _build_row_fields(header: Sequence[str], repeated: Set[str], cells: Sequence[str]) -> dict[str, Any] | BadRow:
     if len(cells) != len(header):
-        return BadRow("malformed row", f"must have {len(header)} cells, like the header (got {len(cells)}): {cells}")
+        return BadRow("malformed row", f"the row has {len(cells)} cells, but the header has {len(header)}: {cells}")
     fields: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in repeated:
         fields[name] = [cell for column, cell in zip(header, cells, strict=True) if column == name]

@@ -34,27 +34,27 @@ from llm2clip.data.remote import (
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
 
-MAX_CAPTION_BYTES = 1 << 20  # size limit for the caption file of a single image
-MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers, which contain its name, links and attributes
+MAX_CAPTION_BYTES = 1 << 20  # maximum size of the caption file of a single image
+MAX_TAR_HEADER_BYTES = 1 << 16  # maximum size of a member's headers, which contain the member's name and attributes
 MAX_GLOBAL_HEADERS = 100  # maximum number of global PAX headers in a tar file
-WINDOW_BYTES = 1 << 20  # number of bytes per read of a tar file
+WINDOW_BYTES = 1 << 20  # number of bytes read from a tar file at a time
 JUMP_BYTES = 1 << 14  # number of bytes to read after skipping a large image
-MAX_LOADED_BYTES = 1 << 17  # larger images are not read together with the captions
-_PLAIN_HEADER = re.compile(  # header fields after the name, in a regular file or PAX header
+MAX_LOADED_BYTES = 1 << 17  # images above this size are not read together with their captions
+_PLAIN_HEADER = re.compile(  # fields after the name in the tar header of a regular file or PAX header
     rb"(?:[0-7]{7}[\0 ]|[0-7]{6} \0){3}"  # mode, user and group
     rb"([0-7]{11})[\0 ][0-7]{11}[\0 ]"  # size and time
-    rb"([0-7]{6})\0 ([0x\0])\0{100}ustar.{67}"  # checksum, type, empty link, format, names of the user and the group
+    rb"([0-7]{6})\0 ([0x\0])\0{100}ustar.{67}"  # checksum, type, empty link, format, user and group names
     rb"(?:\0{16}|(?:0{7}\0|0{6} \0){2})",  # device
     re.DOTALL,
 )
-_TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records: length, name and value
+_TIME_RECORDS = re.compile(rb"(?:\d{1,3} [amc]time=[0-9.]+\n)+")  # PAX records with a length, a name and a timestamp
 
 
 class ImageFolderFormat(SourceFormat):
-    """Folder of images with caption files next to them. Suffixes are case-insensitive.
+    """Folder of images with caption files next to the images. File suffixes are case-insensitive.
 
-    An image in an unsupported format becomes a `BadRow`, unless an image in a supported format has the same stem, such
-    as a JPEG file next to a RAW photo.
+    An image in an unsupported format, such as a RAW photo, becomes a `BadRow`, unless the folder also contains an image
+    in a supported format with the same stem.
     """
 
     name = "images"
@@ -93,7 +93,7 @@ class ImageFolderFormat(SourceFormat):
 def _read_caption_files(
     parent: str, stem: str, files: Mapping[str, str], log: SkipLog | None, note_encoding: bool
 ) -> dict[str, Any] | BadRow:
-    """Return the fields in the JSON and text files that belong to an image, if these files exist."""
+    """Read the fields in the JSON file and the text file of an image, if these files exist."""
     fields: dict[str, Any] | BadRow = {}
     json_path = os.path.join(parent, files.get(f"{stem}.json", ""))
     if f"{stem}.json" in files and file_exists(json_path):
@@ -136,7 +136,7 @@ def _parse_caption_json(data: bytes) -> dict[str, Any] | BadRow:
 class WebdatasetTarFormat(SourceFormat):
     """Uncompressed webdataset tar file. A sample consists of adjacent members with the same name up to the first dot.
 
-    If the file is truncated, its complete samples are yielded, followed by one `BadRow`. No file is extracted to disk.
+    If the tar file is truncated, its complete samples are yielded, followed by one `BadRow`.
     """
 
     name = "tar"
@@ -170,7 +170,7 @@ class WebdatasetTarFormat(SourceFormat):
                         yield path, number, sample.to_row(path)
                     sample = _WebdatasetSample(key)
                 sample.add(suffix, member, window, options.image_bytes)
-            if sample.members and (not damage or sample.is_complete()):  # skip a truncated sample
+            if sample.members and (not damage or sample.is_complete()):  # a truncated sample is skipped
                 number += 1
                 yield path, number, sample.to_row(path)
             if damage:
@@ -179,12 +179,12 @@ class WebdatasetTarFormat(SourceFormat):
 
 class _TarMember(NamedTuple):
     name: str
-    offset: int  # offset of the contents in the tar file
+    offset: int  # byte offset of the member's contents in the tar file
     size: int
 
 
 def _split_member_name(name: str) -> tuple[str, str]:
-    """Split the path of a member at the first dot in its file name. Return the sample key and the lower-case suffix."""
+    """Split a member's path at the first dot in the file name. Return the sample key and the lower-case suffix."""
     if "//" in name:
         name = os.path.join(*os.path.split(name))
     start = name.rfind("/") + 1
@@ -195,13 +195,13 @@ def _split_member_name(name: str) -> tuple[str, str]:
 
 
 class _WebdatasetSample:
-    """Members of a tar file with the same key, indexed by suffix."""
+    """Members of a tar file that have the same key."""
 
     def __init__(self, key: str) -> None:
         self.key, self.members = key, dict[str, _TarMember]()
-        self.contents: dict[str, bytes] = {}  # bytes of the captions and of the first image, by suffix
+        self.contents: dict[str, bytes] = {}  # suffix -> bytes of a caption file or of the first image
         self.image_suffix = ""
-        self.duplicate = ""  # name of a member that occurs twice, if any
+        self.duplicate = ""  # name of a member that occurs more than once, if any
 
     def add(self, suffix: str, member: _TarMember, window: _ReadAheadBuffer, image_bytes: bool) -> None:
         if suffix in self.members:
@@ -241,7 +241,7 @@ class _WebdatasetSample:
             if suffix.rpartition(".")[2] in IMAGE_SUFFIXES:
                 ref = TarImage(path, member.offset, member.size, member.name)
                 images[suffix] = LoadedImage(ref, self.contents.get(suffix), member.name)
-        fields |= images  # keyed by suffix, so that a column mapping can select one of several images
+        fields |= images  # fields named by suffix, so that a column mapping can select one of several images
         fields["image"] = images.get(self.image_suffix)
         return {"id": self.key.rpartition("/")[2]} | fields
 
@@ -262,7 +262,7 @@ class _BoundedHeaderReader(io.BufferedReader):
 
 
 class _ReadAheadBuffer:
-    """Buffer for reads at increasing offsets of a file, in which nearby byte ranges share one large read."""
+    """Read-ahead buffer for a file that is read at increasing offsets. Nearby byte ranges share one large read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
@@ -272,7 +272,7 @@ class _ReadAheadBuffer:
     def read(self, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset`, or fewer at the end of the file. `size` must be at most `WINDOW_BYTES`."""
         if offset < self._start or offset + size > self._stop:
-            is_jump = not self._start <= offset <= self._stop  # a jump past a large image that was not read
+            is_jump = not self._start <= offset <= self._stop  # True if a large image was skipped
             length = max(size, JUMP_BYTES) if is_jump else WINDOW_BYTES
             self._file.seek(offset)
             self._start = offset
@@ -285,7 +285,7 @@ def _iterate_tar_members(
 ) -> Iterator[_TarMember | str]:
     """Yield the regular files in a tar file. For a corrupt file, the last item is a string that describes the problem.
 
-    Plain headers are parsed without `tarfile`, because it takes 20 times as long and ignores corrupt offsets.
+    Plain headers are parsed without `tarfile`, which takes 20 times as long and does not detect corrupt offsets.
     """
     size, end = os.fstat(file.fileno()).st_size, 0
     while True:
@@ -299,13 +299,13 @@ def _iterate_tar_members(
             yield member
             continue
         file.bytes_left = MAX_TAR_HEADER_BYTES
-        file.seek(0)  # lets `tarfile` detect that the file ends before the next header
+        file.seek(0)  # makes `tarfile` detect that the file ends before the next header
         try:
             info = tar.next()
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield f"after byte {end}: {error}"
             return
-        cast(Any, tar).members.clear()  # saves memory, because `tarfile` stores all members
+        cast(Any, tar).members.clear()  # saves memory, because `tarfile` would keep all members
         if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
             yield f"after byte {end}: more than {MAX_GLOBAL_HEADERS} global headers"
             return
@@ -345,22 +345,21 @@ def _parse_regular_file_headers(window: _ReadAheadBuffer, position: int) -> _Tar
     name = header[:100].partition(b"\0")[0]
     if header[345]:
         name = header[345:500].partition(b"\0")[0] + b"/" + name
-    if name.endswith(b"/"):  # a folder in an old tar format
+    if name.endswith(b"/"):  # marks a folder in old tar formats
         return None
     return _TarMember(name.decode(tarfile.ENCODING, "surrogateescape"), position + tarfile.BLOCKSIZE, fields[0])
 
 
 def _parse_tar_header_block(header: bytes) -> tuple[int, bytes] | None:
-    """Return the size and type from a header, or None if the header requires `tarfile`."""
+    """Return the size and type of a tar member from its header, or None if the header requires `tarfile`."""
     match = _PLAIN_HEADER.match(header, 100)
     if match is None or len(header) < tarfile.BLOCKSIZE:
         return None
-    # Adler-32 contains 1 plus the sum of all bytes, modulo 65,521. The checksum field counts as eight spaces.
+    # The low half of Adler-32 is 1 plus the sum of all bytes. Tar checksums treat the checksum field as eight spaces.
     checksum = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * ord(" ")
     return (int(match[1], 8), match[3]) if int(match[2], 8) == checksum else None
 
 
 def _has_only_pax_timestamps(records: bytes) -> bool:
-    """Return True if all PAX records in a header are timestamps with correct lengths."""
     lines = records.splitlines(keepends=True)
     return _TIME_RECORDS.fullmatch(records) is not None and all(int(line.split()[0]) == len(line) for line in lines)

@@ -1,6 +1,6 @@
 """Readers for Parquet files and for datasets on the Hugging Face Hub.
 
-Only the columns chosen by `ReadOptions.choose` are read.
+Only the columns selected by `ReadOptions.choose_columns` are read.
 """
 
 import os
@@ -19,8 +19,8 @@ from llm2clip.data.table_cells import check_row_group_sizes, choose_parquet_batc
 from llm2clip.io_utils import DataFormatError, describe_error
 
 
-class Parquet(SourceFormat):
-    """Parquet file. Embedded images are returned as references to their cells."""
+class ParquetFormat(SourceFormat):
+    """Parquet file. Embedded images are yielded as references to their cells."""
 
     name = "parquet"
     suffixes = (".parquet",)
@@ -29,7 +29,7 @@ class Parquet(SourceFormat):
     def read(self, part: FilePart, options: ReadOptions) -> Iterator[RawRow]:
         row = total = part.first_row - 1
         try:
-            # The file stays open, because an open file is not removed from the cache of remote files.
+            # The file is kept open while it is read, because open files are not removed from the remote file cache.
             with open_file(part.path) as source, pq.ParquetFile(source.name, memory_map=True) as file:
                 total = file.metadata.num_rows
                 row_groups = None
@@ -37,7 +37,7 @@ class Parquet(SourceFormat):
                     row_groups = range(part.start, file.metadata.num_row_groups if part.stop is None else part.stop)
                     total = row + sum(file.metadata.row_group(group).num_rows for group in row_groups)
                 schema = file.schema_arrow
-                selected = list(dict.fromkeys(options.choose(part.path, schema.names).values()))
+                selected = list(dict.fromkeys(options.choose_columns(part.path, schema.names).values()))
                 for name in selected:
                     if schema.names.count(name) > 1:
                         problem = f"several columns are named {name!r}"
@@ -60,7 +60,7 @@ class Parquet(SourceFormat):
             yield part.path, row + 1, BadRow(UNREADABLE_FILE, describe_error(error), max(1, total - row))
 
     def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the first row group and the first row of each part of at least `target_bytes` of uncompressed data."""
+        """Yield (row group, row number) at the start of each part of at least `target_bytes` uncompressed bytes."""
         yield 0, 1
         if is_remote(path):  # splitting a remote file would require a download
             return
@@ -78,7 +78,7 @@ class Parquet(SourceFormat):
 
 
 class HubDatasetFormat(SourceFormat):
-    """Dataset on the Hugging Face Hub, given by `NAME` or `NAME:CONFIG`. No code from the Hub is executed.
+    """Dataset on the Hugging Face Hub, specified as `NAME` or `NAME:CONFIG`. No code from the Hub is executed.
 
     The dataset is streamed, so only the selected splits are downloaded. The images are kept in memory.
     """
@@ -94,15 +94,15 @@ class HubDatasetFormat(SourceFormat):
         selected = [split for split in options.splits or () if split != "none"]
         if missing := [split for split in selected if split not in splits]:
             raise DataFormatError(
-                f"{part.path} has no split {', '.join(missing)}; its splits: {', '.join(map(str, splits))}"
+                f"{part.path} has no split {', '.join(missing)}. Available splits: {', '.join(map(str, splits))}"
             )
         for split in (name for name in splits if not selected or name in selected):
             dataset, file = splits[split], f"hf:{part.path}/{split}"
-            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed datasets may not list columns
-            columns = list(dict.fromkeys(options.choose(file, names).values()))
+            names = dataset.column_names or list(next(iter(dataset), {}))  # streamed datasets can lack column names
+            columns = list(dict.fromkeys(options.choose_columns(file, names).values()))
             dataset = dataset.select_columns(columns)
             for column, feature in (dataset.features or {}).items():
-                if isinstance(feature, datasets.Image):  # dicts with the keys "bytes" and "path"
+                if isinstance(feature, datasets.Image):  # yield images as dicts with the keys "bytes" and "path"
                     dataset = dataset.cast_column(column, datasets.Image(decode=False))
             for row, fields in enumerate(dataset):
                 if options.splits is not None:
@@ -118,12 +118,12 @@ class HubDatasetFormat(SourceFormat):
             return super().compute_version(repository)
         try:
             return str(HfApi().dataset_info(repository).sha)
-        except Exception:  # if the dataset is not in the local cache, reading reports the error
+        except Exception:  # reading the dataset reports the error, unless the dataset is cached
             return "offline"
 
 
 def _list_leaf_columns(schema: pa.Schema, names: Sequence[str], images: Set[str], image_bytes: bool) -> list[str]:
-    """Return the Parquet columns to read. If `image_bytes` is False, only the paths in image columns are read."""
+    """Return the Parquet columns to read. If `image_bytes` is False, read only the paths in image columns."""
     leaves = []
     for name in names:
         if image_bytes or name not in images:
@@ -140,7 +140,7 @@ def _is_image_column_type(kind: pa.DataType) -> bool:
 
 
 def _convert_image_cell(image: ParquetImage, value: Any, bytes_skipped: bool) -> Any:
-    """Convert the value of the cell `image` to None, the path of an image file, or a `LoadedImage`."""
+    """Convert the value of an image cell to None, the path of an image file, or a `LoadedImage`."""
     data, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if value is None:
         return None

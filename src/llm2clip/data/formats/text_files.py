@@ -1,7 +1,7 @@
 """Readers for text, JSON Lines and JSON files, including the JSON formats of COCO, Flickr30k and Flickr8k.
 
 Text files must be UTF-8 or UTF-16. Decoding with a guessed encoding could corrupt the text, so error messages explain
-how to convert other files to UTF-8.
+how to convert files in other encodings to UTF-8.
 
 - COCO's `captions_train2017.json`: {"images": [{"id", "file_name", "coco_url"}], "annotations": [{"image_id",
   "caption"}]} (cocodataset.org, "Data format")
@@ -49,7 +49,7 @@ _LIKELY_ENCODINGS = (
 )  # fmt: skip
 MAX_LISTED_ENCODINGS = 3  # maximum number of likely encodings listed in a message
 MAX_SAMPLE_BYTES = 1 << 14  # maximum size of the sample from which the encoding is guessed
-MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes in which to search for invalid UTF-8
+MAX_SEARCHED_BYTES = 1 << 28  # maximum number of bytes to search for invalid UTF-8
 MAX_SKIPPED_CHARACTERS = 1 << 30  # files with longer lines are rejected as corrupt or sparse
 # Possible image folders, relative to the caption file. COCO's `annotations/` is next to its image folders.
 IMAGE_FOLDERS = (
@@ -57,7 +57,7 @@ IMAGE_FOLDERS = (
     "Flickr8k_Dataset",
 )  # fmt: skip
 MAX_SEARCHED_IMAGES = 50  # number of images to look for in each candidate folder
-MAX_SEARCHED_REMOTE_IMAGES = 3  # fewer images in a remote folder, because each lookup takes a request
+MAX_SEARCHED_REMOTE_IMAGES = 3  # fewer in remote folders, because each lookup requires a request
 CHUNK_BYTES = 1 << 20
 UNUSED_KEYS = ("tokens", "sentids", "segmentation", "flickr_url", "license", "date_captured")
 
@@ -71,7 +71,7 @@ def open_text_file(
     """Open a UTF-8 or UTF-16 text file, which may be gzipped (.gz). To read lines, use `BoundedLineIterator`.
 
     Undecodable bytes become lone surrogates; see `reject_undecodable_text`. UTF-16 files are recorded in `log`.
-    `newline` is the argument of the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
+    `newline` has the same meaning as for the built-in `open`. `start` and `stop` are byte offsets in a UTF-8 file.
     """
     stream = _open_decompressed_file(path, start, stop)
     try:
@@ -165,7 +165,7 @@ def describe_encoding_problem(path: str) -> str:
         return "not UTF-8. Convert the file to UTF-8"
     likely = [match.encoding for match in from_bytes(sample, cp_isolation=list(_LIKELY_ENCODINGS))]
     if sum(byte > 127 for byte in sample) < 0.3 * len(sample):
-        likely.insert(0, "cp1252")  # the most common encoding of mostly ASCII text
+        likely.insert(0, "cp1252")  # the most common encoding, after UTF-8, of text that is mostly ASCII
     readings: dict[str, str] = {}  # decoded line -> encoding
     for encoding in likely:
         with suppress(UnicodeDecodeError):
@@ -189,7 +189,7 @@ def _open_decompressed_file(path: str, start: int = 0, stop: int | None = None) 
 
 
 def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
-    """Return the first lines that are not valid UTF-8, as one byte string, and the very first of these lines."""
+    """Return a sample of the lines that are not valid UTF-8, as one byte string, and the first such line."""
     sample = first = b""
     num_searched = 0
     with _open_decompressed_file(path) as stream:
@@ -205,7 +205,7 @@ def _sample_undecodable_lines(path: str) -> tuple[bytes, bytes]:
 
 
 def _escape_undecodable_bytes(error: UnicodeError) -> tuple[str, int]:
-    """Replace undecodable bytes with lone surrogates. Unlike Python's surrogateescape, this supports UTF-16."""
+    """Replace undecodable bytes with lone surrogates. Unlike surrogateescape, this error handler supports UTF-16."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udc80" * (error.end - error.start), error.end
 
@@ -235,9 +235,9 @@ class JsonLinesFormat(SourceFormat):
             yield part.path, number + 1, BadRow("truncated file", str(error))
 
     def find_part_starts(self, path: str, target_bytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the byte offset and number of the first line at or after each multiple of `target_bytes`.
+        """Yield (byte offset, line number) of the first line that starts at or after each multiple of `target_bytes`.
 
-        Stop at an overlong line, as in sparse files.
+        Stop at an overlong line, which can occur in sparse files.
         """
         start, number = 0, 1
         yield start, number
@@ -263,7 +263,7 @@ class JsonLinesFormat(SourceFormat):
 
 
 class JsonFileFormat(SourceFormat):
-    """JSON file with a list of objects or in COCO's or Karpathy's format. The entire file is read into memory."""
+    """JSON file with a list of objects, or in COCO's or Karpathy's format. The entire file is read into memory."""
 
     name = "json"
     suffixes = (".json",)
@@ -280,7 +280,7 @@ class JsonFileFormat(SourceFormat):
             rows = json.loads(text, object_hook=drop_unused_json_keys if is_object else None)
         except (ValueError, RecursionError) as error:
             raise DataFormatError(
-                f"{path}: not JSON ({error}). If the file has one object per line, change its suffix to .jsonl"
+                f"{path}: not JSON ({error}). If each line contains one object, change its suffix to .jsonl"
             ) from error
         del text
         if isinstance(rows, dict):
@@ -325,14 +325,14 @@ class KarpathyImage:
 
 
 def drop_unused_json_keys(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove unused keys. As the `object_hook` of `json.loads`, it more than halves the memory use."""
+    """Remove unused keys. If passed to `json.loads` as `object_hook`, this function more than halves the memory use."""
     for key in UNUSED_KEYS:
         fields.pop(key, None)
     return fields
 
 
 def _read_caption_json(path: str, data: Mapping[str, Any]) -> Iterator[RawRow]:
-    """Yield the rows in a JSON file in COCO's or Karpathy's format. Raise `DataFormatError` for other formats."""
+    """Yield the rows of a JSON file in COCO's or Karpathy's format. Raise `DataFormatError` for other formats."""
     images, annotations = data.get("images"), data.get("annotations")
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
         raise DataFormatError(
@@ -392,13 +392,12 @@ def _read_coco_rows(path: str, images: Sequence[Mapping[str, Any]], annotations:
 
 
 def _get_valid_image_id(fields: Mapping[str, Any], key: str) -> str | int | float | None:
-    """Return an id that is a text or a number, or None if the id is missing or has another type."""
     value = fields.get(key)
     return value if isinstance(value, str | int | float) else None
 
 
 def guess_image_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Guess the image folder of a COCO split, such as train2017, from the file name and `coco_url`."""
+    """Guess the image folder of a COCO split, such as train2017, from the caption file's name and the image URLs."""
     match = re.fullmatch(r"[a-z_]+_([a-z]+\d*)", os.path.splitext(os.path.basename(path))[0])
     names = [match[1]] if match else []
     url = images[0].get("coco_url") if images else None
@@ -408,7 +407,7 @@ def guess_image_folders(path: str, images: Sequence[Mapping[str, Any]]) -> list[
 
 
 def find_image_folder(path: str, names: Sequence[str], subfolders: Sequence[str] = ()) -> str:
-    """Return the first folder that contains one of the images, or else the folder of the caption file `path`."""
+    """Return the first folder that contains any of the images, or the caption file's own folder if none does."""
     parent = get_parent_folder(path)
     for name in names[: MAX_SEARCHED_REMOTE_IMAGES if is_remote(path) else MAX_SEARCHED_IMAGES]:
         for folder in IMAGE_FOLDERS:
