@@ -24,7 +24,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import atomic_dir
 from llm2clip.models.clip_models import ClipTextEncoder, get_pooled_output, load_clip_text_encoder
 from llm2clip.models.llm2clip import LLM2CLIP
-from llm2clip.models.loading import fingerprint, hash_weights, hide_loading_bars, load_transformers_config
+from llm2clip.models.loading import fingerprint, hash_weights, hide_loading_progress_bars, load_transformers_config
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.pipeline import open_run
@@ -131,7 +131,7 @@ def build_finetuning_model(clip: Any, config: AlignConfig) -> LLM2CLIP:
 
 
 @torch.no_grad()
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def _save_clip(model: LLM2CLIP, name: str, folder: Path) -> None:
     """Save the fine-tuned model in transformers format, with the tokenizer and image processor of `name`."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer

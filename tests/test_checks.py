@@ -42,7 +42,7 @@ WRONG_PATHS = (
     (["embed", "prices.csv", "--out", "x"], "no caption column; the file has the columns image, price"),
     (["fit", "gone.csv", "--out", "x"], "missing image"),
     (["data", "gone.csv", "--columns", "text=caption"], "unknown field 'text'; available fields: id, image"),
-    (["search", "photos", "x", "--model", "runs/nomodel"], "neither a folder nor a model in the hub's cache"),
+    (["search", "photos", "x", "--model", "runs/nomodel"], "neither a local path nor a model in the hub's cache"),
     (
         ["search", "dog", "photos"],
         "but photos is. Pass the index first: llm2clip search photos dog",

@@ -434,7 +434,7 @@ def test_unsupported_requests_are_rejected(monkeypatch: pytest.MonkeyPatch) -> N
     tower.backbone.blocks[-1].attn.fused_attn = False  # type: ignore[index, union-attr]
     dense = build_dense_encoder(tower, nn.Identity())
     dense.encode(pixels(64))
-    with pytest.raises(ValueError, match=r"'naclip' requires a last block .*: 0\). Use variant 'plain'"):
+    with pytest.raises(ValueError, match=r"'naclip' requires a last block .*got 0 calls .*\. Use variant 'plain'"):
         dense.encode(pixels(64), "naclip")
 
     model = make_llm2clip(timm_tower("test_resnet"))

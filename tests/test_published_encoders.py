@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer, MistralConfig, MistralModel
 from llm2clip import LLM2CLIP
 from llm2clip.cli import main
 from llm2clip.cli.commands import read_builtin_configs
-from llm2clip.models.export.transformers import build_export_model
+from llm2clip.models.export.transformers import build_exported_model
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.official_checkpoint import load_official_checkpoint
 from llm2clip.models.published_encoders import (
@@ -308,7 +308,7 @@ def test_latent_attention_cannot_be_replaced_or_exported(converted: Path) -> Non
         CaptionEncoder.from_pretrained(converted, pooling="lasttoken", device="cpu")
     model: Any = SimpleNamespace(encoder=encoder)
     with pytest.raises(ValueError, match="does not support the caption encoder's latent attention pooling"):
-        build_export_model(model)
+        build_exported_model(model)
 
 
 CAPTIONS = ["a dog", "Two children play in the snow, and their mother watches them.", "一只猫"]

@@ -240,7 +240,7 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     cells = torch.randn(len(windows), 3, windows.shape[2] // 4, windows.shape[3] // 4, generator=generator)
     grid = arrange_window_scores(cells.permute(0, 2, 3, 1), rows, columns)
     scores = PixelScores(
-        grid, rows.build_matrix(cells.shape[2], size[0]), columns.build_matrix(cells.shape[3], size[1])
+        grid, rows.build_pixel_matrix(cells.shape[2], size[0]), columns.build_pixel_matrix(cells.shape[3], size[1])
     )
     tiles = list(scores.iterate_tiles())
     assert [tile.start for tile, _ in tiles] == list(range(0, size[0], 7))
@@ -263,9 +263,9 @@ def test_images_are_resized_as_by_mmsegmentation() -> None:
     assert (rows.length, columns.length) == (384, 2048)
     rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.5).place_windows(1024, 2048)
     assert (rows.length, columns.length) == (560, 1120)
-    assert WindowAxis.create(448, 224, 16).starts == (0, 112, 224)
-    assert WindowAxis.create(505, 224, 16).starts == (0, 112, 224, 281)
-    assert WindowAxis.create(224, 224, 16).starts == (0,)
+    assert WindowAxis.from_length(448, 224, 16).starts == (0, 112, 224)
+    assert WindowAxis.from_length(505, 224, 16).starts == (0, 112, 224, 281)
+    assert WindowAxis.from_length(224, 224, 16).starts == (0,)
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_graph_is_not_used_after_the_model_has_changed(model: Path, tmp_path: Pa
 
     def save() -> None:
         shutil.copytree(graph_of_model, graph, dirs_exist_ok=True)
-        (graph / "graph.json").write_text(json.dumps(settings | text_graph._describe_model_files(str(changed))))
+        (graph / "graph.json").write_text(json.dumps(settings | text_graph._get_model_file_states(str(changed))))
         assert open_text_graph(str(changed)) is not None
 
     for file in ("config.json", "model.safetensors", "text/model.safetensors", "text/tokenizer.json", "text/new.json"):

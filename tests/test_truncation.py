@@ -17,7 +17,7 @@ from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.embeddings import open_embedding_source
 from llm2clip.models.dual_encoder import DualEncoder, open_dual_encoder
-from llm2clip.models.export.transformers import build_export_model, build_tokenizer
+from llm2clip.models.export.transformers import build_exported_model, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP, rotate_to_principal_components, truncate_model
 from llm2clip.models.model_folder import AdapterConfig, LLM2CLIPConfig
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -96,7 +96,7 @@ def test_truncated_models_and_their_exports_return_truncated_embeddings(
     torch.testing.assert_close(truncated.encode_text(TEXTS), truncate_by_hand(texts), atol=1e-5, rtol=0)
     assert torch.equal(model.encode_text(TEXTS), texts), "the original model was modified"
 
-    exported = build_export_model(truncated)
+    exported = build_exported_model(truncated)
     tokens = build_tokenizer(truncated.encoder)(TEXTS[0], return_tensors="pt")
     with torch.no_grad():
         text = exported.get_text_features(**tokens).pooler_output

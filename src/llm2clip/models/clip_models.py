@@ -1,6 +1,6 @@
 """Text towers, logit scales and embedding spaces of CLIP models from transformers and open_clip.
 
-CLIP text towers serve as baselines for a caption encoder. Texts longer than the context length are truncated.
+CLIP text towers serve as baselines for caption encoders. Texts longer than the context length are truncated.
 
 An LLM2CLIP model can inherit the logit scale, the logit bias and the embedding space of the CLIP model that its vision
 tower comes from. The LLM2CLIP authors' code also starts training with the pretrained logit scale.
@@ -23,7 +23,7 @@ from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.loading import (
     check_model_source,
     find_model_file,
-    hide_loading_bars,
+    hide_loading_progress_bars,
     load_transformers_config,
     requires_remote_code,
 )
@@ -38,7 +38,7 @@ OPEN_CLIP_PREFIX = "open_clip:"
 
 @dataclass(frozen=True)
 class _TextPreprocessing:
-    context_length: int | None = None  # in tokens; None: the number of position embeddings
+    context_length: int | None = None  # in tokens; None means the number of position embeddings
     fully_padded: bool = False  # trained on texts padded to the context length, without an attention mask
     lower_case: bool = False
 
@@ -46,15 +46,15 @@ class _TextPreprocessing:
 _TEXT_PREPROCESSING = {
     "clip": _TextPreprocessing(),
     # The transformers documentation for SigLIP and SigLIP 2 requires padding='max_length'.
-    # SigLIP and SigLIP 2 (arXiv 2502.14786) were trained on lower-case texts. SigLIP's tokenizer lower-cases texts
-    # (https://github.com/huggingface/transformers/pull/43101), but the Gemma tokenizer of SigLIP 2 does not.
+    # SigLIP and SigLIP 2 were trained on lower-case texts (arXiv 2502.14786). SigLIP 2's tokenizer preserves case.
+    # See https://github.com/huggingface/transformers/pull/43101.
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
     # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower allows 512 tokens.
     "chinese_clip": _TextPreprocessing(context_length=52),
     # Default `max_length` of transformers' AlignProcessor. The BERT tower allows 512 tokens.
     "align": _TextPreprocessing(context_length=64),
-    # Value in the AltCLIP authors' code (https://github.com/FlagAI-Open/FlagAI). The XLM-R tower allows 512 tokens.
+    # Context length in the AltCLIP code (https://github.com/FlagAI-Open/FlagAI). The XLM-R tower allows 512 tokens.
     "altclip": _TextPreprocessing(context_length=77),
     "metaclip_2": _TextPreprocessing(),
 }
@@ -69,7 +69,7 @@ class ClipTextEncoder:
         context_length: Maximum text length in tokens, or None if it is defined only in the model's own code.
         tokenize: Function that tokenizes and truncates N texts, and returns keyword arguments for `forward`.
         forward: Function that returns embeddings of shape (N, embed_dim).
-        count_tokens: Function that counts the tokens of an untruncated text, or None if tokens cannot be counted.
+        count_tokens: Function that counts the tokens in a text before truncation, or None if unavailable.
     """
 
     model: Any
@@ -145,7 +145,7 @@ def load_clip_text_encoder(
     return _load_transformers_text_encoder(path, device, requires_remote_code(path, trust_remote_code))
 
 
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def _load_transformers_text_encoder(path: str, device: torch.device, remote_code: bool) -> ClipTextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
@@ -154,14 +154,13 @@ def _load_transformers_text_encoder(path: str, device: torch.device, remote_code
         config = load_transformers_config(path)
         if config.model_type not in _TEXT_PREPROCESSING:
             raise ValueError(
-                f"{path} has the unsupported model type {config.model_type!r}: llm2clip does not know the model's "
-                f"context length and padding. Supported types: {', '.join(_TEXT_PREPROCESSING)}. To compare with any "
-                "other model, save its embeddings in an .npz file"
+                f"{path} has the unsupported model type {config.model_type!r}. Supported model types: "
+                f"{', '.join(_TEXT_PREPROCESSING)}. To evaluate any other model, save its embeddings in an .npz file"
             )
         preprocessing = _TEXT_PREPROCESSING[config.model_type]
     model: Any = AutoModel.from_pretrained(path, config=config, trust_remote_code=remote_code, dtype=torch.float32)
     model = model.to(device).eval()
-    if remote_code and hasattr(model, "encode_text"):  # for example, Jina-CLIP's method tokenizes and truncates texts
+    if remote_code and hasattr(model, "encode_text"):  # Jina-CLIP's `encode_text` also tokenizes texts
         return ClipTextEncoder(
             model=model,
             context_length=None,
@@ -212,9 +211,8 @@ def _load_open_clip_text_encoder(name: str, device: torch.device) -> ClipTextEnc
     else:
         architecture, _, pretrained = name.partition("/")
         if not pretrained:
-            raise ValueError(
-                f"{OPEN_CLIP_PREFIX}{name} does not specify weights: use {OPEN_CLIP_PREFIX}{name}/PRETRAINED"
-            )
+            path = f"{OPEN_CLIP_PREFIX}{name}"
+            raise ValueError(f"{path} does not specify pretrained weights. Use the form {path}/PRETRAINED")
     model: Any = open_clip.create_model(architecture, pretrained=pretrained or None, device=device).eval()
     tokenizer: Any = open_clip.get_tokenizer(architecture)
     hf_tokenizer = getattr(tokenizer, "tokenizer", None)  # only some open_clip models use a Hugging Face tokenizer
@@ -222,7 +220,7 @@ def _load_open_clip_text_encoder(name: str, device: torch.device) -> ClipTextEnc
     def count_tokens(text: str) -> int:
         if hf_tokenizer is not None:
             return len(hf_tokenizer(text)["input_ids"])
-        return len(tokenizer.encode(text)) + 2  # plus the start and end tokens
+        return len(tokenizer.encode(text)) + 2  # includes the start and end tokens
 
     return ClipTextEncoder(
         model=model,
@@ -233,7 +231,7 @@ def _load_open_clip_text_encoder(name: str, device: torch.device) -> ClipTextEnc
     )
 
 
-# Weight files that may contain the logit scale. In timm's hub repositories, only the open_clip file contains the scale.
+# Weight files that may contain the logit scale. In timm's hub repositories, only the open_clip weights contain it.
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -247,8 +245,8 @@ MIN_SIMILARITY = 0.99  # minimum cosine similarity between two implementations o
 def read_pretrained_logit_scale_and_bias(tower: str) -> tuple[float, float | None]:
     """Read the logit scale and the logit bias of the CLIP model that a vision tower comes from.
 
-    `tower` is a name for `VisionTower.from_pretrained`. Return the logit scale as a factor, not as a logarithm, and the
-    logit bias, or None if the model has no logit bias. Raise ValueError if the checkpoint contains no logit scale.
+    `tower` is a name that `VisionTower.from_pretrained` accepts. Return (logit scale, logit bias). The logit scale is a
+    factor, not a logarithm. The logit bias can be None. Raise ValueError if the checkpoint contains no logit scale.
     """
     source = find_hub_id_or_folder(resolve_pretrained_name(tower))
     for name in _WEIGHT_FILES:
@@ -259,7 +257,7 @@ def read_pretrained_logit_scale_and_bias(tower: str) -> tuple[float, float | Non
             return tensors["logit_scale"].double().exp().item(), None if bias is None else bias.item()
     raise ValueError(
         f"--align.logit_scale inherit: the checkpoint of {tower} contains no logit scale. Set --align.logit_scale to a "
-        "number, such as 100, the final logit scale of most CLIP models"
+        "number, such as 100, which is the final logit scale of most CLIP models"
     )
 
 
@@ -284,7 +282,7 @@ def load_clip_to_inherit(tower: str, inherit: bool | str, device: torch.device) 
     """Load the CLIP model whose embedding space an LLM2CLIP model inherits.
 
     `inherit` is the name of a CLIP model, as in `load_clip_text_encoder`, or True for the CLIP model that the vision
-    tower comes from. Raise ValueError if the checkpoint of that CLIP model has no text tower.
+    tower comes from. Raise ValueError if the CLIP model's checkpoint has no text tower.
     """
     if isinstance(inherit, str):
         return load_clip_text_encoder(inherit, device)
@@ -302,7 +300,7 @@ def load_clip_to_inherit(tower: str, inherit: bool | str, device: torch.device) 
 
 
 def get_image_projection(clip: Any) -> nn.Linear | None:
-    """Return the image projection of a transformers or open_clip model, or None if the model has none, as in SigLIP.
+    """Return the image projection of a transformers or open_clip model, or None for SigLIP, which has none.
 
     Raise ValueError if the projection is not a linear layer.
     """
@@ -314,7 +312,7 @@ def get_image_projection(clip: Any) -> nn.Linear | None:
         projection = nn.Linear(feature_dim, embed_dim, bias=False)
         projection.weight = nn.Parameter(weight.detach().T.contiguous())
         return projection
-    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm tower; the trunk or the head has the projection
+    if (trunk := getattr(visual, "trunk", None)) is not None:  # timm tower: the projection is in the trunk or head
         head = [module for module in visual.head if not isinstance(module, nn.Dropout)]
         layers = [layer for layer in (trunk.get_classifier(), *head) if not isinstance(layer, nn.Identity)]
         if not layers:
@@ -327,7 +325,7 @@ def get_image_projection(clip: Any) -> nn.Linear | None:
 
 
 def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: ClipTextEncoder) -> LLM2CLIP:
-    """Build a model with the same image embeddings as a CLIP model, and a randomly initialised text adapter.
+    """Build a model that returns a CLIP model's image embeddings and has a randomly initialised text adapter.
 
     The CLIP model determines the device and the config's `embed_dim`, `projection` and `projection_bias`. Raise
     ValueError if `tower` is not the vision tower of the CLIP model.
@@ -336,8 +334,8 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
     feature_dim = clip.embed_dim if projection is None else projection.in_features
     if feature_dim != tower.feature_dim:
         raise ValueError(
-            f"--align.inherit: the image features of this CLIP model have {feature_dim} dimensions, but those of the "
-            f"vision tower have {tower.feature_dim}. Pass the CLIP model that --align.tower comes from"
+            f"--align.inherit: the vision tower's feature dimension ({tower.feature_dim}) must equal the CLIP model's "
+            f"feature dimension ({feature_dim}). Pass the CLIP model that --align.tower comes from"
         )
     config = dataclasses.replace(
         config,
@@ -354,7 +352,7 @@ def build_model_in_clip_space(config: LLM2CLIPConfig, tower: VisionTower, clip: 
 
 @torch.no_grad()
 def _check_image_embeddings(model: LLM2CLIP, clip: Any) -> None:
-    """Raise ValueError if models with the same image size encode a random image differently."""
+    """Raise ValueError if both models have the same image size but encode a random image differently."""
     tower, is_transformers = model.tower, hasattr(clip, "get_image_features")
     size = tower.preprocess.size
     clip_size = getattr(clip.config.vision_config, "image_size", None) if is_transformers else clip.visual.image_size

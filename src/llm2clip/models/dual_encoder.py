@@ -44,7 +44,7 @@ from llm2clip.models.loading import (
     explain_remote_code_error,
     fingerprint,
     hash_weights,
-    hide_loading_bars,
+    hide_loading_progress_bars,
     split_revision,
 )
 from llm2clip.models.model_folder import find_model_folder, is_model_folder
@@ -66,15 +66,15 @@ class DualEncoder:
     Attributes:
         identity: Function that returns a dict of everything that affects the embeddings, except the precision.
         transform: Picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
-        encode_images_raw: Function that encodes a list of N outputs of `transform`.
-        encode_texts_raw: Function that encodes N texts. Its second argument is True to show a progress bar.
-        count_truncated: Function that counts how many of N texts are truncated, or returns None if unknown.
+        encode_images_raw: Function that encodes a list of N images preprocessed by `transform`.
+        encode_texts_raw: Function that encodes N texts. If its second argument is True, a progress bar is shown.
+        count_truncated: Function that counts the truncated texts in a list, or returns None if the number is unknown.
         dense: Encoder for dense image features, or None if the model does not support dense features.
         logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
-        part_identities: Function that returns a dict of everything that affects the image embeddings and a dict for the
-            text embeddings, or None if unsupported. Models with equal image dicts can search the same index.
-        llm2clip: The llm2clip model without truncation, or None for other types of models.
+        part_identities: Function like `identity` that returns separate dicts for the image and text encoders,
+            or None if unsupported. Models with equal image dicts can search the same index.
+        llm2clip: Untruncated llm2clip model, or None for other types of models.
     """
 
     name: str
@@ -94,7 +94,7 @@ class DualEncoder:
     @torch.inference_mode()
     @use_onednn_matmul()
     def encode_images(self, images: list[Any]) -> Tensor:
-        """Encode N `transform` outputs. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU."""
+        """Encode N preprocessed images. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU."""
         return F.normalize(self.encode_images_raw(images).float(), dim=-1).cpu()
 
     @torch.inference_mode()
@@ -104,7 +104,7 @@ class DualEncoder:
 
     @cached_property
     def part_fingerprints(self) -> tuple[str, str] | None:
-        """Fingerprints of the image encoder and the text encoder, or None if `part_identities` is unsupported."""
+        """Fingerprints of the image encoder and the text encoder, or None if `part_identities` returns None."""
         # The property is cached because hashing the weights of an LLM takes seconds.
         parts = self.part_identities()
         return None if parts is None else (fingerprint(parts[0]), fingerprint(parts[1]))
@@ -114,12 +114,12 @@ class DualEncoder:
         return fingerprint(self.identity() if self.part_fingerprints is None else {"parts": self.part_fingerprints})
 
     def truncate(self, dim: int) -> DualEncoder:
-        """Return a model that truncates embeddings to the first `dim` dimensions and normalises the result."""
+        """Return a model that truncates embeddings to the first `dim` dimensions and then normalises the embeddings."""
         check_truncate_dim(dim, self.embed_dim, self.name)
         if dim == self.embed_dim:
             return self
 
-        def add_dim() -> tuple[dict[str, Any], dict[str, Any]] | None:
+        def get_truncated_identities() -> tuple[dict[str, Any], dict[str, Any]] | None:
             parts = self.part_identities()
             return None if parts is None else ({**parts[0], "dim": dim}, {**parts[1], "dim": dim})
 
@@ -133,7 +133,7 @@ class DualEncoder:
             self,
             embed_dim=dim,
             identity=lambda: {**self.identity(), "dim": dim},
-            part_identities=add_dim,
+            part_identities=get_truncated_identities,
             encode_images_raw=lambda images: self.encode_images_raw(images)[:, :dim],
             encode_texts_raw=lambda texts, progress: self.encode_texts_raw(texts, progress)[:, :dim],
             dense=dense,
@@ -185,8 +185,8 @@ def open_dual_encoder(
 def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: Stage = "evaluate") -> DualEncoder:
     """Wrap an LLM2CLIP model, and switch the model to eval mode. The caption encoder is loaded on first use.
 
-    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` for the precision of
-    the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
+    `precision` is the precision of the caption encoder, as in `CaptionEncoder.encode`, or `auto` to select the
+    precision for the stage. On GPUs with bf16 support, the vision tower runs in bf16 unless the precision is fp32.
     """
     model.eval()
     resolved = resolve_precision(stage, precision, model.device)
@@ -242,7 +242,7 @@ def _try_build_dense_encoder(
         return None
 
 
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def _load_transformers_dual_encoder(
     name: str, source: str, device: torch.device, trust_remote_code: bool
 ) -> DualEncoder:
@@ -290,7 +290,7 @@ def _build_transformers_dense_encoder(model: Any, processor: Any) -> DenseEncode
 
 
 def _load_open_clip_dual_encoder(name: str, device: torch.device) -> DualEncoder:
-    text_encoder = load_clip_text_encoder(name, device)  # ImportError if open_clip is not installed
+    text_encoder = load_clip_text_encoder(name, device)  # raises ImportError if open_clip is not installed
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -307,7 +307,7 @@ def _load_open_clip_dual_encoder(name: str, device: torch.device) -> DualEncoder
 
 def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: torch.device) -> DenseEncoder | None:
     trunk = getattr(visual, "trunk", None)
-    if trunk is None or hasattr(visual.head, "pool"):  # the tower or its pooling is not from timm
+    if trunk is None or hasattr(visual.head, "pool"):  # the tower or its pooling layer is not from timm
         return None
     size = max(cfg["size"]) if isinstance(cfg["size"], tuple | list) else cfg["size"]
     preprocess = PreprocessConfig(
@@ -347,7 +347,7 @@ def _build_clip_dual_encoder(
     )
 
 
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def _load_sentence_transformer(name: str, device: torch.device, trust_remote_code: bool) -> DualEncoder:
     from sentence_transformers import SentenceTransformer
 
@@ -361,10 +361,9 @@ def _load_sentence_transformer(name: str, device: torch.device, trust_remote_cod
             trust_remote_code=trust_remote_code,
             model_kwargs={} if trust_remote_code else dict(WITHOUT_HUB_CODE),
         )
-    missing = [modality for modality in ("image", "text") if modality not in model.modalities]
-    if missing:
+    if not {"image", "text"} <= set(model.modalities):
         raise ValueError(
-            f"{name} does not encode {'s and '.join(missing)}s, according to sentence-transformers (supported: "
+            f"{name}: the sentence-transformers model must encode images and texts (supported modalities: "
             f"{', '.join(map(str, model.modalities))}). If transformers can load the model, omit the prefix "
             f"{SENTENCE_TRANSFORMERS_PREFIX}"
         )

@@ -4,7 +4,7 @@ transformers dequantises a GGUF file on every load, and cannot save the loaded m
 safetensors, SmolLM2-135M loads in 1 s instead of 17 s.
 
 The weights are written in float32, because neither float16 nor bfloat16 can represent all dequantised weights. For
-example, a cast to bfloat16 would change 79% of the dequantised Q4_1 weights of SmolLM2-135M, and a cast to float16 42%.
+example, a cast to bfloat16 would change 79% of the dequantised Q4_1 weights of SmolLM2-135M.
 """
 
 import os
@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm2clip.models.loading import hide_loading_bars
+from llm2clip.models.loading import hide_loading_progress_bars
 
 # GGUF type codes of strings and arrays.
 _STRING, _ARRAY = 8, 9
-# Size in bytes of a value of each other GGUF type, keyed by type code.
+# Size in bytes of each fixed-size GGUF type, keyed by type code.
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to safetensors, and write the tokenizer and the decoder without the LM head to a folder.
+    """Convert a GGUF file to a safetensors folder that contains the tokenizer and the decoder without the LM head.
 
     All architectures that transformers can load from GGUF files are supported, such as llama, qwen2, qwen3 and gemma3.
     Raise ValueError if the file is corrupt or some of the model's weights are missing.
@@ -36,7 +36,7 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     gguf_utils: Any = gguf_module
     tqdm = gguf_utils.tqdm
     try:
-        # Hide transformers' progress bars for the conversion, which have no labels.
+        # transformers' progress bars for the conversion are hidden because they have no labels.
         gguf_utils.tqdm = partial(tqdm, disable=True)
         model, report = AutoModel.from_pretrained(
             source, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
@@ -46,11 +46,11 @@ def write_gguf_as_safetensors(gguf: Path, folder: Path) -> None:
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would only log a warning and initialise the missing weights randomly
         raise ValueError(
-            f"{gguf} lacks {len(missing):,} of the model's weights, including {missing[0]}. Download the file again or "
-            "update the gguf package"
+            f"{gguf} lacks the model weight {missing[0]} ({len(missing):,} missing in total). Download the file again "
+            "or update the gguf package"
         )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
-    # Although the weights are dequantised, `save_pretrained` fails if one of these attributes marks them as quantised.
+    # Although the weights are dequantised, `save_pretrained` fails if an attribute marks the model as quantised.
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(owner, name):
             delattr(owner, name)
@@ -70,9 +70,9 @@ def check_gguf_header(gguf: Path) -> None:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{gguf} is not a GGUF file")
         try:
-            reader.skip(4 + 8)  # version and number of tensors
+            reader.skip_bytes(4 + 8)  # version and number of tensors
             for _ in range(reader.read_integer(8)):
-                reader.skip(reader.read_integer(8))  # name
+                reader.skip_bytes(reader.read_integer(8))  # name
                 reader.skip_value(reader.read_integer(4))
         except EOFError as error:
             raise ValueError(f"{gguf} is corrupt: its metadata extends past the end of the file") from error
@@ -91,7 +91,7 @@ class _GGUFMetadataReader:
             raise EOFError
         return int.from_bytes(data, "little")
 
-    def skip(self, num_bytes: int) -> None:
+    def skip_bytes(self, num_bytes: int) -> None:
         if self.file.tell() + num_bytes > self.size:
             raise EOFError
         self.file.seek(num_bytes, os.SEEK_CUR)
@@ -101,9 +101,9 @@ class _GGUFMetadataReader:
         if kind == _ARRAY:
             kind, length = self.read_integer(4), self.read_integer(8)
         if kind in _VALUE_SIZES:
-            self.skip(length * _VALUE_SIZES[kind])
+            self.skip_bytes(length * _VALUE_SIZES[kind])
         elif kind == _STRING:
             for _ in range(length):
-                self.skip(self.read_integer(8))
+                self.skip_bytes(self.read_integer(8))
         else:
             raise ValueError(f"the GGUF metadata contains a value of unknown type {kind}")

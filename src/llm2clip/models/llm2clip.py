@@ -45,8 +45,8 @@ from llm2clip.models.vision.segmentation import DenseFeaturesMixin
 from llm2clip.models.vision.vision_tower import VisionTower
 
 MAX_LOGIT_SCALE = 100.0  # maximum of exp(logit_scale) during training
-# Initial standard deviation of the weights of an image projection with a bias, as in the LLM2CLIP authors' code
-# (0.02 times an init_scale of 0.001 in eva_vit_model.py).
+# Initial standard deviation of the weights of an image projection with a bias, as in the LLM2CLIP authors' code.
+# eva_vit_model.py multiplies a standard deviation of 0.02 by an init_scale of 0.001.
 SMALL_PROJECTION_STD = 2e-5
 
 
@@ -75,8 +75,8 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
             self.projection = build_image_projection(tower.feature_dim, config.embed_dim, config.projection_bias)
         elif config.embed_dim != tower.feature_dim:
             raise ValueError(
-                f"embed_dim is {config.embed_dim}, but the vision tower's features have size {tower.feature_dim}. "
-                "Without an image projection, both sizes must be equal"
+                f"without an image projection, embed_dim ({config.embed_dim}) must equal the vision tower's feature "
+                f"dimension ({tower.feature_dim})"
             )
         if any(not 0 < dim < config.embed_dim for dim in config.matryoshka_dims):
             raise ValueError(
@@ -134,7 +134,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to 100 after an optimizer step, because its gradient would be zero above 100."""
+        """Clamp the logit scale to at most 100 after an optimizer step, because its gradient is zero above 100."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE) - 1e-6)
 
     @property
@@ -147,21 +147,21 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
 
     @property
     def encoder(self) -> CaptionEncoder:
-        """Caption encoder, which is loaded with fp32 weights on first use, unless `load_encoder` was called before.
+        """Caption encoder. On first use, it is loaded with fp32 weights, unless `load_encoder` was called earlier.
 
-        Raise ValueError if the model has no caption encoder, or the encoder's embedding dimension is not `text_dim`.
+        Raise ValueError if the model has no caption encoder, or if the encoder's embedding dimension is not `text_dim`.
         """
         if not self._encoder:
-            self._encoder.append(self._load_text_folder(self.device))
+            self._encoder.append(self._load_saved_encoder(self.device))
         return self._encoder[0]
 
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
-        """Load the caption encoder with weights cast for encoding in `precision`. Return the encoder's precision.
+        """Load the caption encoder, and cast its weights for encoding in `precision`. Return the resolved precision.
 
         If the caption encoder is already loaded, its weights are unchanged. `auto` selects a precision for the stage
-        (see `models/precision.py`). If the model was trained on bf16 embeddings, their precision replaces calibration.
+        (see `models/precision.py`). Models trained on bf16 embeddings use the precision of those embeddings.
         """
-        encoder = self._encoder[0] if self._encoder else self._load_text_folder("cpu")
+        encoder = self._encoder[0] if self._encoder else self._load_saved_encoder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))
         if not self._encoder:
             encoder.move_for_encoding(self.device, resolved)
@@ -174,19 +174,19 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
             return encoder.weights_precision
         return trained_with if trained_with.startswith("bf16") else calibrate_precision(encoder, self.device)
 
-    def _load_text_folder(self, device: torch.device | str) -> CaptionEncoder:
+    def _load_saved_encoder(self, device: torch.device | str) -> CaptionEncoder:
         if self.text_folder is None:
             raise ValueError(
                 "the model has no caption encoder: add the encoder that the model was trained with, using "
                 "set_encoder(...) or `llm2clip convert MODEL --text ENCODER --out MODEL`"
             )
         encoder = CaptionEncoder.from_pretrained(self.text_folder, device=device)
-        self._check_dimension(encoder, str(self.text_folder))
+        self._check_embedding_dimension(encoder, str(self.text_folder))
         return encoder
 
     def set_encoder(self, encoder: CaptionEncoder) -> None:
         """Set the caption encoder. Raise ValueError if the adapter was trained with a different encoder."""
-        self._check_dimension(encoder, "the caption encoder")
+        self._check_embedding_dimension(encoder, "the caption encoder")
         trained_with, identity = self.config.encoder, encoder.identity()
         # Users choose the precision for each call, and transformers releases can rename entries of the LLM config.
         # Therefore, neither the precision nor the LLM config is compared.
@@ -200,14 +200,14 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
         self._encoder[:] = [encoder]
         self.config.encoder = {**identity, **trained_with}
 
-    def _check_dimension(self, encoder: CaptionEncoder, name: str) -> None:
+    def _check_embedding_dimension(self, encoder: CaptionEncoder, name: str) -> None:
         if encoder.embed_dim != self.config.text_dim:
             raise ValueError(
-                f"the embeddings of {name} have {encoder.embed_dim} dimensions, but the adapter requires "
-                f"{self.config.text_dim}: use the caption encoder that the adapter was trained with"
+                f"the embedding dimension of {name} ({encoder.embed_dim}) must equal the adapter's input dimension "
+                f"({self.config.text_dim}): use the caption encoder that the adapter was trained with"
             )
 
-    @torch.no_grad()  # not inference_mode: users may train a linear probe on the embeddings
+    @torch.no_grad()  # not inference_mode, because users may train a linear probe on the embeddings
     @use_onednn_matmul()
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:
         """Encode N images. Return L2-normalised float32 embeddings of shape (N, embed_dim) on the CPU.
@@ -243,8 +243,8 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
         Args:
             precision: Precision of the caption encoder, as in `CaptionEncoder.encode`.
             templates: Prompt templates for class names and other short texts, such as "a photo of a {}". Each text is
-                inserted into every template, and its embedding is the normalised mean over these prompts. To include
-                the text itself, add the template "{}".
+                inserted into every template, and the embeddings of the resulting prompts are averaged and normalised.
+                To include the text itself, add the template "{}".
 
         Raises:
             ValueError: A text is empty, a template has no {} placeholder, or the model has no caption encoder.
@@ -262,10 +262,10 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
     def encode_query(
         self, queries: str | Sequence[str], progress: bool = False, precision: str | None = None
     ) -> Tensor:
-        """Encode N search queries. Return embeddings like those of `encode_text`.
+        """Encode N search queries. Return embeddings in the same format as `encode_text`.
 
-        Short queries are also inserted into `config.query_templates`. The embedding of a short query is the normalised
-        mean over the query and the resulting prompts.
+        Short queries are also inserted into `config.query_templates`. The embeddings of the query and the resulting
+        prompts are averaged and normalised.
         """
         texts = [queries] if isinstance(queries, str) else list(queries)
         prompts, counts = build_query_prompts(texts, self.config.query_templates)
@@ -274,12 +274,12 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
         )
 
     def encode_document(self, documents: Any, progress: bool = False, precision: str | None = None) -> Tensor:
-        """Encode N documents for search. Return embeddings like those of `encode_text`.
+        """Encode N documents for search. Return embeddings in the same format as `encode_text`.
 
         Args:
             documents: One document or a list of N documents. A document is a text, an image or a dict with a "text", an
-                "image" or both. An image can have any form that `encode_image` accepts, but outside of a dict, a string
-                is always a text. The embeddings of a text and an image are added. An empty "text" is ignored.
+                "image" or both. An image can have any form that `encode_image` accepts, but a string outside a dict is
+                always a text. The embeddings of a text and an image are added. An empty "text" is ignored.
         """
         is_single = isinstance(documents, str | bytes | Mapping) or getattr(documents, "ndim", 1) in (2, 3)
         items = list(documents) if isinstance(documents, Iterable) and not is_single else [documents]
@@ -288,8 +288,8 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
 
     @torch.no_grad()
     def project_text_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Map caption embeddings of shape (N, text_dim) to embeddings like those of `encode_text`."""
-        self.adapter.eval()  # self.eval() would take milliseconds for a vision tower
+        """Convert caption embeddings of shape (N, text_dim) to the embeddings that `encode_text` returns."""
+        self.adapter.eval()  # self.eval() would take milliseconds, because the vision tower has many modules
         _, text, *_ = self(embeddings=embeddings.to(self.device))
         assert text is not None
         return text.cpu()
@@ -329,7 +329,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
 
     def _write_config_and_weights(self, folder: Path) -> None:
         config = {"model_type": "llm2clip", "format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # not read, but helps to compare model folders
+        config["encoder_fingerprint"] = fingerprint(self.config.encoder)  # only for comparing model folders
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
@@ -346,7 +346,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
             device: Device to load the model on. Default: a GPU if available.
 
         Raises:
-            FileNotFoundError: The model does not exist or cannot be downloaded, or files are missing.
+            FileNotFoundError: The model does not exist, cannot be downloaded or is incomplete.
             ValueError: The folder is corrupt, does not contain an llm2clip model, or has a different format version.
         """
         folder = find_model_folder(path)
@@ -360,7 +360,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
             raise
         except Exception as error:  # timm and transformers can raise any exception for a malformed config
             raise ValueError(f"{file} is not a valid model config ({describe_error(error)})") from error
-        # If one of the caption encoder's JSON files were missing, the encoder would be loaded with different settings.
+        # If one of the caption encoder's JSON files were missing, the encoder would load with different settings.
         tokenizer_file = "tokenizer_config.json" if (folder / "text/config.json").is_file() else "tokenizer.json"
         encoder_files = ("modules.json", "config_sentence_transformers.json", tokenizer_file, "*.safetensors")
         for name in ("model.safetensors", *(f"text/{name}" for name in encoder_files if (folder / "text").is_dir())):
@@ -378,7 +378,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
 def encode_documents(
     documents: Sequence[Any], embed_dim: int, encoders: Mapping[str, Callable[[list[Any]], Tensor]]
 ) -> Tensor:
-    """Encode N documents, as described in `LLM2CLIP.encode_document`, with the encoders for "image" and "text"."""
+    """Encode N documents with encoders for the keys "image" and "text" (see `LLM2CLIP.encode_document`)."""
     parts = []
     for row, item in enumerate(documents):
         part = item if isinstance(item, Mapping) else {"text" if isinstance(item, str) else "image": item}
@@ -396,7 +396,7 @@ def encode_documents(
 
 
 def build_image_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.Linear:
-    """Build an image projection, randomly initialised as in the LLM2CLIP authors' code."""
+    """Build an image projection with the random initialisation of the LLM2CLIP authors' code."""
     projection = nn.Linear(feature_dim, embed_dim, bias=bias)
     nn.init.normal_(projection.weight, std=SMALL_PROJECTION_STD if bias else feature_dim**-0.5)
     if bias:
@@ -405,8 +405,8 @@ def build_image_projection(feature_dim: int, embed_dim: int, bias: bool) -> nn.L
 
 
 def needs_projection_bias(tower: dict[str, Any]) -> bool:
-    """Return True if the image projection for a tower has a bias in the LLM2CLIP authors' code (only for EVA)."""
-    architecture = tower["architecture"]  # a dict for transformers towers
+    """Return True for EVA towers, whose image projection has a bias in the LLM2CLIP authors' code."""
+    architecture = tower["architecture"]  # a name for timm towers, a dict for transformers towers
     return isinstance(architecture, str) and architecture.startswith("eva")
 
 
@@ -420,14 +420,14 @@ def truncate_and_normalize(embeddings: Tensor, dim: int) -> Tensor:
 def check_truncate_dim(dim: int, embed_dim: int, name: str) -> None:
     if not 1 <= dim <= embed_dim:
         raise ValueError(
-            f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim}. Choose a "
-            f"number from 1 to {embed_dim}"
+            f"the embeddings of {name} have {embed_dim} dimensions, so they cannot be truncated to {dim} "
+            f"dimensions. Choose a number from 1 to {embed_dim}"
         )
 
 
 @torch.no_grad()
 def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
-    """Rotate a model's embedding space in place, so that the first dimensions have the largest variance over captions.
+    """Rotate a model's embedding space in place so that the first dimensions have the largest variance across captions.
 
     Cosine similarities do not change, because the same rotation is applied to the last linear layers of both towers.
     The rows of the rotation are the uncentred principal components of the text embeddings, in descending order of
@@ -436,7 +436,7 @@ def rotate_to_principal_components(model: LLM2CLIP, captions: Tensor) -> None:
     if not isinstance(model.projection, nn.Linear) or model.config.adapter.depth == 0:
         raise ValueError("the embedding space can be rotated only if the model has an image projection and an adapter")
     texts = model.project_text_embeddings(captions).double()  # (N, D)
-    eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # columns, smallest eigenvalue first
+    eigenvectors = torch.linalg.eigh(texts.T @ texts).eigenvectors  # as columns, in ascending order of eigenvalue
     rotation = eigenvectors.flip(1).T  # (D, D)
     _rotate_layer_outputs(model.projection, rotation)
     _rotate_layer_outputs(model.adapter.out, rotation)
@@ -456,7 +456,7 @@ def truncate_model(model: LLM2CLIP, dim: int) -> LLM2CLIP:
     config.matryoshka_dims = [size for size in config.matryoshka_dims if size < dim]
     if config.adapter.depth == 0:
         if not model.has_encoder:
-            raise ValueError("a model without an adapter can be truncated only with its caption encoder: pass --text")
+            raise ValueError("truncating a model without an adapter requires the model's caption encoder: pass --text")
         encoder = copy.deepcopy(model.encoder)
         append_truncation_layer(encoder.st, dim)
         config.text_dim, config.encoder = dim, encoder.identity()

@@ -80,7 +80,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split OWNER/NAME@REVISION into a hub id and a revision. Return other names unchanged, with None as revision."""
+    """Split OWNER/NAME@REVISION into a hub id and a revision. Return other names unchanged, with the revision None."""
     hub_id, _, revision = name.partition("@")
     return (hub_id, revision) if revision and is_hub_id(hub_id) and not Path(name).exists() else (name, None)
 
@@ -99,7 +99,7 @@ def check_model_source(source: str | Path) -> None:
         raise FileNotFoundError(f"{name} is neither an existing path nor a hub id (OWNER/NAME)")
     problem = find_hub_problem()
     if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
-        raise FileNotFoundError(f"{name} is neither a folder nor a model in the hub's cache, and {problem}")
+        raise FileNotFoundError(f"{name} is neither a local path nor a model in the hub's cache: {problem}")
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +182,7 @@ def select_output_entries(config: Any) -> dict[str, Any]:
 
 
 def _remove_code_entries(config: Any) -> Any:
-    config._attn_implementation = None  # the setter also applies to the configs of the model's parts
+    config._attn_implementation = None  # the setter also updates the configs of the model's parts
     config._experts_implementation = None
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         vars(part).pop("auto_map", None)
@@ -190,7 +190,7 @@ def _remove_code_entries(config: Any) -> Any:
 
 
 def find_model_file(source: str | Path, name: str, subfolder: str = "") -> Path | None:
-    """Return the local path of a file in a folder or hub repository, or None if missing. Hub files are downloaded."""
+    """Return the path of a file in a folder or hub repository, or None if the file is missing. Download hub files."""
     from transformers.utils import cached_file
 
     if Path(source).is_file():
@@ -224,7 +224,7 @@ def download_hub_snapshot(hub_id: str, patterns: Sequence[str], **options: Any) 
 
 
 def describe_hub_error(error: BaseException, access_problem: str = "it does not exist, or you lack access") -> str:
-    """Return an error message that explains an exception from huggingface_hub and gives advice."""
+    """Return an error message that explains an exception from huggingface_hub and suggests a solution."""
     from huggingface_hub.errors import HTTPError
 
     causes = [error]
@@ -240,7 +240,7 @@ def describe_hub_error(error: BaseException, access_problem: str = "it does not 
         message = f"{meaning.format(access_problem=access_problem)} (details: {message})"
     network_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError)  # RuntimeError: from hf_xet
     if status >= 500 or (not status and any(isinstance(cause, network_errors) for cause in causes)):
-        message += ". Try again: complete files are not transferred again"
+        message += ". Try again: complete files are not downloaded again"
     return hide_url_secrets(message)  # presigned URLs contain credentials
 
 
@@ -294,12 +294,12 @@ def _compute_text_growth(normalizer: Any) -> int:
         return math.prod(_compute_text_growth(step) for step in normalizer["normalizers"])
     if normalizer.get("type") != "Replace":
         return 1
-    can_match_nothing = not normalizer["pattern"].get("String")  # an empty string, or any regular expression
+    can_match_nothing = not normalizer["pattern"].get("String")  # true for an empty string or a regular expression
     return max(1, len(normalizer["content"]) + can_match_nothing)
 
 
 @contextmanager
-def hide_loading_bars() -> Iterator[None]:
+def hide_loading_progress_bars() -> Iterator[None]:
     """Hide transformers' progress bars for loading weights, but not for downloads. Also works as a decorator."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -320,7 +320,7 @@ def hide_loading_bars() -> Iterator[None]:
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide the report of missing and unexpected weights, for callers that raise an error if weights are missing."""
+    """Hide transformers' report of missing and unexpected weights. Callers raise their own errors instead."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -331,7 +331,7 @@ def hide_load_report() -> Iterator[None]:
 
 
 def requires_remote_code(path: str, trust_remote_code: bool) -> bool:
-    """Return True if a transformers model can only be loaded with Python code from its folder or hub repository.
+    """Return True if a transformers model requires Python code from its own folder or hub repository.
 
     Raise ValueError if the code is required but `trust_remote_code` is False.
     """
@@ -386,7 +386,7 @@ def hash_weights(module: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def load_vision_language_model(name: str, device: torch.device, precision: Precision) -> tuple[Any, Any]:
     """Load a vision-language model and its processor for inference. Code in the model folder is never run."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -401,8 +401,8 @@ def load_vision_language_model(name: str, device: torch.device, precision: Preci
 def get_model_name_with_hash(source: str) -> str:
     """Return a model's short name and a hash of its files, such as `llava-9f3a12cd` for the folder `llava/model`.
 
-    Hub models must already be in the hub's cache. Copies of a folder with the same name get the same result. Hashing
-    takes about a second per gigabyte.
+    Hub models must already be in the hub's cache. The result does not depend on the location of the folder.
+    Hashing takes about a second per gigabyte.
     """
     config_file = find_model_file(source, "config.json")
     folder = Path(source) if config_file is None else config_file.parent
@@ -410,7 +410,7 @@ def get_model_name_with_hash(source: str) -> str:
     weights = next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
     # A folder with EVA weights also contains other weights, so the EVA weights are added explicitly.
     weights += [file for file in sorted(folder.glob("*EVA*.pt")) if file not in weights]
-    weights += [folder, folder / "1_Pooling/config.json"]  # `source`, and therefore `folder`, can be a single file
+    weights += [folder, folder / "1_Pooling/config.json"]  # `source` may be a single file, so `folder` may be a file
     settings = [folder / name for name in ("config.json", "generation_config.json", "chat_template.jinja")]
     hashes = []
     for file in [*settings, *weights]:

@@ -23,7 +23,7 @@ from llm2clip.models.loading import download_hub_snapshot
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
 from llm2clip.runs.output_folder import check_format_version
 
-# Glob patterns for the model files to download from the hub. The patterns exclude pickle files and code.
+# Glob patterns of the model files to download from the hub, excluding pickle files and code.
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", TRAINING_IMAGES_FILE)
 FORMAT_VERSION = 1  # version of the model folder layout
 # Layers of an adapter's residual block: name in llm2clip -> name in official checkpoints.
@@ -34,7 +34,7 @@ _OFFICIAL_NAMES = {"norm": "ln", "up": "fn.0", "down": "fn.3"}
 class AdapterConfig:
     """Architecture of the text adapter, as saved in the model config (see `Adapter`)."""
 
-    depth: int = 4  # number of residual blocks (4 in the LLM2CLIP paper); 0: no adapter
+    depth: int = 4  # number of residual blocks (4 in the LLM2CLIP paper); 0 means no adapter
     expansion: int = 2  # ratio of a residual block's hidden size to its input size
     normalize_input: bool = True
 
@@ -45,7 +45,7 @@ class AdapterConfig:
         """Infer the architecture from an official checkpoint. Return (adapter config, input size, output size).
 
         In official checkpoints, the adapter is an nn.Sequential of residual blocks, a LayerNorm and a linear layer, so
-        the tensor names start with an index. `names` are the tensor names without the adapter's prefix.
+        the tensor names start with a layer index. `names` are the tensor names without the adapter's prefix.
         """
         depth = len({name.partition(".")[0] for name in names if ".ln." in name})
         text_dim = get_shape(f"{depth}.weight")[0]
@@ -69,7 +69,7 @@ class LLM2CLIPConfig:
         tower: Vision tower config, as in `VisionTower.config`.
         text_dim: Dimension of the caption embeddings, which are the adapter's input.
         embed_dim: Dimension of the shared embedding space.
-        projection: True if the model has an image projection. Without it, the tower's features are the image
+        projection: True if the model has an image projection. Without a projection, the tower's features are the image
             embeddings, and `embed_dim` must equal the tower's feature dimension.
         logit_bias: True if the model has a learned logit bias, as the sigmoid loss requires.
         matryoshka_dims: Truncated embedding sizes that the model was trained for, in addition to `embed_dim`.
@@ -114,7 +114,7 @@ def is_model_folder(path: str | Path) -> bool:
 
 
 def read_model_config(folder: Path, source: str | Path) -> dict[str, Any]:
-    """Read the config.json of a model folder. `source` is the path or hub id that error messages mention.
+    """Read the config.json of a model folder. `source` is the path or hub id to show in errors.
 
     Raises:
         FileNotFoundError: The folder has no config.json.
@@ -141,5 +141,5 @@ def save_query_templates(folder: Path, templates: QueryTemplates) -> None:
 
 
 def find_model_folder(path: str | Path) -> Path:
-    """Return the local folder of a model. Download hub models. Raise FileNotFoundError if the download fails."""
+    """Return a model's local folder. Download hub models. Raise FileNotFoundError if the download fails."""
     return Path(path) if Path(path).is_dir() else download_hub_snapshot(str(path), MODEL_FILES)

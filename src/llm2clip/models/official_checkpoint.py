@@ -93,10 +93,10 @@ def load_official_checkpoint(
 
 
 def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | Path = "") -> None:
-    """Load a caption encoder and attach the encoder to the model.
+    """Load a caption encoder and attach it to the model.
 
     `path` is the folder or hub id of a caption encoder, or of a PEFT LoRA adapter, which is merged into its base LLM.
-    LLMs released with LLM2CLIP use the published template. Raise ValueError if the embedding size is wrong.
+    LLMs released with LLM2CLIP use the published template. Raise ValueError if the adapter has a different input size.
     """
     if find_lora_adapter(path) is not None:
         encoder = load_encoder_with_lora([path], model.device)
@@ -131,7 +131,8 @@ def copy_checkpoint_tensors(model: LLM2CLIP, checkpoint: OfficialCheckpoint) -> 
             pairs.append((parameter, tensor.reshape(parameter.shape)))
         elif tensor.shape != parameter.shape or not tensor.is_floating_point():
             mismatches.append(
-                f"{official} is {tensor.dtype} {tuple(tensor.shape)}, expected floating-point {tuple(parameter.shape)}"
+                f"{official} must be a floating-point tensor of shape {tuple(parameter.shape)} (got {tensor.dtype}, "
+                f"{tuple(tensor.shape)})"
             )
         else:
             pairs.append((parameter, tensor))
@@ -143,7 +144,7 @@ def copy_checkpoint_tensors(model: LLM2CLIP, checkpoint: OfficialCheckpoint) -> 
         if tensor.shape != expected.shape or not torch.allclose(
             tensor.to(expected.dtype), expected, rtol=0, atol=BUFFER_TOLERANCE
         ):
-            mismatches.append(f"{name} {tuple(tensor.shape)} does not match the architecture")
+            mismatches.append(f"{name} of shape {tuple(tensor.shape)} does not match the architecture")
 
     unexpected = {name: tensor for name, tensor in unused.items() if not layout.ignored.match(name)}
     problems = []
@@ -216,8 +217,8 @@ def _infer_timm_tower(checkpoint: OfficialCheckpoint, embed_dim: int) -> dict[st
     width, _, patch_size, _ = checkpoint.get_shape(f"{prefix}patch_embed.proj.weight")
     if not is_eva and width != embed_dim:
         raise ValueError(
-            f"{checkpoint.source}: the tower's output has size {width}, but the adapter's output has size {embed_dim}. "
-            f"In the {checkpoint.layout.name!r} layout, which has no image projection, both sizes must be equal"
+            f"{checkpoint.source}: the tower's output size ({width}) must equal the adapter's output size "
+            f"({embed_dim}), because the {checkpoint.layout.name!r} layout has no image projection"
         )
     positions = checkpoint.get_shape(f"{prefix}pos_embed")[1]
     num_patches = positions - 1 if is_eva else positions  # EVA also has a position embedding for the class token
@@ -241,7 +242,7 @@ def _infer_timm_tower(checkpoint: OfficialCheckpoint, embed_dim: int) -> dict[st
 
 
 def _infer_preprocess_config(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
-    # Default in the LLM2CLIP authors' code. timm's default crop for 224-pixel EVA towers is 90%.
+    # Default preprocessing in the LLM2CLIP authors' code. timm crops images for 224-pixel EVA towers to 90%.
     default = PreprocessConfig(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
 
@@ -311,9 +312,7 @@ def _check_layout_supports_model(model: LLM2CLIP, layout: OfficialLayout) -> Non
         if tower_name != "clip_vision_model":
             problems.append(f"the vision tower is {tower_name}, but must be a transformers CLIP tower")
         elif architecture["image_size"] != model.tower.preprocess.size:
-            problems.append(
-                "the preprocessed images and the vision tower's position embeddings have different image sizes"
-            )
+            problems.append("the image sizes of the preprocessing and of the vision tower's position embeddings differ")
         if config.projection_bias:
             problems.append("the projection has a bias")
     elif not re.match("timm:eva02_(base|large)_.*_clip_", tower_name) or tower["args"].keys() - set(EVA_ARGS):
@@ -328,7 +327,7 @@ def _check_layout_supports_model(model: LLM2CLIP, layout: OfficialLayout) -> Non
     if config.adapter.depth == 0:
         problems.append("there is no adapter")
     elif not config.adapter.normalize_input:
-        problems.append("the adapter does not normalise its input, but an official adapter does")
+        problems.append("the adapter does not normalise its input, but official adapters do")
     if problems:
         raise ValueError(f"the model cannot be saved in the {layout.name!r} layout: {'; '.join(problems)}")
 

@@ -45,7 +45,7 @@ def read_official_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[s
     """Read a checkpoint. Return (tensors, contents of config.json or {}, preprocessing or None).
 
     `source` is a folder, hub id or weight file. A folder or repository must contain model.safetensors or
-    pytorch_model.bin, possibly sharded, or a single .pt file. For a weight file, no JSON files are read.
+    pytorch_model.bin, possibly sharded, or a single .pt file. If `source` is a weight file, no JSON files are read.
     """
     path = Path(source)
     if path.is_file():
@@ -78,7 +78,7 @@ def select_weights_file(names: list[str], source: str) -> str:
         return pt_files[0]
     raise ValueError(
         f"{source} must contain one of {', '.join(WEIGHT_FILES)}, or a single .pt file. If the folder contains "
-        "several .pt files, pass the path of a single file"
+        "several .pt files, pass the path of the correct file"
     )
 
 
@@ -91,12 +91,12 @@ def _load_weights(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains objects other than tensors, so loading the file could run code. If you trust the file, "
-            f"save its state dict with safetensors.torch.save_file and load that file ({_get_first_line(error)})"
+            f"save its state dict with safetensors.torch.save_file and load that file ({_get_first_error_line(error)})"
         ) from error
     except Exception as error:  # corrupt files can make torch raise almost any type of exception
         raise ValueError(
             f"{path} is corrupt, incomplete or a TorchScript archive. Download the file again or, for a TorchScript "
-            f"archive, save its state dict with safetensors.torch.save_file ({_get_first_line(error)})"
+            f"archive, save its state dict with safetensors.torch.save_file ({_get_first_error_line(error)})"
         ) from error
     for key in ("state_dict", "module", "model"):  # keys under which training checkpoints store the state dict
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -106,7 +106,7 @@ def _load_weights(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _get_first_line(error: Exception) -> str:
+def _get_first_error_line(error: Exception) -> str:
     return (str(error).splitlines() or [describe_error(error)])[0]
 
 
@@ -120,13 +120,13 @@ def _load_weight_shards(index: Path) -> dict[str, Any]:
     differing = sorted(tensors.keys() ^ shard_of.keys())
     if differing:
         raise ValueError(
-            f"{index} does not match its shards. Tensors that only the index or only a shard contains: {differing[:8]}"
+            f"{index} does not match its shards. Tensors that are only in the index or only in a shard: {differing[:8]}"
         )
     return tensors
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read an index file's mapping from tensor name to shard file name."""
+    """Read the mapping from tensor names to shard file names in an index file."""
     shard_of = read_json_object(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise DataFormatError(f'{index} must have the form {{"weight_map": {{"TENSOR": "SHARD.safetensors"}}}}')
@@ -219,8 +219,8 @@ _OPENAI_TO_HF = {
 }
 # Tensor name prefix of an adapter that was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
-# Aliases in some versions of the LLM2CLIP authors' code -> canonical parts of tensor names. The original EVA-CLIP code
-# stores the query and value biases in the attention module. Some checkpoints contain both names.
+# Aliases in some versions of the LLM2CLIP authors' code -> canonical parts of tensor names.
+# Some checkpoints contain the query and value biases under both names.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",
@@ -231,7 +231,7 @@ _DEFAULT_LOGIT_SCALE = 2.6592  # default `logit_scale_init_value` of transformer
 
 @dataclass
 class OfficialCheckpoint:
-    """Contents of an official checkpoint. The tensors have canonical names."""
+    """Contents of an official checkpoint, with canonical tensor names."""
 
     source: str
     layout: OfficialLayout
@@ -352,7 +352,7 @@ def _detect_layout(source: str, tensors: Mapping[str, Tensor]) -> OfficialLayout
     expected = [f"{layout.name!r}: {'*, '.join(layout.required)}*" for layout in LAYOUTS]
     raise ValueError(
         f"{source} is not an LLM2CLIP checkpoint. Each supported layout requires tensors with these names: "
-        f"{'; '.join(expected)}. The adapter's tensors may also be named {_ONLINE_ADAPTER}*. "
+        f"{'; '.join(expected)}. The adapter's tensor names may also start with {_ONLINE_ADAPTER}. "
         f"Tensors in this checkpoint: {format_tensor_shapes(tensors)}"
     )
 

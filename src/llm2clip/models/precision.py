@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from llm2clip.models.text.caption_encoder import CaptionEncoder
 
 CALIBRATED = "calibrated"  # placeholder for the result of `calibrate_precision`
-# Precision that `auto` selects for each stage on devices with bf16 matmul hardware. On other devices, `auto` selects
-# fp32. On CPUs, `align`, `distill` and `evaluate` always run in fp32, so that their results do not depend on the CPU.
+# Precision that `auto` selects for each stage on devices with bf16 matmul hardware (fp32 on other devices).
+# On CPUs, `align`, `distill` and `evaluate` always run in fp32, so that their results do not depend on the CPU.
 AUTO_PRECISION: dict[Stage, dict[str, str]] = {
     "caption": {"cuda": "bf16", "cpu": "bf16"},
     "tune": {"cuda": "bf16", "cpu": "bf16"},
@@ -54,9 +54,7 @@ class Precision(str):
 
     def __new__(cls, name: str) -> Precision:
         if re.fullmatch(r"fp32|fp16|bf16(\+\d+)?", name) is None:
-            raise ValueError(
-                f"precision must be fp32, fp16, bf16, or bf16+N for the first N layers in fp32 (got {name!r})"
-            )
+            raise ValueError(f"precision must be fp32, fp16, bf16, or bf16+N with N layers in fp32 (got {name!r})")
         return super().__new__(cls, name)
 
     @property
@@ -66,7 +64,7 @@ class Precision(str):
 
     @property
     def num_fp32_layers(self) -> int:
-        """Number of initial LLM layers in fp32. The number is undefined for the precision fp32."""
+        """Number of initial LLM layers in fp32 for bf16+N, or 0 for other precisions."""
         return int(self.partition("+")[2] or 0)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -79,10 +77,10 @@ FP32 = Precision("fp32")
 def resolve_precision(
     stage: Stage, setting: str, device: torch.device, calibrate: Callable[[], str] = lambda: "bf16"
 ) -> Precision:
-    """Return the precision of a stage on a device: `setting`, or for `auto` a precision from `AUTO_PRECISION`.
+    """Return `setting` as a `Precision`. For `auto`, return the precision of the stage from `AUTO_PRECISION`.
 
-    `calibrate` is called for stages with a calibrated precision. The default is bf16, for vision towers and for models
-    without a caption encoder.
+    `calibrate` is called if the stage's precision is calibrated. The default returns bf16, which is suitable for vision
+    towers and for models without a caption encoder.
     """
     if setting != "auto":
         return Precision(setting)
@@ -95,7 +93,7 @@ def choose_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str
 
 
 def has_bf16_hardware(device: torch.device) -> bool:
-    """Return True for NVIDIA GPUs of the Ampere or a later generation, and for CPUs with AMX or AVX-512 bf16."""
+    """Return True for NVIDIA GPUs since the Ampere generation, and for CPUs with AMX or AVX-512 support for bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     get_capabilities: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
@@ -125,7 +123,7 @@ def calibrate_precision(encoder: CaptionEncoder, device: torch.device | None = N
     if is_accurate_enough("bf16"):
         return "bf16"
     depth = len(get_llm_layers(encoder.llm))
-    # Binary search: `low` fp32 layers are too few, and `high` fp32 layers are sufficient.
+    # Binary search: `low` fp32 layers are too few, and `high` fp32 layers are enough.
     low, high = 0, depth
     while high - low > 1:
         middle = (low + high) // 2
@@ -155,10 +153,10 @@ def set_llm_layers(llm: Any, layers: nn.ModuleList) -> None:
 
 @contextmanager
 def offload_llm_layers(encoder: CaptionEncoder, device: torch.device) -> Iterator[None]:
-    """Inside the `with` block, run a CPU encoder on `device`, with only a single LLM layer on the device at a time."""
+    """Run a CPU encoder on `device` inside the `with` block, with only one LLM layer on the device at a time."""
     layers = get_llm_layers(encoder.llm)
     set_llm_layers(encoder.llm, nn.ModuleList())
-    encoder.to(device)  # all modules except the layers
+    encoder.to(device)  # all modules except the LLM layers
     set_llm_layers(encoder.llm, layers)
     hooks = []
     for layer in layers:
@@ -176,7 +174,7 @@ def offload_llm_layers(encoder: CaptionEncoder, device: torch.device) -> Iterato
 
 
 def _move_layer(layer: nn.Module, device: torch.device | str) -> None:
-    layer.to(device)  # the layer is not returned, because a hook's result would replace the layer's inputs or outputs
+    layer.to(device)  # the layer is not returned, because a hook's return value would replace the inputs or outputs
 
 
 def use_tf32_matmul() -> AbstractContextManager[None]:
@@ -206,7 +204,7 @@ def cast_linear_weights(llm: nn.Module, precision: Precision) -> None:
 
 @contextmanager
 def autocast_llm(llm: Any, device: torch.device, precision: Precision) -> Iterator[None]:
-    """Make a transformers model compute in fp32, bf16 or bf16+N inside the `with` block."""
+    """Run a transformers model in fp32, bf16 or bf16+N inside the `with` block."""
     count = precision.num_fp32_layers
     # `get_llm_layers` is called only for bf16+N because it does not support all models.
     fp32_layers: Sequence[nn.Module] = list(get_llm_layers(llm))[:count] if count else []

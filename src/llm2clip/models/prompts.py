@@ -19,7 +19,7 @@ MAX_TEMPLATE_WORDS, MAX_TEMPLATE_CHARACTERS = 3, 50
 
 
 def check_prompt_templates(templates: Sequence[str], name: str = "templates") -> None:
-    """Raise ValueError if a template has no {} placeholder. `name` is the argument or flag to name in the message."""
+    """Raise ValueError if a template has no {} placeholder. The error mentions the argument or flag `name`."""
     for n, template in enumerate(templates):
         if PLACEHOLDER not in template:
             raise ValueError(
@@ -67,10 +67,10 @@ def normalize(vectors: np.ndarray) -> np.ndarray:
 
 
 def average_prompt_embeddings(prompts: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Return the mean prompt embedding of each of N texts (arXiv 2103.00020), of shape (N, D), float32.
+    """Average the prompt embeddings of each of N texts (arXiv 2103.00020). Return shape (N, D), float32.
 
-    `prompts` are the prompt embeddings, of shape (P, D), with adjacent prompts for each text. `counts` contains the
-    number of prompts of each text, at least 1. The embeddings are L2-normalised before and after averaging.
+    `prompts` contains the prompt embeddings, of shape (P, D), grouped by text. `counts` contains the number of prompts
+    of each text, at least 1. The embeddings are L2-normalised before and after averaging.
     """
     starts = np.cumsum([0, *counts])[:-1]
     return normalize(np.add.reduceat(normalize(prompts), starts, axis=0))
@@ -90,7 +90,7 @@ def is_short_text(text: str, max_words: int = MAX_TEMPLATE_WORDS) -> bool:
 def build_query_prompts(texts: Sequence[str], templates: QueryTemplates) -> tuple[list[str], list[int]]:
     """Return the prompts of all search queries, and the number of prompts for each query.
 
-    A short query's prompts are the query itself and the filled templates. A longer query's only prompt is the query.
+    The prompts of a short query are the query and the filled templates. The only prompt of a longer query is the query.
     """
     groups = []
     for text in texts:

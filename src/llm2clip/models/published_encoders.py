@@ -82,13 +82,13 @@ _LLM_SETTINGS = (
 def suggest_published_encoders(source: str | Path, text_dim: int, tower: dict[str, Any]) -> list[str]:
     """Return the published caption encoders that a checkpoint may have been trained with.
 
-    If several encoders have embeddings of size `text_dim`, select one by the vision tower or the checkpoint's name. For
-    an unknown checkpoint, return all encoders with embeddings of size `text_dim`.
+    If several encoders have embeddings of size `text_dim`, the vision tower or the checkpoint's name determines the
+    encoder. For an unknown checkpoint, return all encoders with embeddings of size `text_dim`.
     """
     candidates = [name for name, size in PUBLISHED_ENCODERS.items() if size == text_dim]
     if len(candidates) < 2:
         return candidates
-    if "siglip" in str(tower["architecture"]):  # only a single published checkpoint has a SigLIP 2 tower
+    if "siglip" in str(tower["architecture"]):  # only one published checkpoint has a SigLIP 2 tower
         return [LLAMA_3_1_8B]
     for pattern, encoder in _CHECKPOINT_NAMES.items():
         if pattern.search(str(source)):

@@ -33,19 +33,19 @@ from llm2clip.models.prompts import QueryTemplates, normalize
 if TYPE_CHECKING:
     from llm2clip.models.dual_encoder import DualEncoder
 
-FORMAT_VERSION = 1  # must be increased if the files, the export or the identities change
+FORMAT_VERSION = 1  # increase the version when the files, the export or the identities change
 MAX_TEXT_BYTES = 300_000_000  # maximum size of the text encoder's weights; larger encoders take minutes to export
-TEXTS_PER_BATCH = 16  # large batches, in which all texts are padded to the longest text, take gigabytes
-MAX_DIFFERENCE = 1e-4  # maximum absolute difference from the values of PyTorch's embeddings
+TEXTS_PER_BATCH = 16  # large batches, padded to the longest text, take gigabytes of memory
+MAX_DIFFERENCE = 1e-4  # maximum absolute difference from PyTorch's embeddings
 CHECKED_TEXTS = ("dog", " two words\n", "Two children in red jackets are playing in the snow.", "一只猫", "a b " * 600)
 
 
 @dataclass(frozen=True)
 class OnnxTextEncoder:
-    """Text encoder whose attributes and methods have the same names as those of `DualEncoder`.
+    """ONNX text encoder with the same attribute and method names as `DualEncoder`.
 
     Attributes:
-        identities: Result of `DualEncoder.part_identities()`.
+        identities: Return value of `DualEncoder.part_identities()`.
         tokenizer: `tokenizers.Tokenizer` that adds the template, truncates and pads texts.
         session: `onnxruntime.InferenceSession` for the graph.
     """
@@ -88,7 +88,7 @@ def open_text_graph(name: str) -> OnnxTextEncoder | None:
 
 
 def save_text_graph(model: DualEncoder) -> None:
-    """Save a graph of a model's text encoder, unless a graph exists or a condition in the module docstring is not met.
+    """Save the graph of a small text encoder if the `onnx` extra is installed and no graph exists.
 
     If the model cannot be exported, the error is printed and saved, so that the export is not attempted again.
     """
@@ -101,21 +101,21 @@ def save_text_graph(model: DualEncoder) -> None:
         return
     try:
         folder = _get_graph_folder(name)
-    except RuntimeError:  # the user has no home folder
+    except RuntimeError:  # raised if the user has no home folder
         return
-    print("Exporting the text encoder, which makes searches with this model faster...", flush=True)
+    print("Exporting the text encoder to speed up searches with this model...", flush=True)
     try:
         _remove_graphs_of_deleted_models(folder.parent)
         remove_path(folder)
         with atomic_dir(folder) as temporary:
-            settings = {**_describe_model_files(name), **_export_graph(model, temporary)}
+            settings = {**_get_model_file_states(name), **_export_graph(model, temporary)}
             (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
     except (OSError, MemoryError) as error:  # a later attempt may succeed
         print(f"The text encoder could not be exported: {error}")
     except Exception as error:  # torch.onnx can raise any exception for an unsupported model
         print(f"The text encoder cannot be exported: {error}")
         with suppress(OSError), atomic_dir(folder) as temporary:
-            settings = {**_describe_model_files(name), "error": repr(error)}
+            settings = {**_get_model_file_states(name), "error": repr(error)}
             (temporary / "graph.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
@@ -135,12 +135,12 @@ def _read_graph_settings(name: str) -> dict[str, Any] | None:
     """Return the settings of a saved graph, or None if no graph matches the current model files."""
     with suppress(OSError, ValueError, RuntimeError):  # RuntimeError: the user has no home folder
         settings = read_json_object(_get_graph_folder(name) / "graph.json")
-        if settings.items() >= _describe_model_files(name).items():
+        if settings.items() >= _get_model_file_states(name).items():
             return settings
     return None
 
 
-def _describe_model_files(name: str) -> dict[str, Any]:
+def _get_model_file_states(name: str) -> dict[str, Any]:
     """Return the format version, and the sizes and modification times of the model files that affect the graph."""
     root = Path(name).resolve()
     files = [root / "config.json", root / "model.safetensors"]
@@ -180,14 +180,14 @@ def _load_graph(name: str, folder: Path, settings: dict[str, Any]) -> OnnxTextEn
 
 def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
     """Write text.onnx and tokenizer.json. Return the graph's settings. Raise ValueError if the graph is inaccurate."""
-    from llm2clip.models.export.onnx import export_text
+    from llm2clip.models.export.onnx import export_text_encoder
     from llm2clip.models.export.transformers import build_tokenizer
     from llm2clip.models.llm2clip import LLM2CLIP
 
     source = model.llm2clip
     if source is None or source.device.type != "cpu" or model.precision != "fp32":
         source = LLM2CLIP.from_pretrained(model.name, device="cpu")
-    export_text(source, folder)
+    export_text_encoder(source, folder)
     tokenizer = build_tokenizer(source.encoder)
     settings = {
         "embed_dim": model.embed_dim,
@@ -200,5 +200,5 @@ def _export_graph(model: DualEncoder, folder: Path) -> dict[str, Any]:
     expected = source.encode_text(CHECKED_TEXTS).numpy()
     difference = float(np.abs(graph.encode_texts(CHECKED_TEXTS) - expected).max())
     if not difference <= MAX_DIFFERENCE:  # `not <=` also catches NaN
-        raise ValueError(f"the graph's embeddings differ from PyTorch's by {difference:g}")
+        raise ValueError(f"the graph's embeddings differ from PyTorch's embeddings by {difference:g}")
     return settings

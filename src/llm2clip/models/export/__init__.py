@@ -34,13 +34,13 @@ FORMATS = {
     "sentence-transformers": ExportFormat(
         "transformers:export_sentence_transformers", 'SentenceTransformer("{out}", trust_remote_code=True)'
     ),
-    "vision": ExportFormat("transformers:export_vision", 'AutoModel.from_pretrained("{out}")'),
+    "vision": ExportFormat("transformers:export_vision_tower", 'AutoModel.from_pretrained("{out}")'),
     "onnx": ExportFormat("onnx:export_onnx", 'onnxruntime.InferenceSession("{out}/text.onnx"), see {out}/USE.md'),
 }
 
 
 def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, dim: int | None = None) -> list[str]:
-    """Export a model to another library's format, atomically.
+    """Export a model atomically to another library's format.
 
     Args:
         int8: Also write ONNX graphs with 8-bit weights. Supported only for "onnx".
@@ -48,7 +48,7 @@ def export_model(model: LLM2CLIP, to: str, out: str | Path, int8: bool = False, 
             "vision".
 
     Returns:
-        Messages for the user, such as the cosine similarity between embeddings of the exported and the original model.
+        Messages for the user, such as the cosine similarity between embeddings of the exported and original models.
 
     Raises:
         ValueError: The format is unknown or cannot represent the model.

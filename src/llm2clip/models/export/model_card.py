@@ -48,7 +48,7 @@ LIMITATIONS = (
 
 
 def write_model_card(folder: Path, name: str) -> None:
-    """Write a model card (see `render_model_card`) to a model folder, and replace an existing README.md."""
+    """Write a model card (see `render_model_card`) to a model folder, replacing any existing README.md."""
     atomic_write_text(folder / "README.md", render_model_card(folder, name))
 
 
@@ -131,9 +131,9 @@ def _render_asset_section(run: Path) -> list[str]:
     names = [encoder.get("path"), (config.get("align") or {}).get("tower")]
     lines = []
     for asset in (ASSETS[name] for name in names if name in ASSETS):
-        original = f" of {asset.hub_id}" if asset.hub_id else ""
+        original = f" Original model: {asset.hub_id}." if asset.hub_id else ""
         wheels = ", ".join(f"{wheel.package} {wheel.version} (SHA-256 {wheel.sha256})" for wheel in asset.wheels)
-        lines.append(f"- {asset.description}: {asset.license}. Copy{original} from the package registry: {wheels}.")
+        lines.append(f"- {asset.description}: {asset.license}. PyPI packages: {wheels}.{original}")
     if not lines:
         return []
     return ["## Pretrained parts\n\n" + "\n".join(lines) + f"\n\n{PROVENANCE}"]

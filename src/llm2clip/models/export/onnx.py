@@ -43,7 +43,7 @@ images = onnxruntime.InferenceSession("vision.onnx").run(None, {{"pixels": pixel
 scores = texts @ images.T
 ```
 """
-# Larger weights are stored in a separate file, because ONNX files are limited to 2 GB.
+# Weights above this size are stored in a separate file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
 MIN_QUANTIZED_VALUES = 1024  # weights with fewer values stay in float32
 # Short queries and captions of different lengths for measuring the error caused by 8-bit weights.
@@ -79,7 +79,7 @@ class VisionModule(nn.Module):
     def __init__(self, model: LLM2CLIP) -> None:
         super().__init__()
         self.tower = copy.deepcopy(model.tower).cpu().float()
-        self.tower._channels_last = False  # ONNX graphs have no memory formats
+        self.tower._channels_last = False  # ONNX does not support memory formats
         self.projection = copy.deepcopy(model.projection).cpu().float()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class TextModule(nn.Module):
     """Module that encodes token ids and attention masks as L2-normalised float32 embeddings.
 
     The inputs have shape (N, T), int64. The encoder is a `StaticEmbedding`, or a transformer with mean, last-token or
-    CLS pooling. Modules after the pooling, such as Dense, are part of the graph.
+    CLS pooling. Modules after the pooling layer, such as Dense, are included.
     """
 
     def __init__(self, model: LLM2CLIP) -> None:
@@ -131,7 +131,7 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
     ValueError if the minimum cosine similarity of a float32 graph is less than 0.9999.
     """
     require_extra("onnx", "exporting to ONNX")
-    messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text(model, folder, int8)]
+    messages = [*_export_graph(_build_vision_graph(model), folder, int8), *export_text_encoder(model, folder, int8)]
     (folder / "preprocessor_config.json").write_text(json.dumps(model.tower.preprocess.to_dict(), indent=1))
     tokenizer = build_tokenizer(model.encoder)
     usage = USAGE.format(pad_id=tokenizer.pad_token_id, max_length=tokenizer.model_max_length)
@@ -140,10 +140,10 @@ def export_onnx(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 
 @torch.no_grad()
-def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
-    """Write text.onnx and the tokenizer, and return messages, as in `export_onnx`."""
+def export_text_encoder(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
+    """Write text.onnx and the tokenizer. Return a message for each graph, as in `export_onnx`."""
     tokenizer = build_tokenizer(model.encoder)
-    tokenizer.save_pretrained(folder)  # before any call with padding, which would change the tokenizer's settings
+    tokenizer.save_pretrained(folder)  # saved first, because calls with padding change the tokenizer's settings
     graph = _build_text_graph(model, tokenizer)
     check_text_embeddings(graph.module(*graph.inputs.values()), model)
     return _export_graph(graph, folder, int8)
@@ -151,8 +151,8 @@ def export_text(model: LLM2CLIP, folder: Path, int8: bool = False) -> list[str]:
 
 @torch.no_grad()
 def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
-    """Write text.onnx with 8-bit weights, and the tokenizer. Return a message with the cosine similarity."""
-    export_text(model, folder)
+    """Write the tokenizer and text.onnx with 8-bit weights. Return a message with the cosine similarity."""
+    export_text_encoder(model, folder)
     file, full = folder / "text.onnx", folder / "text-float32.onnx"
     file.replace(full)
     quantize_onnx_weights(full, file)
@@ -163,7 +163,7 @@ def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
 
 
 def count_final_tokens(tokenizer: Any) -> int:
-    """Count the special tokens that the tokenizer appends to each text, and that truncation preserves."""
+    """Count the special tokens that the tokenizer appends to each text and keeps during truncation."""
     mask = tokenizer.backend_tokenizer.encode("a").special_tokens_mask
     return len(list(takewhile(bool, reversed(mask))))
 
@@ -221,8 +221,8 @@ def _write_verified_graph(graph: _OnnxExportGraph, folder: Path) -> str:
     cosines = [_compute_cosines(file, graph.module, inputs).min() for inputs in (graph.inputs, single_input)]
     cosine = float(torch.stack(cosines).min())
     if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
-        raise ValueError(f"{file.name}: the embeddings differ from PyTorch's (cosine similarity {cosine:.5f})")
-    return f"{file.name}: minimum cosine similarity to PyTorch's embeddings {cosine:.6f}"
+        raise ValueError(f"{file.name}: embeddings differ from PyTorch's embeddings (cosine similarity {cosine:.5f})")
+    return f"{file.name}: the minimum cosine similarity to PyTorch's embeddings is {cosine:.6f}"
 
 
 def _format_quantization_message(graph: _OnnxExportGraph, quantized: Path, original: Path) -> str:
@@ -235,7 +235,7 @@ def _format_quantization_message(graph: _OnnxExportGraph, quantized: Path, origi
 
 
 def _compute_cosines(file: Path, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the cosine similarity between an ONNX graph's and a PyTorch module's embedding of each of N inputs."""
+    """Return the N cosine similarities between the embeddings of an ONNX graph and of a PyTorch module."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -288,7 +288,7 @@ def quantize_onnx_weights(source: Path, target: Path) -> None:
 
 
 def _find_scale_axes(tensor: Any, users: list[Any]) -> tuple[int, ...] | None:
-    """Return the axes of a weight along which all values share a scale, or None if the weight must stay in float32."""
+    """Return the axes along which the values of a weight share a scale, or None if the weight must stay in float32."""
     from onnx import TensorProto, helper
 
     is_large = len(tensor.dims) >= 2 and np.prod(tensor.dims) >= MIN_QUANTIZED_VALUES

@@ -22,21 +22,21 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
 from llm2clip.models.vision.vision_tower import VisionTower
 
-MAX_STATIC_TOKENS = 8192  # maximum text length in tokens for exported static encoders
+MAX_STATIC_TOKENS = 8192  # maximum text length of exported static encoders, in tokens
 POOLINGS = ("mean", "lasttoken", "cls")
-MIN_COSINE = 0.9999  # minimum cosine similarity between embeddings of the exported and the original model
+MIN_COSINE = 0.9999  # minimum cosine similarity between embeddings of the exported and original models
 SAMPLE_TEXTS = (
     "a dog",
     "Two children in red jackets are playing in the snow while an old man watches them from a wooden bench.",
     "一只猫坐在窗台上",
 )
-# Texts for checking that the template does not change the tokens of the caption.
+# Texts for checking that the template does not change the tokens of a caption.
 CHECKED_TEXTS = ("a", "Two dogs, running.", "一只猫", "1")
 
 
 def export_transformers(model: LLM2CLIP, folder: Path) -> None:
     """Write a model folder that transformers can load without llm2clip, using `trust_remote_code=True`."""
-    exported = build_export_model(model)
+    exported = build_exported_model(model)
     exported.config.architectures = [LLM2CLIPExport.__name__]
     module = Path(modeling_llm2clip.__file__).stem
     exported.config.auto_map = {
@@ -74,7 +74,7 @@ def export_sentence_transformers(model: LLM2CLIP, folder: Path) -> None:
     _write_json(folder / "config_sentence_transformers.json", model_settings)
 
 
-def export_vision(model: LLM2CLIP, folder: Path) -> None:
+def export_vision_tower(model: LLM2CLIP, folder: Path) -> None:
     """Write the vision tower, without the projection, for models that need patch features, such as LLaVA.
 
     `AutoModel.from_pretrained` can load the vision tower without remote code.
@@ -84,7 +84,7 @@ def export_vision(model: LLM2CLIP, folder: Path) -> None:
 
 
 @torch.no_grad()
-def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
+def build_exported_model(model: LLM2CLIP) -> LLM2CLIPExport:
     """Copy a model into a float32 transformers model on the CPU, in eval mode."""
     check_exportable_pooling(model.encoder)
     encoder = CaptionEncoder(copy.deepcopy(model.encoder.st).cpu().float())
@@ -101,12 +101,12 @@ def build_export_model(model: LLM2CLIP) -> LLM2CLIPExport:
     exported.logit_scale.copy_(model.logit_scale[0])
     if model.logit_bias is not None and exported.logit_bias is not None:
         exported.logit_bias.copy_(model.logit_bias[0])
-    _check_export_model(exported, model)
+    _check_exported_model(exported, model)
     return exported
 
 
 def check_exportable_pooling(encoder: CaptionEncoder) -> None:
-    """Raise ValueError if the encoder is static, or its pooling is not in `POOLINGS`."""
+    """Raise ValueError if the encoder is static, or if its pooling mode is not in `POOLINGS`."""
     if encoder.is_static:
         raise ValueError(
             "this format does not support static text encoders: use MODEL/text, which is a complete "
@@ -138,14 +138,14 @@ def _build_export_config(model: LLM2CLIP, llm: Any) -> LLM2CLIPExportConfig:
 
 
 def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
-    # `check_text_embeddings` detects layers with an activation function.
+    # Dense layers with an activation function are detected by `check_text_embeddings`.
     return [module for module in encoder.st if isinstance(module, Dense)]
 
 
 def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO towers always interpolate position embeddings. CLIP and SigLIP towers interpolate only if a flag is set.
+    # DINO towers always interpolate position embeddings. CLIP and SigLIP towers do so only if a flag is set.
     needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
     return {
         "library": library,
@@ -158,7 +158,7 @@ def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
+def _check_exported_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
     tokenizer = build_tokenizer(model.encoder)
     embeddings: list[Any] = []
     for text in SAMPLE_TEXTS:
@@ -170,7 +170,7 @@ def _check_export_model(exported: LLM2CLIPExport, model: LLM2CLIP) -> None:
 def check_text_embeddings(embeddings: Tensor, model: LLM2CLIP) -> None:
     """Raise ValueError if an exported model's embeddings of `SAMPLE_TEXTS` differ from the original model's embeddings.
 
-    The check detects caption encoders with a module that the format cannot represent, such as an activation function.
+    The check detects caption encoder modules that the format cannot represent, such as activation functions.
     """
     cosine = float((embeddings * model.encode_text(SAMPLE_TEXTS)).sum(1).min())
     if not cosine >= MIN_COSINE:  # `not >=` also catches NaN
@@ -230,9 +230,9 @@ def build_tokenizer(encoder: CaptionEncoder) -> Any:
 
 
 def _normalize_before_splitting(backend: Any) -> None:
-    """Make the tokenizer normalise a complete text before the text is split at added tokens.
+    """Make the tokenizer normalise each text before splitting the text at added tokens.
 
-    By default, each part between added tokens is normalised separately, so whitespace next to added tokens would be
+    By default, the segments between added tokens are normalised separately, so whitespace next to added tokens would be
     stripped. Added tokens that the normaliser would change, such as line breaks, are still split off first.
     """
     from tokenizers import AddedToken

@@ -27,7 +27,7 @@ from llm2clip.models.loading import (
     fingerprint,
     hash_text,
     hash_weights,
-    hide_loading_bars,
+    hide_loading_progress_bars,
     select_output_entries,
 )
 from llm2clip.models.model_folder import read_model_config
@@ -45,7 +45,7 @@ from llm2clip.models.text.packing import (
     PACKED,
     TokenizedTexts,
     copy_to_device,
-    get_default_encoding_tokens,
+    get_default_encoding_batch_tokens,
     pack_captions,
     remove_prompt_hidden_states,
     supports_packed_attention,
@@ -63,7 +63,7 @@ from llm2clip.models.text.sentence_transformer import (
 )
 from llm2clip.progress import ProgressBar
 
-MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of embeddings that accumulate on the device before a copy to the CPU
+MAX_EMBEDDINGS_ON_DEVICE = 8192  # number of embeddings to accumulate on the device before copying to the CPU
 
 
 class CaptionEncoder(nn.Module):
@@ -192,7 +192,7 @@ class CaptionEncoder(nn.Module):
 
     @property
     def default_batch_tokens(self) -> int:
-        return get_default_encoding_tokens(self.device, self.st[0].get_embedding_dimension())
+        return get_default_encoding_batch_tokens(self.device, self.st[0].get_embedding_dimension())
 
     @property
     def attention(self) -> str:
@@ -254,8 +254,8 @@ class CaptionEncoder(nn.Module):
         other attention implementations, input_ids and attention_mask are padded to shape (B, T), int64. For static
         encoders, the inputs are the concatenated input_ids and the offset of each caption, int64.
 
-        `prompt_length` is the number of leading tokens of each caption that are excluded from pooling. Default: the
-        number of tokens in the template's prefix.
+        `prompt_length` is the number of leading tokens to exclude from pooling in each caption. Default: the number of
+        tokens in the template's prefix.
         """
         if self.is_static:
             lengths = torch.tensor([len(row) for row in ids])
@@ -311,7 +311,7 @@ class CaptionEncoder(nn.Module):
             captions = [captions]
         tokens = captions if isinstance(captions, TokenizedTexts) else self.tokenize(list(captions))
         embeddings = torch.zeros(len(tokens.ids), self.embed_dim)
-        on_device: list[tuple[list[int], Tensor]] = []  # (row numbers, embeddings) of each batch
+        on_device: list[tuple[list[int], Tensor]] = []  # (row indices, embeddings) of each batch
         if isinstance(progress, ProgressBar):
             bar = progress
         else:
@@ -325,13 +325,13 @@ class CaptionEncoder(nn.Module):
                     batch = self.collate([tokens.ids[row] for row in rows_with_tokens], prompt_length)
                     on_device.append((rows_with_tokens, self._encode_batch(batch).float()))
                 if sum(len(rows) for rows, _ in on_device) >= MAX_EMBEDDINGS_ON_DEVICE:
-                    _move_to_cpu(on_device, embeddings)
+                    _copy_embeddings_to_cpu(on_device, embeddings)
                 bar.update(len(rows))
-            _move_to_cpu(on_device, embeddings)
+            _copy_embeddings_to_cpu(on_device, embeddings)
         return embeddings
 
     def _encode_batch(self, batch: dict[str, Any]) -> Tensor:
-        """Run `self.st` on a batch, but exclude prompts from mean pooling without a GPU synchronisation."""
+        """Encode a batch. Exclude prompts from mean pooling without a GPU synchronisation."""
         first, *modules = self.st
         features = first(batch)
         if {"prompt_length", "caption_lengths"} <= features.keys():
@@ -344,11 +344,11 @@ class CaptionEncoder(nn.Module):
         return embeddings
 
     def move_for_encoding(self, device: str | torch.device, precision: str) -> None:
-        """Move the encoder to a device, with weights cast for encoding in `precision`.
+        """Cast the weights for encoding in `precision`, and move the encoder to a device.
 
-        For bf16, the LLM's linear layers are cast to bf16. As a result, encoding needs less than half the memory and
-        returns bit-identical embeddings, but the encoder can no longer be saved, trained or used in fp32, and
-        `identity` raises an error.
+        For bf16, the LLM's linear layers are cast to bf16. Encoding then needs less than half the memory and returns
+        bit-identical embeddings. However, the encoder can no longer be saved, trained or used in fp32, and `identity`
+        raises an error.
         """
         self.weights_precision = self._check_encoding_precision(precision)
         cast_linear_weights(self.llm, self.weights_precision)
@@ -362,10 +362,7 @@ class CaptionEncoder(nn.Module):
     def _check_encoding_precision(self, name: str) -> Precision:
         precision, available = Precision(name), self.weights_precision
         if precision == "fp16":
-            raise ValueError(
-                "caption encoders do not support fp16: the precision must be fp32, bf16, or bf16+N for the first N "
-                "layers in fp32"
-            )
+            raise ValueError("precision must be fp32, bf16, or bf16+N for caption encoders (got 'fp16')")
         if available != "fp32" and (precision == "fp32" or precision.num_fp32_layers > available.num_fp32_layers):
             raise ValueError(
                 f"the encoder cannot run in {precision}, because its weights were converted to {available}. Load the "
@@ -396,7 +393,7 @@ class CaptionEncoder(nn.Module):
             "max_length": self.st.max_seq_length,
         }
 
-    @hide_loading_bars()
+    @hide_loading_progress_bars()
     def save_pretrained(self, folder: str | Path) -> None:
         """Save the encoder in the sentence-transformers format. Raise ValueError if weights are in bf16."""
         self._check_encoding_precision("fp32")
@@ -407,7 +404,7 @@ class CaptionEncoder(nn.Module):
 
 
 def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
-    """Load a caption encoder onto a device, with weights cast for the precision of the `evaluate` stage."""
+    """Load a caption encoder onto a device in the precision of the `evaluate` stage."""
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))
     encoder.move_for_encoding(device, precision)
@@ -422,7 +419,7 @@ def _resolve_model_path(path: str | Path) -> str:
     return str(resolve_gguf_folder(path)) if path.endswith(".gguf") else path
 
 
-def _move_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
+def _copy_embeddings_to_cpu(on_device: list[tuple[list[int], Tensor]], embeddings: Tensor) -> None:
     if on_device:
         rows = [row for batch_rows, _ in on_device for row in batch_rows]
         # The batches are concatenated before the copy because each copy synchronises with the GPU.

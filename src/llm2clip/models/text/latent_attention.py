@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# The MLP's hidden layer is eight times as wide as the LLM's hidden states. Tokens are processed in chunks to limit the
-# MLP's activations to about 2 GB in fp32.
+# The MLP's hidden layer is eight times as wide as the LLM's hidden states.
+# Tokens are processed in chunks to limit the MLP's activations to about 2 GB in fp32.
 TOKENS_PER_CHUNK = 4096
 MLP_EXPANSION = 4
 
@@ -52,7 +52,7 @@ class LatentAttentionPooling(Pooling):
         return pooled
 
     def transform_tokens(self, states: Tensor) -> Tensor:
-        """Apply latent attention and the MLP to final hidden states of shape (..., D). Return the same shape."""
+        """Apply latent attention and the MLP to final hidden states of shape (..., D). The shape does not change."""
         tokens = states.flatten(0, -2)  # (T, D)
         # Keys and values have shape (heads, latents, head_dim) and do not depend on the batch.
         keys, values = (self._split_heads(x) for x in self.to_kv(self.norm_latents(self.latents)).chunk(2, dim=-1))

@@ -2,7 +2,7 @@
 
 Packed attention concatenates all captions of a batch into a single row, in which each token attends only to tokens of
 the same caption. Consecutive captions of equal length share an attention call without a mask. In 16-bit precision on
-recent NVIDIA GPUs, a single call computes attention for all captions (`varlen_attention`).
+recent NVIDIA GPUs, a single call computes attention for all captions (`compute_varlen_attention`).
 
 The attention function is registered with transformers as `packed`, so every model family can use packed attention. For
 padded batches, `packed` is equivalent to `sdpa`.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # Default number of tokens per batch, including padding.
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 32768
-# Maximum of tokens * hidden size in a default batch. For an 8B LLM with hidden size 4,096, the default batch has 16,384
-# tokens, which saturates any GPU and takes 2.5 GB for activations.
+# Maximum of tokens * hidden size in a default batch. For an 8B LLM (hidden size 4,096), the maximum is 16,384 tokens.
+# A batch of 16,384 tokens saturates any GPU and takes 2.5 GB for activations.
 MAX_HIDDEN_ELEMENTS = 1 << 26
 MIN_CAPTIONS_TO_TUNE = 4096  # for fewer captions, tuning the batch size would take longer than it saves
 CPU_CANDIDATES = (512, 1024, 2048, 4096)
@@ -43,7 +43,7 @@ def get_default_batch_tokens(device: torch.device) -> int:
     return GPU_BATCH_TOKENS if device.type == "cuda" else CPU_BATCH_TOKENS
 
 
-def get_default_encoding_tokens(device: torch.device, hidden_size: int) -> int:
+def get_default_encoding_batch_tokens(device: torch.device, hidden_size: int) -> int:
     return min(get_default_batch_tokens(device), max(CPU_BATCH_TOKENS, MAX_HIDDEN_ELEMENTS // hidden_size))
 
 
@@ -78,7 +78,7 @@ def batch_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[in
 
 
 def tune_batch_tokens(encoder: CaptionEncoder, tokens: TokenizedTexts, precision: str = "fp32") -> int:
-    """Return the `batch_tokens` value with which an encoder encodes the captions fastest.
+    """Return the value of `batch_tokens` that maximises the speed of an encoder on the captions.
 
     Candidates are timed in increasing order until a candidate is slower than the best candidate or does not fit in
     memory. For fewer than 4,096 captions, the encoder's default is returned without timing.
@@ -106,7 +106,7 @@ def measure_tokens_per_second(
 ) -> float:
     """Measure the encoding speed in tokens per second on up to four batches.
 
-    The timed batches are at 0, 1/6, 3/6 and 5/6 of all batches, which are sorted by descending caption length.
+    The batches are sorted by descending caption length. The batches at positions 0, 1/6, 3/6 and 5/6 are timed.
     """
     all_rows = [rows for _, rows in tokens.batches(batch_tokens)]
     indices = sorted({0, *(len(all_rows) * n // 6 for n in (1, 3, 5))})
@@ -123,7 +123,7 @@ def measure_tokens_per_second(
 
 
 PACKED = "packed"
-MAX_UNFUSED_LENGTH = 512  # maximum caption length in tokens for `unfused_attention`, to limit memory
+MAX_UNFUSED_LENGTH = 512  # maximum caption length in tokens for `compute_unfused_attention`, to limit memory
 MAX_VARLEN_HEAD_DIM = 256
 
 
@@ -175,8 +175,8 @@ def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.de
 def remove_prompt_hidden_states(features: dict[str, Any]) -> None:
     """Remove the hidden states of prompt tokens from the LLM output for a packed batch, in place.
 
-    Unlike the removal of prompts in sentence-transformers, the function does not synchronise with the GPU. `features`
-    contains the entries from `pack_captions`, and `prompt_length`, the number of leading tokens to remove per caption.
+    Unlike in sentence-transformers, no GPU synchronisation is required. In addition to the entries from
+    `pack_captions`, `features` contains `prompt_length`, the number of leading tokens to remove from each caption.
     """
     prompt_length = features.pop("prompt_length")
     lengths = np.array(features["caption_lengths"])
@@ -219,7 +219,7 @@ def supports_packed_attention(llm: Any) -> bool:
     )
 
 
-def packed_attention(
+def compute_packed_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -258,7 +258,7 @@ def packed_attention(
         return padded
 
     if "cu_seq_lens_q" in kwargs and can_use_varlen_attention(query, kwargs.get("dropout") or 0.0):
-        output = varlen_attention(
+        output = compute_varlen_attention(
             query,
             key,
             value,
@@ -285,9 +285,9 @@ def _compute_attention_by_length(
     is_causal: bool,
     options: dict[str, Any],
 ) -> Tensor:
-    # Consecutive captions of equal length form a group with a single attention call. Empty captions are skipped.
+    # Consecutive captions of equal length share a single attention call. Empty captions are skipped.
     groups = [(length, len(list(group))) for length, group in groupby(caption_lengths) if length > 0]
-    # Unlike slices, the results of `split` do not each allocate a gradient of length T in the backward pass.
+    # `split` is used because the backward pass of each slice would allocate a gradient of length T.
     group_sizes = [length * count for length, count in groups]
     queries, keys, values = (x[0].split(group_sizes, dim=1) for x in (query, key, value))
     outputs = []
@@ -297,7 +297,7 @@ def _compute_attention_by_length(
         if sliding_window is not None and length > sliding_window:
             mask = _build_sliding_window_mask(length, sliding_window, is_causal, query.device)
         if query.device.type == "cpu" and length <= MAX_UNFUSED_LENGTH and not options.get("dropout"):
-            output = unfused_attention(q, k, v, mask, is_causal, options.get("scaling"))
+            output = compute_unfused_attention(q, k, v, mask, is_causal, options.get("scaling"))
         else:
             output, _ = sdpa_attention_forward(module, q, k, v, mask, is_causal=is_causal, **options)
         outputs.append(output.flatten(0, 1))
@@ -312,7 +312,7 @@ def _build_sliding_window_mask(length: int, window: int, is_causal: bool, device
     return mask[None, None]
 
 
-def unfused_attention(
+def compute_unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scaling: float | None
 ) -> Tensor:
     """Compute attention with two batched matmuls, which are faster than `sdpa` for short captions on CPUs.
@@ -334,7 +334,7 @@ def unfused_attention(
     return output.view(batch, heads, length, -1).transpose(1, 2)
 
 
-def varlen_attention(
+def compute_varlen_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -347,7 +347,7 @@ def varlen_attention(
     """Compute attention within each caption of a packed row with flash attention (`torch.nn.attention.varlen`).
 
     `boundaries` are the cumulative caption lengths, of shape (B + 1,), int32, on the device of `query`. For the other
-    arguments and the output, see `packed_attention`.
+    arguments and the output, see `compute_packed_attention`.
     """
     varlen_attn = load_varlen_attn()
     assert varlen_attn is not None
@@ -371,7 +371,7 @@ def get_varlen_dtype(query: Tensor) -> torch.dtype:
 
 
 def can_use_varlen_attention(query: Tensor, dropout: float) -> bool:
-    """Return True if `varlen_attention` supports queries of shape (1, heads, T, D) and the dropout probability."""
+    """Return True if `compute_varlen_attention` supports the dropout and queries of shape (1, heads, T, D)."""
     device, dtype, head_dim = query.device, get_varlen_dtype(query), query.shape[-1]
     if device.type != "cuda" or torch.version.cuda is None or dtype not in (torch.bfloat16, torch.float16) or dropout:
         return False
@@ -392,5 +392,5 @@ def load_varlen_attn() -> Callable[..., Any] | None:
     return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
 
 
-ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+ALL_ATTENTION_FUNCTIONS.register(PACKED, compute_packed_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)

@@ -17,14 +17,14 @@ from llm2clip.models.loading import (
     check_not_quantized,
     check_tokenizer_normalizer,
     hide_load_report,
-    hide_loading_bars,
+    hide_loading_progress_bars,
     read_config,
 )
 from llm2clip.models.precision import get_llm_layers, set_llm_layers
 from llm2clip.models.text.latent_attention import MODULE_TYPE, LatentAttentionPooling
 
 ADAPTER_CONFIG = "adapter_config.json"  # file written by PEFT
-NV_EMBED = "nvembed"  # model_type of NV-Embed-v2 as published (see published_encoders.py)
+NV_EMBED = "nvembed"  # model_type in the config.json of NV-Embed-v2 (see published_encoders.py)
 CAPTION_PLACEHOLDER = "{caption}"
 # Requirements of encoders with bidirectional attention. sentence-transformers checks them before loading the weights.
 REQUIREMENTS = {
@@ -32,7 +32,7 @@ REQUIREMENTS = {
 }
 
 
-@hide_loading_bars()
+@hide_loading_progress_bars()
 def load_sentence_transformer(path: str, pooling: str, device: str | None) -> SentenceTransformer:
     """Load a model from a folder or hub id as a float32 SentenceTransformer.
 
@@ -92,7 +92,7 @@ def _load_transformer(path: str) -> Transformer:
 
 
 class _StrictTransformer(Transformer):
-    """Transformer module that raises ValueError for missing weights instead of initialising these weights randomly."""
+    """Transformer module that raises ValueError if weights are missing, instead of initialising them randomly."""
 
     @hide_load_report()
     def _load_model(self, model_name_or_path: str, *args: Any, **kwargs: Any) -> Any:
@@ -101,8 +101,8 @@ class _StrictTransformer(Transformer):
         # The weights of the pooler may be missing because the pooler is unused.
         missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
         if missing:
-            count = f"{len(missing):,} of the model's weights"
-            raise ValueError(f"{model_name_or_path} lacks {count}, including {missing[0]}")
+            count = f"{len(missing):,} missing in total"
+            raise ValueError(f"{model_name_or_path} lacks the model weight {missing[0]} ({count})")
         return model
 
 
@@ -135,7 +135,8 @@ def set_prompt_template(st: Any, template: str) -> None:
         if not has_consistent_prompt_length(st, prefix):
             raise ValueError(
                 f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: the prefix must "
-                f"not end in a space, and a final special token requires a special token after {CAPTION_PLACEHOLDER}"
+                "not end in a space. If it ends in a special token, another special token must follow "
+                f"{CAPTION_PLACEHOLDER}"
             )
 
 
@@ -155,7 +156,7 @@ def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
     """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens."""
     if not prompt:
         return 0
-    # The final space of a prompt can merge with the next token, so tokenizing only the prompt could give a wrong count.
+    # The final space of a prompt can merge with the next token, so tokenizing the prompt alone could be inaccurate.
     first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 
@@ -244,7 +245,7 @@ def cast_frozen_linear_layers(llm: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _quantize_linear_layers(llm: Any, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
-    """Replace linear layers with 4-bit layers on `device`. Return the original layers, on the CPU, by name."""
+    """Replace linear layers with 4-bit layers on `device`. Return a dict of the original layers on the CPU."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     original_layers = {name: module.to("cpu") for name, module in llm.named_modules() if isinstance(module, nn.Linear)}

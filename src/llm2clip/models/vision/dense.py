@@ -40,10 +40,10 @@ from llm2clip.models.precision import FP32, Precision
 from llm2clip.models.vision.vision_tower import VisionTower
 
 DENSE_VARIANTS = ("plain", "maskclip", "sclip", "clearclip", "naclip")
-_NO_RESIDUAL = ("clearclip", "naclip")  # variants without residual connections and feed-forward network
+_NO_RESIDUAL = ("clearclip", "naclip")  # variants without the residual connections and the feed-forward network
 _GAUSSIAN_STD = 5.0  # standard deviation in NACLIP's attention bias, in patches
-# Ratio of the resized image's shorter side to the tower's training resolution, for localisation. As in SCLIP, a
-# 224-pixel tower receives images with a shorter side of 336 pixels.
+# Ratio of the resized image's shorter side to the tower's training resolution, for localisation.
+# As in SCLIP, the shorter side of images for a 224-pixel tower is 336 pixels.
 LOCALIZATION_SCALE = 1.5
 _MAX_ASPECT_RATIO = 8  # images with a larger aspect ratio are squeezed to limit their size
 _DINO_PARTS = ("norm1", "attention", "layer_scale1")
@@ -83,7 +83,7 @@ class DenseEncoder:
 
     @property
     def localization_size(self) -> int:
-        """Recommended `image_size` of `resize` for localisation, in pixels."""
+        """Recommended `image_size` argument of `resize` for localisation, in pixels."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class DenseEncoder:
         return F.normalize(self.features(pixels.to(self.device), variant).float(), dim=-1)
 
     def resize(self, image: Tensor, image_size: int | None = None) -> Tensor:
-        """Resize an image of shape (3, H, W), uint8, to multiples of `cell_size`.
+        """Resize an image of shape (3, H, W), uint8, so that both sides are multiples of `cell_size`.
 
         The aspect ratio is kept, except for rounding and a limit of 8:1. `image_size` is the length of the shorter side
         in pixels, rounded to a multiple of `cell_size`. Default: the tower's training resolution.
@@ -146,7 +146,7 @@ def build_dense_encoder(
         variants=DENSE_VARIANTS if has_variants else ("plain",),
         device=device,
         interpolation=tower.preprocess.interpolation,
-        localization_variant="naclip" if has_variants and _pools_class_token(tower) else "plain",
+        localization_variant="naclip" if has_variants and _has_class_token_pooling(tower) else "plain",
         features=features,
     )
 
@@ -173,7 +173,7 @@ def _get_cell_size(tower: VisionTower) -> int:
         ) from None
 
 
-def _pools_class_token(tower: VisionTower) -> bool:
+def _has_class_token_pooling(tower: VisionTower) -> bool:
     if tower.config["library"] == "transformers":
         return not hasattr(tower.backbone, "head")  # SigLIP's head pools all patches
     return getattr(tower.backbone, "global_pool", "") == "token"
@@ -220,15 +220,15 @@ def _apply_tower_head(tower: VisionTower, cells: Tensor) -> Tensor:
         # In CLIP, the last norm is part of the head.
         return cast(Tensor, backbone.post_layernorm(cells) if hasattr(backbone, "post_layernorm") else cells)
     if isinstance(backbone, VisionTransformer | Eva):
-        # Some heads pool the class token, and other heads pool all other tokens. If all tokens are copies of the cell,
-        # all heads return the cell's features.
+        # Some heads pool the class token, and other heads pool the patch tokens.
+        # If all tokens are copies of the cell, every head returns the cell's features.
         return backbone.forward_head(cells[:, None].expand(-1, 1 + backbone.num_prefix_tokens, -1))
     maps = cells[:, None, None] if _is_channels_last(tower) else cells[:, :, None, None]
     return cast(Tensor, backbone.forward_head(maps))
 
 
 def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Module:
-    """Return a timm backbone for images of shape `size` that shares all weights except position embeddings."""
+    """Return a timm backbone for images of shape `size` that shares the tower's weights, except position embeddings."""
     backbone: Any = tower.backbone
     built_size = tower.config["args"].get("img_size")
     is_vit = isinstance(backbone, VisionTransformer | Eva)
@@ -240,9 +240,9 @@ def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Modul
             f"{tower.config['architecture']} supports only images of {built_size} x {built_size} pixels (got "
             f"{size[0]} x {size[1]})"
         )
-    patch_embed = _shallow_copy(backbone.patch_embed)
+    patch_embed = _copy_module(backbone.patch_embed)
     patch_embed.set_input_size(size)
-    resized = _shallow_copy(backbone)
+    resized = _copy_module(backbone)
     resized.patch_embed = patch_embed
     if backbone.pos_embed is not None:
         pos_embed = resample_abs_pos_embed(
@@ -253,20 +253,20 @@ def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Modul
         )
         resized.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
     if hasattr(getattr(backbone, "rope", None), "update_feat_shape"):
-        resized.rope = _shallow_copy(backbone.rope)
+        resized.rope = _copy_module(backbone.rope)
         resized.rope.update_feat_shape(patch_embed.grid_size)
     return cast(nn.Module, resized)
 
 
 def _copy_with_replaced_module(root: Any, name: str, module: nn.Module) -> Any:
-    """Return a copy of `root` with a different submodule `name`. Other threads can continue to use `root`."""
+    """Return a copy of `root` with `module` as the submodule `name`. Other threads can continue to use `root`."""
     first, _, rest = name.partition(".")
-    root = _shallow_copy(root)
+    root = _copy_module(root)
     root._modules[first] = _copy_with_replaced_module(root._modules[first], rest, module) if rest else module
     return root
 
 
-def _shallow_copy(module: Any) -> Any:
+def _copy_module(module: Any) -> Any:
     clone = copy.copy(module)
     for name in ("_modules", "_parameters", "_buffers"):
         setattr(clone, name, dict(getattr(module, name)))
@@ -291,8 +291,8 @@ class _DenseVariantBlock(nn.Module):
                 output = self.block(x, *args, **kwargs)
         if attention.calls != 1:
             raise ValueError(
-                f"variant {self.variant!r} requires a last block that calls scaled_dot_product_attention once "
-                f"(number of calls by {_get_class_path(self.block)}: {attention.calls}). Use variant 'plain'"
+                f"variant {self.variant!r} requires a last block that calls scaled_dot_product_attention once (got "
+                f"{attention.calls} calls in {_get_class_path(self.block)}). Use variant 'plain'"
             )
         return output
 
@@ -407,14 +407,14 @@ def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
         for cells, pixels in zip((h, w), masks.shape[1:], strict=True)
     )
     pooled = [features.new_empty(0, dim)]
-    for mask in masks:  # a single mask at a time, because float masks take four times as much memory as boolean masks
+    for mask in masks:  # one mask at a time, because float masks take four times as much memory as boolean masks
         areas = rows @ mask.to(features) @ columns.T  # (h, w), in pixels
         pooled.append((areas / areas.sum()).flatten()[None] @ features.flatten(0, 1))
     return F.normalize(torch.cat(pooled), dim=-1)
 
 
 def _compute_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
-    """Return the overlaps of cells and pixels along an axis in pixels, of shape (num_cells, num_pixels), float64."""
+    """Return the overlap of each cell with each pixel along an axis, of shape (num_cells, num_pixels), float64."""
     cell_edges = torch.arange(num_cells + 1, dtype=torch.float64) * num_pixels / num_cells
     pixel_edges = torch.arange(num_pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
@@ -422,7 +422,7 @@ def _compute_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
     return (ends - starts).clamp(min=0)
 
 
-def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
+def validate_boxes(boxes: Any, height: int, width: int) -> Tensor:
     """Validate N boxes (left, top, right, bottom) in pixels. Return a float32 CPU tensor of shape (N, 4)."""
     tensor = torch.as_tensor(boxes, dtype=torch.float32).cpu()
     if tensor.numel() == 0:
@@ -432,7 +432,7 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
     x0, y0, x1, y1 = tensor.unbind(1)
     problems = {
         "contains NaN or infinity": ~tensor.isfinite().all(1),
-        "is empty: x1 must be greater than x0, and y1 greater than y0": (x1 <= x0) | (y1 <= y0),
+        "is empty: x1 must be greater than x0, and y1 must be greater than y0": (x1 <= x0) | (y1 <= y0),
         f"is not inside the image of {width} x {height} pixels: clip the boxes to the image": (
             (x0 < 0) | (y0 < 0) | (x1 > width) | (y1 > height)
         ),
@@ -444,12 +444,12 @@ def check_boxes(boxes: Any, height: int, width: int) -> Tensor:
     return tensor
 
 
-def check_masks(masks: Any, height: int, width: int) -> Tensor:
+def validate_masks(masks: Any, height: int, width: int) -> Tensor:
     """Validate N boolean masks. Return a boolean CPU tensor of shape (N, H, W)."""
     tensor = torch.as_tensor(masks).cpu()
     if tensor.ndim != 3 or tensor.shape[1:] != (height, width):
         raise ValueError(
-            f"masks must have shape (N, {height}, {width}) to match the size of the image (got {tuple(tensor.shape)})"
+            f"masks must have shape (N, {height}, {width}) to match the image size (got {tuple(tensor.shape)})"
         )
     if tensor.dtype != torch.bool:
         raise ValueError(f"masks must be boolean (got {tensor.dtype})")

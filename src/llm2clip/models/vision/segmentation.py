@@ -3,7 +3,7 @@
 SCLIP (arXiv 2312.01597) upsamples each window's cell scores to the window's size, averages overlapping windows, and
 resizes the result to the size of the labels. All three steps are linear and separable into rows and columns. Therefore,
 the pixel scores of a class are `R @ S @ C.T`, where S contains the cell scores of all windows, arranged in a grid. The
-matrices R (for rows) and C (for columns) combine all interpolation and averaging.
+matrices R (for rows) and C (for columns) combine the interpolation and averaging steps.
 
 Pixel scores are computed for a tile of a few image rows at a time, so memory does not grow with the image size.
 """
@@ -26,17 +26,17 @@ from llm2clip.data.images import load_image, to_image_list
 from llm2clip.models.vision.dense import (
     DenseEncoder,
     build_dense_encoder,
-    check_boxes,
-    check_masks,
     encode_boxes,
     pool_features_by_mask,
+    validate_boxes,
+    validate_masks,
 )
 
 if TYPE_CHECKING:
     from llm2clip.models.llm2clip import LLM2CLIP
 
-# Maximum ratio of the resized image's longer side to the window's side. SCLIP limits the longer side to 2,048 pixels
-# for a window of 224 pixels.
+# Maximum ratio of the resized image's longer side to the window's side.
+# For 224-pixel windows, SCLIP limits the longer side to 2,048 pixels.
 MAX_SCALE = 2048 / 224
 TILE_ELEMENTS = 1 << 24  # maximum number of scores in a tile (64 MB)
 WINDOWS_PER_BATCH = 32
@@ -48,14 +48,14 @@ class WindowAxis:
     """Positions of the sliding windows along one axis of the resized image, in pixels."""
 
     length: int  # length of the image along this axis
-    window: int  # length of a window
+    window: int  # window length
     starts: tuple[int, ...]  # first pixel of each window
 
     @classmethod
-    def create(cls, length: int, window: int, cell_size: int) -> WindowAxis:
+    def from_length(cls, length: int, window: int, cell_size: int) -> WindowAxis:
         """Place windows with a stride of half a window. The last window ends at the edge of the image.
 
-        An image shorter than a window has a single window of the image's length, rounded to a multiple of `cell_size`.
+        An image shorter than a window gets one window of the image's length, rounded to a multiple of `cell_size`.
         """
         if length < window:
             length = window = max(1, round(length / cell_size)) * cell_size
@@ -63,7 +63,7 @@ class WindowAxis:
         count = -(-(length - window) // stride) + 1
         return cls(length, window, tuple(min(n * stride, length - window) for n in range(count)))
 
-    def build_matrix(self, cells: int, size: int) -> Tensor:
+    def build_pixel_matrix(self, cells: int, size: int) -> Tensor:
         """Return a matrix that interpolates the cells of each window to pixels, and averages overlapping windows.
 
         Args:
@@ -86,8 +86,8 @@ class WindowAxis:
 class ResizeForWindows:
     """Transform that resizes an image of shape (3, H, W), uint8, before the image is split into windows.
 
-    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window, and is reduced if
-    the longer side would exceed `MAX_SCALE` times the window.
+    The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window's side, and is
+    reduced if the longer side would exceed `MAX_SCALE` times the window's side.
     """
 
     window: int  # side length in pixels, a multiple of `cell_size`
@@ -96,14 +96,15 @@ class ResizeForWindows:
 
     @classmethod
     def from_dense_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
-        """Create a transform for windows of the tower's training resolution, rounded to a multiple of the cell size."""
+        """Create a transform for windows with the training resolution, rounded to a multiple of the cell size."""
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
 
     def place_windows(self, height: int, width: int) -> tuple[WindowAxis, WindowAxis]:
         scale = self.window * min(self.scale / min(height, width), MAX_SCALE / max(height, width))
         rows, columns = (
-            WindowAxis.create(max(1, int(side * scale + 0.5)), self.window, self.cell_size) for side in (height, width)
+            WindowAxis.from_length(max(1, int(side * scale + 0.5)), self.window, self.cell_size)
+            for side in (height, width)
         )
         return rows, columns
 
@@ -138,7 +139,7 @@ class PixelScores:
     """Pixel scores of an image, which are computed tile by tile."""
 
     grid: Tensor  # cell scores of all windows, of shape (K, A, B); see `arrange_window_scores`
-    rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_matrix`
+    rows: Tensor  # matrix of shape (H, A) that maps window cells to pixel rows; see `WindowAxis.build_pixel_matrix`
     columns: Tensor  # matrix of shape (W, B) that maps window cells to pixel columns
 
     def iterate_tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -151,8 +152,8 @@ class PixelScores:
             yield rows, tile
 
     def compute_class_scores(self, names_per_class: Sequence[int]) -> Tensor:
-        """Return class scores of shape (classes, H, W). The score of a class is the maximum over the class's names."""
-        return torch.cat([_max_over_class_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
+        """Return class scores of shape (classes, H, W). The score of a class is the maximum score of its names."""
+        return torch.cat([_compute_max_over_class_names(tile, names_per_class) for _, tile in self.iterate_tiles()], 1)
 
 
 def encode_windows(
@@ -164,7 +165,7 @@ def encode_windows(
 ) -> dict[int, PixelScores]:
     """Encode the windows of all images in batches. Return each image's pixel scores at its original size.
 
-    `images` contains the outputs of `transform`. `queries` are the embeddings of all class names, of shape (K, D).
+    The values of `images` are outputs of `transform`. `queries` are the embeddings of all class names, of shape (K, D).
     """
     axes = {index: transform.place_windows(*size) for index, (_, size) in images.items()}
     indices_by_window: dict[tuple[int, int], list[int]] = {}  # windows of the same size are encoded together
@@ -181,8 +182,8 @@ def encode_windows(
             height, width = images[i][1]
             results[i] = PixelScores(
                 grid=arrange_window_scores(part, rows, columns),
-                rows=rows.build_matrix(part.shape[1], height).to(part.device),
-                columns=columns.build_matrix(part.shape[2], width).to(part.device),
+                rows=rows.build_pixel_matrix(part.shape[1], height).to(part.device),
+                columns=columns.build_pixel_matrix(part.shape[2], width).to(part.device),
             )
     return results
 
@@ -198,11 +199,11 @@ def segment(
 
     Args:
         names_per_class: Number of names for each class. The names of a class are adjacent in `scores`. The score of a
-            class is the highest score of the class's names.
+            class is the highest score among its names.
         logit_scale: Factor applied to the scores before the softmax over all names.
         min_probability: If the highest probability of a pixel is less than `min_probability`, assign the pixel to class
             0 (background).
-        min_area: Fraction of the foreground, from 0 to 1. Classes that cover no more than this are not predicted.
+        min_area: Fraction of the foreground, from 0 to 1, that a class must exceed to be predicted.
 
     Yields:
         (slice of pixel rows, int64 class indices of shape (rows, W)) for each tile.
@@ -211,11 +212,11 @@ def segment(
     if min_area > 0:
         areas = torch.zeros(len(names_per_class), dtype=torch.int64, device=scores.grid.device)
         for _, tile in scores.iterate_tiles():
-            labels = _max_over_class_names(tile, names_per_class).argmax(0)
+            labels = _compute_max_over_class_names(tile, names_per_class).argmax(0)
             areas += labels.flatten().bincount(minlength=len(names_per_class))
         is_allowed[1:] = areas[1:] > min_area * areas[1:].sum()
     for rows, tile in scores.iterate_tiles():
-        class_scores = _max_over_class_names(tile, names_per_class)
+        class_scores = _compute_max_over_class_names(tile, names_per_class)
         if min_area > 0:
             class_scores = class_scores.masked_fill(~is_allowed[:, None, None], float("-inf"))
         best, labels = class_scores.max(0)
@@ -225,7 +226,7 @@ def segment(
         yield rows, labels
 
 
-def _max_over_class_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
+def _compute_max_over_class_names(tile: Tensor, names_per_class: Sequence[int]) -> Tensor:
     if len(names_per_class) == len(tile):
         return tile
     return torch.stack([scores.amax(0) for scores in tile.split(list(names_per_class))])
@@ -249,10 +250,10 @@ class DenseFeaturesMixin:
     ) -> list[Tensor]:
         """Encode each image cell (ViT patch or CNN feature map position) in the shared embedding space.
 
-        Because images keep their aspect ratio, different images can have grids of cells of different shapes.
+        Images keep their aspect ratio, so their grids of cells can have different shapes.
 
         Args:
-            images: One image or a list of N images, as for `encode_image`.
+            images: One image or a list of N images, as in `encode_image`.
             variant: `plain` or, for vision transformers only, a variant that improves localisation: `maskclip`,
                 `sclip`, `clearclip` or `naclip` (see `models/vision/dense.py`).
             image_size: Length of the resized image's shorter side in pixels, rounded to a multiple of the cell size.
@@ -300,10 +301,10 @@ class DenseFeaturesMixin:
         pixels = load_image(image)
         height, width = pixels.shape[1:]
         if boxes is None:
-            checked = check_masks(masks, height, width)
+            checked = validate_masks(masks, height, width)
             resized = dense.resize(pixels, image_size or dense.localization_size)
             return pool_features_by_mask(dense.encode(resized[None], variant)[0], checked).cpu()
-        checked = check_boxes(boxes, height, width)
+        checked = validate_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]
 
     @torch.no_grad()
@@ -322,8 +323,8 @@ class DenseFeaturesMixin:
         resolution. A square window with the size of the training resolution then slides over the image.
 
         Args:
-            names: One or more names for each class. The score of a class is the maximum over the class's names.
-            templates: Prompt templates for the names, as for `encode_text`. The benchmarks use OpenAI's 80 templates.
+            names: One or more names for each class. The score of a class is the maximum score of its names.
+            templates: Prompt templates for the names, as in `encode_text`. The benchmarks use OpenAI's 80 templates.
             variant: See `encode_dense`. Default: the tower's `DenseEncoder.localization_variant`.
 
         Returns:

@@ -35,15 +35,15 @@ from llm2clip.models.loading import (
     download_hub_snapshot,
     explain_load_errors,
     hide_load_report,
-    hide_loading_bars,
+    hide_loading_progress_bars,
     load_transformers_config,
 )
 from llm2clip.models.pretrained import resolve_pretrained_name
 
 log = logging.getLogger(__name__)
 
-# Supported transformers model types -> preprocessing of models without a preprocessor_config.json. The model's image
-# size replaces 224. Model types without a trained pooled output are not supported.
+# Supported transformers model types -> preprocessing of models without a preprocessor_config.json.
+# The model's image size replaces 224. Model types without a trained pooled output are not supported.
 _CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 _HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -56,10 +56,9 @@ _DEFAULT_PREPROCESS = {
     ),
     "dinov3_vit": PreprocessConfig(224, "squash", 1.0, "bilinear", *_IMAGENET_STATS, crop_rounding="down"),
 }
-# Supported image-text model types in transformers. The vision tower is the vision model.
+# Supported image-text model types in transformers. The vision tower is the image-text model's vision model.
 _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
-# Names of repeated blocks in timm's ViTs and EfficientNets, in ConvNeXt and similar models, in ResNets, and in
-# transformers' ViTs.
+# Names of repeated blocks in timm's ViTs, EfficientNets, ConvNeXts and ResNets, and in transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
 # transformers model types that interpolate position embeddings only on request. Other types always interpolate.
 _INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
@@ -85,22 +84,22 @@ class VisionTower(nn.Module):
         self.config = config
         if config["library"] == "transformers":
             self.feature_dim = int(config["architecture"]["hidden_size"])
-        else:  # in some convolutional networks, a hidden layer between the pooling and the classifier sets the size
+        else:  # in some convolutional networks, the layer before the classifier determines the feature size
             self.feature_dim = int(getattr(backbone, "head_hidden_size", None) or cast(Any, backbone).num_features)
         self.preprocess = PreprocessConfig.from_dict(config["preprocess"])
         self.freeze_norm = True
         self.register_buffer("mean", torch.empty(0), persistent=False)
         self.register_buffer("std", torch.empty(0), persistent=False)
         self._set_mean_and_std(torch.get_default_device())
-        # The channels-last format speeds up networks with many convolutions. A ViT has only a single convolution.
+        # The channels-last format speeds up networks with many convolutions. A ViT has only one convolution.
         self._channels_last = sum(isinstance(module, nn.Conv2d) for module in backbone.modules()) > 4
         for name, parameter in backbone.named_parameters():
-            # DINO uses the mask token only in pretraining. DDP would wait for a gradient that is never computed.
+            # DINO uses the mask token only in pretraining. DDP would wait for its gradient, which is never computed.
             if name.endswith("mask_token"):
                 parameter.requires_grad_(False)
 
     @classmethod
-    @hide_loading_bars()
+    @hide_loading_progress_bars()
     def from_pretrained(cls, name: str | Path, *, image_size: int | None = None, pretrained: bool = True) -> Self:
         """Load a tower in float32 and eval mode. Code in a model folder or hub repository is never run.
 
@@ -131,7 +130,7 @@ class VisionTower(nn.Module):
         if self.config["library"] == "timm":
             return cast(Tensor, self.backbone(self._build_timm_input(pixels)))
         interpolate = self.preprocess.size != self.config["architecture"]["image_size"]
-        return cast(Tensor, self._run_transformers(pixels, interpolate).pooler_output)
+        return cast(Tensor, self._run_transformers_backbone(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
         """Encode images of shape (N, 3, H, W), uint8 or float from 0 to 1, as unpooled features.
@@ -141,13 +140,13 @@ class VisionTower(nn.Module):
         """
         if self.config["library"] == "timm":
             return cast(Tensor, cast(Any, self.backbone).forward_features(self._build_timm_input(pixels)))
-        return cast(Tensor, self._run_transformers(pixels, interpolate=True).last_hidden_state)
+        return cast(Tensor, self._run_transformers_backbone(pixels, interpolate=True).last_hidden_state)
 
     def _build_timm_input(self, pixels: Tensor) -> Tensor:
         x = self._normalize_pixels(pixels)
         return x.contiguous(memory_format=torch.channels_last) if self._channels_last else x
 
-    def _run_transformers(self, pixels: Tensor, interpolate: bool) -> Any:
+    def _run_transformers_backbone(self, pixels: Tensor, interpolate: bool) -> Any:
         options = {}
         if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
@@ -191,7 +190,7 @@ class VisionTower(nn.Module):
         return self
 
     def get_parameter_depths(self) -> dict[str, int]:
-        """Return a dict from parameter names to depths. The stem or the embeddings have depth 0."""
+        """Return the depth of each parameter by name. Parameters of the stem or the embeddings have depth 0."""
         if self.config["library"] == "timm":
             if not hasattr(self.backbone, "group_matcher"):  # timm does not specify the layers of the architecture
                 return {name: 0 for name, _ in self.named_parameters()}
@@ -246,7 +245,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
             targets.append(name)
     if not targets:
         raise ValueError("--align.lora_r: this tower has no linear layers that support LoRA. Use --align.lora_r 0")
-    _set_qkv_module_call(tower, True)
+    _enable_qkv_layer_calls(tower, True)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower.backbone)
     for name, parameter in tower.backbone.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -258,14 +257,14 @@ def merge_tower_lora(tower: VisionTower) -> None:
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
         tower.backbone.set_submodule(name, layer.get_base_layer())
-    _set_qkv_module_call(tower, False)
+    _enable_qkv_layer_calls(tower, False)
     if hasattr(tower.backbone, "peft_config"):
         del tower.backbone.peft_config
     tower.requires_grad_(True)
 
 
-def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
-    """Set whether timm's EVA models call the qkv layer. By default, they use only the layer's weight, without LoRA."""
+def _enable_qkv_layer_calls(tower: VisionTower, enable: bool) -> None:
+    """Enable or disable calls to the qkv layer in timm's EVA models, which otherwise ignore the layer's LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
             cast(Any, module).qkv_bias_separate = enable
@@ -277,8 +276,9 @@ def _set_qkv_module_call(tower: VisionTower, enable: bool) -> None:
 def build_backbone(config: dict[str, Any]) -> nn.Module:
     if config["library"] == "timm":
         return _create_timm_backbone(config["architecture"], config["args"])
-    if config["architecture"].get("model_type") not in _DEFAULT_PREPROCESS:
-        raise ValueError(f"the vision tower has unsupported model type {config['architecture'].get('model_type')!r}")
+    model_type = config["architecture"].get("model_type")
+    if model_type not in _DEFAULT_PREPROCESS:
+        raise ValueError(f"the vision tower has the unsupported model type {model_type!r}")
     return _build_transformers_backbone(build_transformers_config(config["architecture"]))
 
 
@@ -327,15 +327,15 @@ def _load_timm_backbone(source: str, image_size: int | None, pretrained: bool) -
         check_model_source(cfg["hf_hub_id"])  # timm downloads the weights from the hub
     args = {**args, "num_classes": 0}
     if cfg.get("fixed_input_size") or "img_size" in args:
-        # Position embeddings or attention windows depend on the image size, and timm resizes the weights. The image
-        # size is always saved in the config because an architecture's default size depends on the tag.
+        # Position embeddings or attention windows depend on the image size, and timm resizes the weights.
+        # The image size is always saved in the config because an architecture's default size depends on the tag.
         built_size = args.get("img_size") or cfg["input_size"][-2:]
         sides = {built_size} if isinstance(built_size, int) else set(built_size)
         if image_size is None and len(sides) > 1:
             raise ValueError(f"{model_name} was built for images of {built_size}, but only square images are supported")
         args["img_size"] = image_size or sides.pop()
     backbone = timm.create_model(model_name, pretrained=pretrained, **args)
-    preprocess = _read_timm_preprocess(backbone, model_name, args.get("img_size") or image_size)
+    preprocess = _read_timm_preprocess_config(backbone, model_name, args.get("img_size") or image_size)
     config = {"library": "timm", "architecture": architecture, "args": args, "preprocess": preprocess.to_dict()}
     return backbone, config
 
@@ -361,10 +361,10 @@ def _resolve_timm_source(source: str) -> tuple[str, str, dict[str, Any], dict[st
     return source, architecture, pretrained_cfg.to_dict() if pretrained_cfg else {}, {}
 
 
-def _read_timm_preprocess(backbone: nn.Module, name: str, size: int | None) -> PreprocessConfig:
+def _read_timm_preprocess_config(backbone: nn.Module, name: str, size: int | None) -> PreprocessConfig:
     """Return the preprocessing that a timm model was trained with. `size` overrides the image size."""
     data = resolve_model_data_config(backbone)
-    height, width = data["input_size"][-2:]  # before timm 1.0.31, the original size even if `img_size` is set
+    height, width = data["input_size"][-2:]  # before timm 1.0.31, the original image size even if `img_size` is set
     if size is None and height != width:
         raise ValueError(f"{name} was trained on images of {height} x {width}, but only square images are supported")
     if data["crop_mode"] not in ("center", "squash"):
@@ -400,7 +400,7 @@ def _load_transformers_backbone(
         supported = ", ".join([*_DUAL_ENCODER_TYPES, *_DEFAULT_PREPROCESS])
         raise ValueError(f"{source} has the unsupported model type {config.model_type!r}. Supported types: {supported}")
     backbone = _build_transformers_backbone(config, source if pretrained else None)
-    preprocess = _read_transformers_preprocess(source, config)
+    preprocess = _read_transformers_preprocess_config(source, config)
     preprocess = replace(preprocess, size=image_size or preprocess.size)
     architecture = {key: value for key, value in config.to_dict().items() if key not in ENTRIES_WITHOUT_EFFECT}
     return backbone, {"library": "transformers", "architecture": architecture, "preprocess": preprocess.to_dict()}
@@ -423,11 +423,11 @@ def _build_transformers_backbone(config: Any, source: str | None = None) -> nn.M
         )
         missing = sorted(report["missing_keys"])
         if missing:  # transformers would only log a warning and initialise the missing weights randomly
-            raise ValueError(f"{source} lacks {len(missing):,} of the model's weights, including {missing[0]}")
+            raise ValueError(f"{source} lacks the model weight {missing[0]} ({len(missing):,} missing in total)")
     return cast(nn.Module, model)
 
 
-def _read_transformers_preprocess(source: str, config: Any) -> PreprocessConfig:
+def _read_transformers_preprocess_config(source: str, config: Any) -> PreprocessConfig:
     from transformers import AutoImageProcessor
 
     try:
