@@ -71,7 +71,7 @@ class ModelEmbeddings:
         """Return the embeddings of all decodable images, and their indices in `refs`.
 
         Raises:
-            TooManySkipped: Too many images cannot be decoded.
+            TooManySkippedError: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
         self.log.count_at_least(len(refs))  # counted here, because benchmark readers do not count images

@@ -130,7 +130,7 @@ def gather_results_from_ranks(
     `results` (picklable objects) and `failures` are the results of this rank, keyed by image index in `refs`.
 
     Raises:
-        TooManySkipped: Too many images are unusable.
+        TooManySkippedError: Too many images are unusable.
         ValueError: There are no images, or no image is usable.
     """
     if process_state().num_processes > 1:

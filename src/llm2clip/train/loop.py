@@ -167,7 +167,7 @@ class TrainingLoop:
             batches: This rank's batch for each remaining step.
             compute_gradients: Function that runs the forward and backward pass, given the step number (from 1) and the
                 batch.
-            log: Log of undecodable items. Raises TooManySkipped if there are too many undecodable items.
+            log: Log of undecodable items. Raises TooManySkippedError if there are too many undecodable items.
             after_step: Function to call after each optimizer step.
 
         Raises:
