@@ -40,7 +40,7 @@ from llm2clip.data.image_order import draw_random_image_order
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.images import load_image
 from llm2clip.data.records import Record
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 from llm2clip.data.table import RecordTable
 from llm2clip.data.transforms import EvalTransform
 from llm2clip.evaluate.embeddings import ModelEmbeddings
@@ -239,7 +239,7 @@ def test_align_stops_if_too_many_images_cannot_be_decoded(
     record = dataclasses.replace(records[0], image=damaged_image(records[0], tmp_path))
     log = SkipLog(max_skipped=0.0)
     log.count_at_least(len(records))
-    with pytest.raises(TooManySkipped):
+    with pytest.raises(TooManySkippedError):
         align(RecordTable.from_records([record, *records[1:]]), store, fresh_model(), ALIGN, tmp_path / "run", log)
 
 

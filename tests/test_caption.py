@@ -42,7 +42,7 @@ from llm2clip.cli import main
 from llm2clip.data.image_refs import FileImage, ImageRef
 from llm2clip.data.images import load_image
 from llm2clip.data.records import open_records
-from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.data.skip_log import TooManySkippedError
 from llm2clip.runs import ranks
 from llm2clip.runs.output_folder import FolderInUseError
 from llm2clip.runs.ranks import process_state
@@ -178,10 +178,10 @@ def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, photos: Path) 
     (photos / "worse.png").write_bytes(b"text")
     out = tmp_path / "out.jsonl"
     with run_server() as server:
-        with pytest.raises(TooManySkipped, match=r"1 of 8 rows skipped .unreadable image"):
+        with pytest.raises(TooManySkippedError, match=r"1 of 8 rows skipped .unreadable image"):
             caption(server, photos, out, "--max_skipped", "0.1")
         assert server.num_requests == 0
-        with pytest.raises(TooManySkipped, match=r"no caption for 1 of 7 images .* 3 requests: unreadable image: "):
+        with pytest.raises(TooManySkippedError, match=r"no caption for 1 of 7 images .* 3 requests: unreadable image"):
             caption(server, photos, out, "--max_skipped", "0.13")
         caption(server, photos, out, "--max_skipped", "0.15")
     assert server.num_requests == 6 * CAPTIONS_PER_IMAGE
@@ -361,7 +361,7 @@ def test_each_record_without_an_image_counts_as_skipped(tmp_path: Path, photos: 
     rows += [{"captions": [f"text {n}"]} for n in range(4)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with run_server() as server:
-        with pytest.raises(TooManySkipped, match=r"4 of 10 rows skipped .no image: 4"):
+        with pytest.raises(TooManySkippedError, match=r"4 of 10 rows skipped .no image: 4"):
             caption(server, source, out, "--max_skipped", "0.39")
         assert server.num_requests == 0
         assert "4 of 10 rows skipped (no image: 4)" in caption(server, source, out, "--max_skipped", "0.4")

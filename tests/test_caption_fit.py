@@ -10,7 +10,7 @@ from caption_fixtures import make_photos, run_command, run_server
 from llm2clip import pipeline
 from llm2clip.cli.checks import check_output_folder
 from llm2clip.data.records import open_records
-from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.data.skip_log import TooManySkippedError
 from llm2clip.tools import plan
 
 
@@ -71,7 +71,7 @@ def test_fit_captions_the_images_before_training(tmp_path: Path, photos: Path, f
             run_command(*words, "--evaluate.fields", '["captions_de", "short_captions"]')
         assert server.num_requests == 0 and not run.exists()
         server.answers = {"": "I'm sorry, but I can't."}
-        with pytest.raises(TooManySkipped, match="no caption for 6 of 6 images"):
+        with pytest.raises(TooManySkippedError, match="no caption for 6 of 6 images"):
             run_command(*words)
         server.answers = {}
         run_command(*words)

@@ -25,7 +25,7 @@ from llm2clip.caption.answers import Answer, CaptionRequest, convert_output_to_a
 from llm2clip.caption.captioners import LocalCaptioner
 from llm2clip.caption.database import CaptionDatabase
 from llm2clip.caption.options import Prompt, load_prompts
-from llm2clip.data.skip_log import TooManySkipped
+from llm2clip.data.skip_log import TooManySkippedError
 from llm2clip.data.storage import parse_retry_after
 from llm2clip.models.loading import get_model_name_with_hash
 
@@ -425,7 +425,7 @@ def test_local_model_that_rejects_all_images_ends_the_run_with_an_error(
         raise ValueError("too narrow")
 
     monkeypatch.setattr(LocalCaptioner, "_generate_batch", reject)
-    with pytest.raises(TooManySkipped, match=r"6 of 6 images .* the model's processor rejects the image: too narrow"):
+    with pytest.raises(TooManySkippedError, match=r"6 of 6 images .* model's processor rejects the image: too narrow"):
         run_command("caption", photos, "--model", tiny_llava, "--out", tmp_path / "out.jsonl")
 
 

@@ -28,7 +28,7 @@ from llm2clip.data.image_header import DecodingLimitError, check_decoding_cost, 
 from llm2clip.data.image_refs import FileImage, ParquetImage
 from llm2clip.data.images import ImageError, decode_image, load_image
 from llm2clip.data.records import Source, open_records
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 from llm2clip.io_utils import DataFormatError, atomic_dir, atomic_path
 from llm2clip.models.gguf import check_gguf_header
 from llm2clip.models.text.caption_encoder import CaptionEncoder
@@ -267,7 +267,7 @@ def test_paths_in_table_cells_are_not_opened_later(tmp_path: Path) -> None:
 def test_two_parquet_columns_with_the_same_name_are_not_read(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(TooManySkipped, match="several columns are named 'caption'"):
+    with pytest.raises(TooManySkippedError, match="several columns are named 'caption'"):
         list(open_records(tmp_path / "x.parquet"))
 
 
@@ -436,7 +436,7 @@ def test_caption_files_next_to_images_are_limited(name: str, tmp_path: Path) -> 
     (tmp_path / "a.png").write_bytes(png_bytes())
     (tmp_path / name).write_text("[")
     os.truncate(tmp_path / name, 1 << 40)
-    with pytest.raises(TooManySkipped, match="caption file over 1 MB"):
+    with pytest.raises(TooManySkippedError, match="caption file over 1 MB"):
         list(open_records(tmp_path))
 
 
@@ -446,7 +446,7 @@ def test_tar_headers_are_limited(kind: bytes, tmp_path: Path) -> None:
     member.type, member.size = kind, 1 << 33
     (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT))
     os.truncate(tmp_path / "x.tar", 1 << 40)
-    with pytest.raises(TooManySkipped, match="headers of a member are larger than 65,536 bytes"):
+    with pytest.raises(TooManySkippedError, match="headers of a member are larger than 65,536 bytes"):
         list(open_records(tmp_path / "x.tar"))
 
 
@@ -500,7 +500,7 @@ def test_an_unexpected_exception_of_a_reader_is_a_bad_row(tmp_path: Path, monkey
         assert [record.captions for record in open_records(file, log)] == [("a",)]
     assert log.examples == [f"{file}, row 2: unreadable file: MemoryError: no memory"]
     monkeypatch.setattr(records, "_parse_name_cell", lambda *_: {}["missing"])
-    with pytest.raises(TooManySkipped, match="malformed row: KeyError: "):
+    with pytest.raises(TooManySkippedError, match="malformed row: KeyError: "):
         list(open_records(file))
 
 

@@ -11,7 +11,7 @@ import torch
 from llava_fixtures import load_model, load_tokenizer, make_conversations
 from llm2clip.data.image_refs import FileImage
 from llm2clip.data.records import Record
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 from llm2clip.llava.build import assemble_llava, load_causal_llm
 from llm2clip.llava.conversations import (
     IGNORE_INDEX,
@@ -128,7 +128,7 @@ def test_read_llava_file_skips_and_logs_invalid_rows(name: str, image_folder: Pa
     skipped = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     expected = [(3, "no image"), *((row, "no conversation") for row in range(4, 12))]
     assert [(entry["row"], entry["reason"]) for entry in skipped] == expected
-    with pytest.raises(TooManySkipped):
+    with pytest.raises(TooManySkippedError):
         read_llava_file(file, image_folder, SkipLog())
 
 

@@ -28,7 +28,7 @@ from llm2clip.data.pairs import (
     resolve_pairs_per_step,
 )
 from llm2clip.data.records import Record
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 from llm2clip.data.table import RecordBatches, RecordTable
 
 IMAGES = [  # 40 that give a pair and two that do not
@@ -443,7 +443,7 @@ def test_read_text_pairs_counts_and_lists_bad_rows(tmp_path: Path) -> None:
     log = SkipLog(tmp_path / "skipped.jsonl")
     assert len(list(read_text_pairs(str(file), log))) == 97
     assert log.skipped == {"missing or identical texts": 2, "malformed row": 1}
-    with pytest.raises(TooManySkipped):
+    with pytest.raises(TooManySkippedError):
         list(read_text_pairs(str(file), SkipLog(max_skipped=0.01)))
 
 

@@ -24,7 +24,7 @@ from llm2clip.data.formats import build_file_part, split_file_into_parts
 from llm2clip.data.image_facts import find_matching_images, get_distinct_image_hashes
 from llm2clip.data.image_refs import FileImage, InMemoryImage, ParquetImage, TarImage
 from llm2clip.data.records import CAPTION_FIELDS, EARLY_CHECK_ROWS, ImageCheck, Record, Source, open_records
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 from llm2clip.data.table import RecordTable, decode_file_name
 
 RECORDS = [
@@ -256,7 +256,7 @@ def test_settings_that_affect_reading_have_their_own_table(tmp_path: Path) -> No
 def test_errors_are_those_of_the_first_bad_source(tmp_path: Path) -> None:
     good = str(write_jsonl(tmp_path / "a.jsonl", [{"caption": "x"}] * 30))
     bad = str(write_jsonl(tmp_path / "b.jsonl", ["no object"] * 30 + [{"caption": "x"}]))
-    with pytest.raises(TooManySkipped, match=r"b\.jsonl, row 1"):
+    with pytest.raises(TooManySkippedError, match=r"b\.jsonl, row 1"):
         build_record_table([good, bad], {}, SkipLog(), "unchecked", tmp_path / "tables")
     with pytest.raises(FileNotFoundError, match="did you mean"):
         build_record_table([good, str(tmp_path / "b.json1")], {}, SkipLog(), "unchecked", tmp_path / "tables")
@@ -281,7 +281,7 @@ def test_merging_finds_keys_that_differ_in_one_half_only() -> None:
     assert image_facts.find_first_occurrences(high, low).tolist() == [0, 1, 2, 0, 4, 5, 6]
 
 
-def test_mask_same_images_finds_paths_and_copies(tmp_path: Path) -> None:
+def test_find_matching_images_compares_paths_and_contents(tmp_path: Path) -> None:
     for name, number in {"a": 1, "b": 2, "copy of a": 1, "c": 3}.items():
         (tmp_path / f"{name}.jpg").write_bytes(image_bytes(number))
     known = write_jsonl(tmp_path / "known.jsonl", [{"image": f"{n}.jpg", "caption": n} for n in "ab"])

@@ -28,7 +28,7 @@ from format_fixtures import (
     write_tar,
 )
 from llm2clip.data.records import EARLY_CHECK_ROWS, Record, Source, open_records
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 
 # ---- row contents --------------------------------------------------------------------------------------------------
 
@@ -368,7 +368,7 @@ def test_open_records_stops_when_too_many_rows_are_skipped(tmp_path: Path) -> No
     rows = [{"image": f"{n}.jpg" if n % 10 == 0 else None, "captions": ["x", ""]} for n in range(3000)]
     path = write_jsonl(tmp_path / "x.jsonl", rows)
     log = SkipLog(tmp_path / "lists/skipped.jsonl")
-    with pytest.raises(TooManySkipped) as caught:
+    with pytest.raises(TooManySkippedError) as caught:
         list(open_records(path, log))
     assert log.rows_seen == 1001  # at the first skipped row after 1,000 rows
     message = str(caught.value)
@@ -384,7 +384,7 @@ def test_open_records_stops_when_too_many_rows_are_skipped(tmp_path: Path) -> No
         "300 of 3,000 rows skipped (missing image: 300); dropped values (empty caption: 3,000)"
     )
     few = write_jsonl(tmp_path / "few.jsonl", rows[:5])
-    with pytest.raises(TooManySkipped, match="1 of 5 rows skipped"):
+    with pytest.raises(TooManySkippedError, match="1 of 5 rows skipped"):
         list(open_records(few))
     assert len(list(open_records(few, SkipLog(max_skipped=0.2)))) == 4
 
@@ -411,7 +411,7 @@ def test_skip_log_summarizes_notes_and_copies() -> None:
     assert log.summary().endswith("; odd\\udcff.csv: note 3")
     log.count_rows(1)
     log.skip("a.csv", 1, "not UTF-8", "x")
-    with pytest.raises(TooManySkipped, match=r"over the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more: read as"):
+    with pytest.raises(TooManySkippedError, match=r"the limit of 5.0%\n  a.csv, row 1.*\na.csv and 1 more: read as"):
         log.check()
 
 
@@ -443,7 +443,7 @@ def test_skip_limit_explains_how_to_fix_the_images(tmp_path: Path, image: str, r
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("no image")
     path = write_jsonl(tmp_path / "x.jsonl", [{"image": image.format(n=n), "caption": "x"} for n in range(3)])
-    with pytest.raises(TooManySkipped) as caught:
+    with pytest.raises(TooManySkippedError) as caught:
         list(open_records(path))
     message = str(caught.value)
     assert reason.format(folder=tmp_path) in message and advice in message
@@ -451,7 +451,7 @@ def test_skip_limit_explains_how_to_fix_the_images(tmp_path: Path, image: str, r
     assert "object at" not in message
 
 
-def test_skip_log_counts_dropped_parts_and_rows_of_several_passes_once(tmp_path: Path) -> None:
+def test_skip_log_counts_dropped_values_and_rows_of_several_passes_once(tmp_path: Path) -> None:
     rows = [{"captions": ["x", ""], "split": split} for split in ("train", "train", "val")] + [{"captions": 3}]
     path, log = write_jsonl(tmp_path / "x.jsonl", rows), SkipLog(tmp_path / "log.jsonl", max_skipped=1.0)
     for splits in ((), ("train",), ("val",), ("train", "val")):

@@ -12,7 +12,7 @@ import torch
 
 from dense_fixtures import colour_embeddings, colour_model, make_coco, make_segmentation
 from llm2clip.data import images
-from llm2clip.data.skip_log import SkipLog, TooManySkipped
+from llm2clip.data.skip_log import SkipLog, TooManySkippedError
 from llm2clip.evaluate.benchmarks import BENCHMARKS, get_benchmarks
 from llm2clip.evaluate.benchmarks.base import RegionData
 from llm2clip.evaluate.embeddings import PrecomputedEmbeddings
@@ -231,7 +231,7 @@ def test_unusable_images_are_skipped_and_counted(tmp_path: Path) -> None:
     assert "64 x 48 pixels, but its annotations are for an image with 70 x 48" in embeddings.log.examples[1]
     metrics = compute_region_metrics(data, predictions).values
     assert metrics["top-1"] == 100
-    with pytest.raises(TooManySkipped, match="2 of 3 rows skipped"):
+    with pytest.raises(TooManySkippedError, match="2 of 3 rows skipped"):
         classify_regions(data, colour_embeddings(), ["plain"])
     (tmp_path / "coco/val2017/0.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 3 images can be used, e.g. .*0.png \(not an image"):

@@ -232,7 +232,7 @@ def fit(run: Run) -> Path:
     """Run all stages on captioned images, and write a report. Return the model folder.
 
     Raises:
-        TooManySkipped: The fraction of skipped rows exceeds `config.max_skipped`.
+        TooManySkippedError: The fraction of skipped rows exceeds `config.max_skipped`.
         ValueError: The dataset is too small for the settings, or contains no captions to train on.
     """
     data, timer = run.data, StageTimer(run.out)

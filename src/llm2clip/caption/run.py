@@ -37,7 +37,7 @@ from llm2clip.caption.options import CaptionOptions, Prompt, load_prompts
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.images import ImageError, load_image, shrink_image
-from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkipped
+from llm2clip.data.skip_log import MAX_VALUE_CHARACTERS, SkipLog, TooManySkippedError
 from llm2clip.io_utils import format_count, require_extra
 from llm2clip.parallel import Prefetcher
 from llm2clip.progress import ProgressBar
@@ -108,7 +108,7 @@ def caption_images(
 
     Raises:
         KeyboardInterrupt: The process received SIGINT or SIGTERM. All received answers have been stored.
-        TooManySkipped: More than `options.max_skipped` of the images are unreadable, or have no caption because
+        TooManySkippedError: More than `options.max_skipped` of the images are unreadable, or have no caption because
             requests failed.
         ValueError: The server rejects all requests, another rank was interrupted, or no image has an accepted caption.
         FolderInUseError: Another run is writing to the same output file.
@@ -202,7 +202,7 @@ def _check_missing_captions(run: _CaptionRun) -> None:
     num_images = run.database.count_images()
     if num_failed > run.options.max_skipped * num_images:
         _, num_requests, example = run.database.count_errors_by_reason(run.captioner.name, run.prompts, limit=1)[0]
-        raise TooManySkipped(
+        raise TooManySkippedError(
             f"no caption for {num_failed:,} of {format_count(num_images, 'image')} because requests failed, over the "
             f"limit of {run.options.max_skipped:.1%}. Most common reason, for {format_count(num_requests, 'request')}: "
             f"{example[:MAX_VALUE_CHARACTERS]}\nAll failed requests are listed in {run.output.failures}. To retry, run "

@@ -136,7 +136,7 @@ def build_record_table(
 
 
 def load_source_indices(table: RecordTable) -> np.ndarray:
-    """Return the source index of each record in a saved table, as an int16 array of shape (N,)."""
+    """Return the source index of each record in a table from `build_record_table`, of shape (N,), int16."""
     assert table.folder is not None
     return np.load(table.folder / "sources.npy")
 

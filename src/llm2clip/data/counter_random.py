@@ -35,7 +35,7 @@ def convert_bits_to_unit_interval(bits: np.ndarray) -> np.ndarray:
 
 
 def shuffle_row_prefixes(values: np.ndarray, counts: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Return a copy in which the first `counts[n]` values of each row `n` are shuffled.
+    """Return a copy of `values` in which the first `counts[n]` values of each row `n` are shuffled.
 
     Args:
         values: Array of shape (N, M).

@@ -142,10 +142,10 @@ def _list_container_paths(records: RecordTable) -> list[str]:
 
 
 def choose_image_order(records: RecordTable) -> ImageOrder:
-    """Return "shards" if all images are in tar or Parquet files, at least one of which is remote, otherwise "random".
+    """Return "shards" if all images are in tar or Parquet files (more than `WINDOW`, at least one of them remote).
 
-    If there are at most `WINDOW` files, return "random". The environment variable LLM2CLIP_IMAGE_ORDER overrides the
-    choice, for example if local files are on a slow hard disk.
+    Otherwise, return "random". The environment variable LLM2CLIP_IMAGE_ORDER overrides the choice, for example if local
+    files are on a slow hard disk.
     """
     forced = os.environ.get("LLM2CLIP_IMAGE_ORDER")
     if forced:

@@ -28,7 +28,7 @@ _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
 class ImageColumns(NamedTuple):
     """Column values that represent an image reference in a record table."""
 
-    container: str | None = None  # path of the file or folder that contains the image; None if the table contains it
+    container: str | None = None  # path of the containing file or folder; None if the record table contains the image
     name: str = ""  # name of the image file, tar member or table column
     offset: int = 0  # byte offset in a tar file, or row number in a table
     size: int = 0  # size of a tar member in bytes

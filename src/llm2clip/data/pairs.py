@@ -107,7 +107,7 @@ def read_tuning_sources(
     """Read the training data for `tune`. Return the caption sources, followed by the text-pair sources.
 
     All caption sources except `train` are merged into one source. If no splits are selected for a source, only records
-    with a training split or without a split are used. Held-out images are identified by the contents of their files
+    with a training split or without a split are used. Held-out images are identified by their paths and contents
     and, in `config.data`, also by their ids; see `extract_comparable_id`.
 
     Args:
@@ -207,7 +207,7 @@ def read_text_pairs(path: str, log: SkipLog | None = None) -> Iterator[Pair]:
 
     Raises:
         ValueError: The source has no query column, no positive column, or no pairs.
-        TooManySkipped: Too many rows were skipped.
+        TooManySkippedError: Too many rows were skipped.
     """
     log, source = SkipLog() if log is None else log, Source.parse(path)
     num_pairs, columns_known = 0, False

@@ -143,8 +143,8 @@ def open_records(
     Raises:
         FileNotFoundError: The path does not exist.
         ValueError: The format is unknown, a column is missing, the source is empty, or the selected splits are empty.
-        TooManySkipped: Too many rows were skipped. The limit is checked after the last row and, once 1,000 rows have
-            been read, after each skipped row.
+        TooManySkippedError: Too many rows were skipped. The limit is checked after the last row and, once 1,000 rows
+            have been read, after each skipped row.
     """
     source = Source.parse(source)
     if image_check not in get_args(ImageCheck):
@@ -230,7 +230,7 @@ class RecordReader:
         return replace(self.summary, columns=list(self.mapper.columns), events=log.events)
 
     def add_summary(self, summary: ReadSummary) -> None:
-        """Add the summary of a part from another reader. Raise `TooManySkipped` if too many rows were skipped."""
+        """Add the summary of a part from another reader. Raise `TooManySkippedError` if too many rows were skipped."""
         self.summary.num_records += summary.num_records
         self.summary.split_counts.update(summary.split_counts)
         self.mapper.columns |= dict.fromkeys(summary.columns)
@@ -402,7 +402,7 @@ class ColumnMapper:
         return self._cache[key]
 
     def map_row_columns(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Return a dict {field: key} for the fields of a JSON object. Keys with a non-null value are preferred."""
+        """Return a dict {field: key} for a row of a format without columns. Prefer keys with a non-null value."""
         names = filled = tuple(fields)
         if any(map(is_missing_value, fields.values())):
             filled = tuple(
@@ -474,7 +474,7 @@ def _normalize_column_name(column: str) -> str:
 
 
 def _clean_text_cells(values: Mapping[str, Any], log: SkipLog, file: str, row: int) -> dict[str, Any]:
-    """Return the field values in a row of a text file. Placeholders for missing values are logged and become None.
+    """Return the values in a row of a plain-text table. Placeholders for missing values are logged and become None.
 
     If several columns have the same name, all of their captions are collected. Other fields get the last value that
     is not missing.

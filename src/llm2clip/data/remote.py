@@ -124,7 +124,7 @@ def walk_folder(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     if not is_remote(folder):
         yield from os.walk(folder, onerror=_raise_listing_error)
         return
-    pending = [(folder.rstrip("/"), 0)]  # (folder, depth); on web servers, a folder can contain itself
+    pending = [(folder.rstrip("/"), 0)]  # (folder, depth). Web servers can list a folder in itself, so limit the depth
     num_folders = 0
     while pending:
         path, depth = pending.pop()

@@ -34,7 +34,7 @@ class BadRowError(Exception):
         self.reason, self.value = reason, value
 
 
-class TooManySkipped(ValueError):
+class TooManySkippedError(ValueError):
     """Raised when too many rows are skipped, usually because the source or its column mapping is wrong."""
 
 
@@ -121,7 +121,7 @@ class SkipLog:
         return "; ".join([self._format_skip_totals(), *self.list_notes()])
 
     def check(self) -> None:
-        """Raise `TooManySkipped` if the fraction of skipped rows exceeds the limit."""
+        """Raise `TooManySkippedError` if the fraction of skipped rows exceeds the limit."""
         if self.skipped.total() <= self.max_skipped * self.rows_seen:
             return
         examples = "".join(f"\n  {example}" for example in self.examples)
@@ -131,7 +131,7 @@ class SkipLog:
         advice = f"\n{ADVICE_BY_REASON.get(most_common, 'Fix the source')}"
         if self.skipped.total() < self.rows_seen / 2:  # if most rows are skipped, the source is probably wrong
             advice += ", or raise the limit with --max_skipped"
-        raise TooManySkipped(
+        raise TooManySkippedError(
             f"{self._format_skip_totals()}, over the limit of {self.max_skipped:.1%}{examples}{listed}{notes}{advice}."
         )
 

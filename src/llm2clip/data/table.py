@@ -228,7 +228,7 @@ class _PhraseLists:
 
     def take(self, start: int, stop: int) -> pa.Array:
         rows = self.rows[start:stop]
-        is_slice = len(rows) > 0 and has_consecutive_rows(rows)
+        is_slice = len(rows) > 0 and is_consecutive(rows)
         lists = self.lists.slice(int(rows[0]), len(rows)) if is_slice else self.lists.take(pa.array(rows))
         return lists.chunk(0) if lists.num_chunks == 1 else lists.combine_chunks()
 
@@ -360,7 +360,7 @@ class RecordBatches:
         for start, stop in pairwise(bounds):
             batch = self.batches[batch_of_row[start]].select(list(columns))
             local = sorted_rows[start:stop] - self.starts[batch_of_row[start]]
-            if has_consecutive_rows(local):
+            if is_consecutive(local):
                 pieces.append(batch.slice(int(local[0]), len(local)))
             else:
                 pieces.append(batch.take(pa.array(local)))
@@ -412,7 +412,7 @@ def decode_file_name(name: bytes) -> str:
     return name.decode("utf-8", "surrogatepass")
 
 
-def has_consecutive_rows(rows: np.ndarray) -> bool:
+def is_consecutive(rows: np.ndarray) -> bool:
     """Return True if the row numbers, of shape (N,) with N > 0, are consecutive."""
     return bool(rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 3 or np.all(np.diff(rows) == 1)))
 

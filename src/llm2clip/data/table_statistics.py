@@ -135,7 +135,7 @@ def count_values(values: pa.Array) -> Counter:
 def count_languages(texts: Iterable[str]) -> Counter[str]:
     """Count the texts per language code, such as "en". Texts without linguistic content have the code "zxx".
 
-    Language identification is unreliable for short texts. About one in 250 English captions of ten words is wrong.
+    Identification is unreliable for short texts. One in 250 English captions of about ten words is misidentified.
     """
     from py3langid import classify
 

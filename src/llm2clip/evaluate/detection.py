@@ -131,7 +131,7 @@ def detect_objects(
 
     Raises:
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
-        TooManySkipped: Too many images are unusable.
+        TooManySkippedError: Too many images are unusable.
     """
     model = require_dual_encoder(embeddings)
     methods = select_dense_variants(model, variants, required=not with_crops) + ([CROP] if with_crops else [])

@@ -70,7 +70,7 @@ class ModelEmbeddings:
         """Return the embeddings of all images that can be decoded, and the indices of these images in `refs`.
 
         Raises:
-            TooManySkipped: Too many images cannot be decoded.
+            TooManySkippedError: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
         self.log.count_at_least(len(refs))  # benchmark readers do not count images

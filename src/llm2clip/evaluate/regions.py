@@ -130,7 +130,7 @@ def gather_results(
     `results` and `failures` contain this rank's results and error messages, keyed by image index in `refs`.
 
     Raises:
-        TooManySkipped: Too many images are unusable.
+        TooManySkippedError: Too many images are unusable.
         ValueError: There are no images, or no image is usable.
     """
     if process_state().num_processes > 1:

@@ -77,7 +77,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
 
     Raises:
         ValueError: The embeddings are precomputed, or the model supports none of the variants.
-        TooManySkipped: Too many images are unusable.
+        TooManySkippedError: Too many images are unusable.
     """
     model = require_dual_encoder(embeddings)
     variants = select_dense_variants(model, variants, required=True)

@@ -116,7 +116,7 @@ def read_llava_file(file: str | Path, images: str | Path | None, log: SkipLog) -
 
     Raises:
         ValueError: A .json file does not contain a JSON list.
-        TooManySkipped: Too many rows were skipped.
+        TooManySkippedError: Too many rows were skipped.
     """
     file = Path(file)
     root = Path(images) if images is not None else file.parent

@@ -244,7 +244,7 @@ def store_image_features(
 
     Raises:
         StoreError: The store was created with a different encoder.
-        TooManySkipped: Too many images cannot be decoded.
+        TooManySkippedError: Too many images cannot be decoded.
     """
     keys = make_image_keys(refs)
     shard_size = max(1, min(SHARD_SIZE, MAX_SHARD_BYTES // (DTYPES[dtype].itemsize * encoder.embed_dim)))

@@ -166,7 +166,7 @@ class TrainingLoop:
             batches: This rank's batch for each remaining step.
             compute_gradients: Function that runs the forward and backward pass, given the step number (from 1) and the
                 batch.
-            log: Log of undecodable items, which raises TooManySkipped if too many items cannot be decoded.
+            log: Log of undecodable items, which raises TooManySkippedError if too many items cannot be decoded.
             after_step: Function to call after each optimizer step.
 
         Raises:

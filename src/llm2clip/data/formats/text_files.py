@@ -280,7 +280,7 @@ class JsonFileFormat(SourceFormat):
             rows = json.loads(text, object_hook=drop_unused_json_keys if is_object else None)
         except (ValueError, RecursionError) as error:
             raise DataFormatError(
-                f"{path}: not JSON ({error}). If each line contains one object, change its suffix to .jsonl"
+                f"{path}: not JSON ({error}). If the file contains one object per line, change its suffix to .jsonl"
             ) from error
         del text
         if isinstance(rows, dict):
