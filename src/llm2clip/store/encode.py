@@ -37,7 +37,7 @@ from llm2clip.store.store import EmbeddingStore
 from llm2clip.store.writer import StoreWriter, WritePlan, open_store_for_writing
 
 SHARD_SIZE = 8192  # maximum number of items per shard
-MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings; limits the number of items with large patch features
+MAX_SHARD_BYTES = 1 << 30  # maximum size of a shard's embeddings; shards with large patch features have fewer items
 MAX_RETRIES = 4  # maximum number of retries per Ray worker and per shard; Ray Data's default is unlimited
 
 
@@ -199,7 +199,7 @@ class ImageEncoder(Protocol):
 
 
 class TowerEncoder:
-    """Image encoder for caching the features of a frozen vision tower, without a projection."""
+    """Image encoder that returns the unprojected features of a frozen vision tower, for caching."""
 
     def __init__(self, tower: VisionTower, precision: Precision) -> None:
         """Set the tower to eval mode. If `precision` is bf16 or fp16, the tower runs under autocast."""
@@ -347,7 +347,7 @@ def embed_with_ray(
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
         folder: Store folder, on a file system shared by all machines.
-        workers: Number of workers. 0 means one worker per GPU or, if there are no GPUs, one worker per two CPU cores.
+        workers: Number of workers. 0 means one worker per GPU in the cluster or, without GPUs, per two CPU cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.

@@ -363,7 +363,7 @@ def sort_keys(keys: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def mask_repeated_keys(records: np.ndarray) -> np.ndarray:
-    """Return a boolean mask of shape (n,) that marks repeated keys in an array from `sort_keys`."""
+    """Return a boolean mask, of shape (n,), of the keys in an array from `sort_keys` that equal the previous key."""
     repeats = np.zeros(records.shape[1], np.bool_)
     repeats[1:] = (records[:2, 1:] == records[:2, :-1]).all(axis=0)
     return repeats
@@ -394,6 +394,6 @@ def remove_temp_files(folder: Path) -> list[str]:
 
 
 def read_refused_captions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return a log entry (keys "caption" and "why") for each caption that the tokenizer could not encode."""
+    """Return the log entries (keys "caption" and "why") of captions that could not be tokenized, keyed by caption."""
     rows = (row for file in sorted(folder.glob("refused-*.jsonl")) for _, row in read_jsonl(file))
     return {row["caption"]: row for row in rows}

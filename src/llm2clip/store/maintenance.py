@@ -137,7 +137,7 @@ def _compute_shard_checksums(folder: Path, shard: Shard) -> tuple[str, str]:
 
 
 def _link_shard(source: Path, source_number: int, out: Path, number: int) -> None:
-    """Link or copy a shard's files to another store. The keys file comes last, because it marks a complete shard."""
+    """Link or copy a shard's files to another store. The keys file, written last, marks the new shard as complete."""
     for file_path in (layout.get_embeddings_path, layout.get_scales_path, layout.get_keys_path):
         file = file_path(source, source_number)
         if not file.is_file():  # only int8 stores have scales files

@@ -238,7 +238,7 @@ def _memory_map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) 
     """Open a .npy file as a memory map.
 
     Raises:
-        StoreError: The file is missing or corrupt, or does not have the expected shape, dtype and size.
+        StoreError: The file is missing or corrupt, or does not have the expected shape, dtype and file size.
     """
     try:
         array = np.lib.format.open_memmap(path, mode="r")

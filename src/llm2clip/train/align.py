@@ -74,8 +74,8 @@ def align(
         features: Folder of the feature store, used if the tower is frozen. Default: a folder in `run_dir`.
 
     Returns:
-        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. `training_images` is set only
-            on the main process.
+        The trained model in eval mode: `model` itself or, with FSDP, an unsharded copy. Its attribute
+            `training_images` is set only on the main process.
 
     Raises:
         ValueError: There are too few images, settings contradict each other, or the existing checkpoints were saved

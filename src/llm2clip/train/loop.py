@@ -211,7 +211,7 @@ class TrainingLoop:
         return loss, grad_norm
 
     def _evaluate_and_save(self, step: int, logger: "StepLogger") -> bool:
-        """Evaluate the model and save a checkpoint if this step requires it. Return True if either was done."""
+        """Evaluate the model and save a checkpoint, each only if due at this step. Return True if either was done."""
         is_last = step == self.steps
         evaluates = self.validate is not None and (step % self.eval_steps == 0 or is_last)
         saves = step % self.config.save_steps == 0 or is_last

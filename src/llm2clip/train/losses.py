@@ -320,7 +320,7 @@ class _ImageTextLayout:
                 self.group, self.by_group = group, group.argsort(stable=True)
                 self.group_starts = F.pad(torch.bincount(group).cumsum(0), (1, 0))
 
-        # `other_texts` as two int64 vectors: image indices and text indices in the batch of all ranks.
+        # Pairs in `other_texts` whose text is in the batch of all ranks: int64 vectors of image and text indices.
         self.other_pairs: tuple[Tensor, Tensor] | None = None
         if other_texts is not None and text_ids is not None:
             self.other_pairs = self._find_other_pairs(text_ids, other_texts, gather)

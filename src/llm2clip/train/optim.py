@@ -36,7 +36,7 @@ def select_trainable_weights(model: LLM2CLIP, config: AlignConfig) -> None:
     if config.lora_r:
         add_tower_lora(tower, config.lora_r, 2 * config.lora_r)
     for name, parameter in tower.named_parameters():
-        if name.endswith("mask_token"):  # mask tokens are used only in DINO pretraining
+        if name.endswith("mask_token"):  # has no gradient, because only DINO pretraining uses mask tokens
             parameter.requires_grad_(False)
 
 
