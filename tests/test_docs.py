@@ -31,7 +31,7 @@ def code_blocks(page: Path, language: str = r"\w*") -> list[str]:
 
 
 def documented_commands() -> list[tuple[str, str]]:
-    """Return (page, arguments) for each call of llm2clip, for example with torchrun, in a container or in the text."""
+    """Return (page, arguments) for each llm2clip command in a code block, in a YAML `command` list, or in the text."""
     commands = []
     for page in PAGES:
         for block in code_blocks(page):
