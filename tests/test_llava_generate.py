@@ -65,10 +65,10 @@ def test_score_answer_matches_the_loss(built: Path, image_folder: Path) -> None:
         if question.image is not None:
             inputs["pixel_values"] = generator.transform(load_image(question.image))[None]
         conversation = question.to_conversation("No, never")
-        labeled = tokenize_and_label(conversation, generator.tokenizer, generator.num_image_tokens)
-        labels = torch.tensor([labeled.labels])
+        labelled = tokenize_and_label(conversation, generator.tokenizer, generator.num_image_tokens)
+        labels = torch.tensor([labelled.labels])
         with torch.no_grad():
-            loss = float(generator.model(input_ids=torch.tensor([labeled.ids]), labels=labels, **inputs).loss)
+            loss = float(generator.model(input_ids=torch.tensor([labelled.ids]), labels=labels, **inputs).loss)
         num_tokens = int((labels != IGNORE_INDEX).sum())
         score = generator.score_answer(question, "No, never")
         assert score[0] == pytest.approx(-num_tokens * loss, rel=1e-4)

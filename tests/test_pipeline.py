@@ -260,7 +260,8 @@ def test_fit_run_again_trains_nothing_and_prints_a_summary(
     index = run / "index"
     assert f"      llm2clip index {data} --model {run / 'model'} --out {index}\n" in output
     assert f"      llm2clip search {index} 'a description of an image'\n      llm2clip serve {index}\n" in output
-    assert f"Report: {run / 'report.html'}" in output and "How to use the model" not in output
+    assert f"Report: {run / 'report.html'}" in output
+    assert "How to use the model" not in output and "Before training: " not in output
 
 
 def test_rows_of_other_tuning_sources_are_counted_separately(

@@ -70,7 +70,7 @@ def bootstrap_accuracy(
     image_indices: Sequence[int],
     subsets: Mapping[str, np.ndarray] | None = None,
 ) -> BootstrapMetrics:
-    """Compute accuracies in percent. Images are resampled with all their items, because items are correlated.
+    """Compute accuracies in percent, bootstrapped over images because items in the same image are correlated.
 
     The metrics are "top-1", "top-5", the top-1 accuracy in each subset, and "mean per class" (top-1 accuracy averaged
     over all classes with at least one item).
@@ -130,8 +130,8 @@ def compute_compositional_accuracy(
 ) -> dict[str, float]:
     """Return the accuracy on each kind of example, and the average over all kinds ("mean"), in percent.
 
-    All embeddings are L2-normalised vectors of shape (D,). Image embeddings are keyed by `ImageRef.key`, and text
-    embeddings by caption.
+    The chance level is 50%. All embeddings are L2-normalised vectors of shape (D,). Image embeddings are keyed by
+    `ImageRef.key`, and text embeddings by caption.
     """
     hits: dict[str, list[bool]] = {}
     for example in examples:

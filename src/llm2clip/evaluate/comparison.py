@@ -327,10 +327,7 @@ def describe_text_to_image_recall(model: str, row: Mapping[str, Any], captions: 
     if images < MIN_IMAGES:
         low, high = row["T2I interval"][f"R@{K}"]
         note = f" With fewer than {MIN_IMAGES} images, the recall is imprecise (95% interval {low:.0f} to {high:.0f}%)."
-    share, chance = (
-        describe_percentage(row["T2I"][f"R@{K}"]),
-        describe_percentage(row["T2I chance"][f"R@{K}"]),
-    )
+    share, chance = describe_percentage(row["T2I"][f"R@{K}"]), describe_percentage(row["T2I chance"][f"R@{K}"])
     return (
         f"{model} ranks the correct image in the top {K} of {images:,} for {share} {captions} "
         f"(random order: {chance}).{note}"

@@ -124,7 +124,7 @@ def evaluate_detection(data: DetectionData, embeddings: EmbeddingSource, options
 def detect_objects(
     data: DetectionData, embeddings: EmbeddingSource, proposals: str, variants: Sequence[str], with_crops: bool = False
 ) -> DetectionResults:
-    """Classify the box proposals in all images with each method.
+    """Classify the box proposals (see `open_proposal_source`) in all images with each method.
 
     If `with_crops` is True, the methods include "crop", which encodes each box as a separate image. In a distributed
     run, each rank processes a share of the images, and every rank returns all detections.
@@ -168,7 +168,7 @@ def detect_objects(
 
 
 def exclude_images(data: DetectionData, excluded: Collection[int]) -> DetectionData:
-    """Return a copy of the data without the images whose indices are in `excluded`, and their annotations."""
+    """Return a copy of the data without the images whose indices are in `excluded`, and without their annotations."""
     indices = [index for index in range(len(data.images)) if index not in excluded]
     image_ids = [data.image_ids[index] for index in indices]
     remaining = set(image_ids)
@@ -239,7 +239,7 @@ def compute_detection_metrics(
 
     COCOeval from pycocotools matches detections to objects and computes the precision at 101 recall values. AP50 uses
     an IoU threshold of 0.5, and AP is the mean over the IoU thresholds 0.5, 0.55, ..., 0.95. The AP of a group is the
-    mean over all classes in the group that have objects. Images that are missing in `detections` have no detections.
+    mean over all classes in the group that have objects. Images without detections may be missing in `detections`.
 
     Returns:
         Metrics "AP50 GROUP" and "AP GROUP" for each group in `data.groups` and for the group "all", and the AP50 of
@@ -296,7 +296,7 @@ class _ClassMatches:
     """
 
     image: np.ndarray  # image index of each detection, int64 of shape (N,)
-    is_correct: np.ndarray  # True for detections that match an object, shape (N,)
+    is_correct: np.ndarray  # mask of detections that match an object, bool of shape (N,)
     objects: np.ndarray  # number of objects in each image, float64 of shape (images,)
 
 
@@ -336,7 +336,7 @@ def _run_coco_eval(data: DetectionData, detections: Mapping[ImageId, Detections]
 
     def build_coco_dataset(rows: Sequence[Mapping[str, Any]]) -> COCO:
         annotations = []
-        for number, row in enumerate(rows, 1):  # COCOeval treats objects with id 0 as unmatched
+        for number, row in enumerate(rows, 1):  # COCOeval treats a match with id 0 as no match
             _, _, width, height = row["bbox"]
             ids = {"image_id": image_ids[row["image_id"]], "category_id": category_ids[row["category_id"]]}
             annotations.append({"iscrowd": 0, "area": width * height, **row, **ids, "id": number})

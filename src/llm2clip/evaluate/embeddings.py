@@ -73,7 +73,7 @@ class ModelEmbeddings:
             TooManySkippedError: Too many images cannot be decoded.
             ValueError: An embedding contains NaN or infinity.
         """
-        self.log.count_at_least(len(refs))  # benchmark readers do not count images
+        self.log.count_at_least(len(refs))  # counted here, because benchmark readers do not count images
         if self.folder is None:
             with ProgressBar(total=len(refs), desc="images", unit="image", disable=not self.progress) as bar:
                 embeddings, indices = encode_image_batches(refs, self.model, self.log, bar, BATCH_SIZE)

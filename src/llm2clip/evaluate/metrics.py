@@ -81,7 +81,7 @@ def two_way_ranks(
     image_of_text: Sequence[int] | Tensor,
     tile_size: int = TILE,
 ) -> tuple[Tensor, Tensor]:
-    """Return the zero-based ranks of each image's best text and of each text's image, int64 of shape (I,) and (T,).
+    """Return the zero-based ranks of each image's best text (I,) and of each text's image (T,), int64 on the CPU.
 
     Args:
         images, texts: L2-normalised embeddings of shape (I, D) and (T, D), float32 or float16. Scores are float32.
@@ -278,7 +278,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
     Args:
         sums: Sum of each quantity within each group, of shape (groups, K).
         counts: Number of elements in each group, of shape (groups,). Groups without elements are ignored.
-        bounds: Smallest and largest possible value of a quantity.
+        bounds: Smallest and largest possible value of a quantity for one element.
 
     Returns:
         Lower and upper bounds of the intervals, float64 of shape (2, K).
@@ -333,7 +333,7 @@ class BootstrapMetrics:
     def from_function(
         cls, images: Sequence[int | str], names: Sequence[str], compute: Callable[[np.ndarray], Sequence[float]]
     ) -> BootstrapMetrics:
-        """Compute metrics on all images and on resamples. `compute(weights)` must count image i `weights[i]` times."""
+        """Call `compute(weights)`, which must count image i `weights[i]` times and return metrics in `names` order."""
         samples = np.array([compute(weights.numpy()) for weights in draw_bootstrap_counts(len(images))], np.float64)
         values = [float(value) for value in compute(np.ones(len(images)))]
         return cls(tuple(images), dict(zip(names, values, strict=True)), dict(zip(names, samples.T, strict=True)))

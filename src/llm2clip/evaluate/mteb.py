@@ -38,7 +38,7 @@ class MTEBModel(AbsEncoder):
         self.model = model
 
     def encode(self, inputs: DataLoader[Any], **_: Any) -> np.ndarray:
-        """Return L2-normalised embeddings, float32 of shape (N, D).
+        """Return L2-normalised embeddings, float32 of shape (N, D). Prompts are not added to the texts.
 
         Each batch must have a "text" column, an "image" column with PIL images, or both columns.
         """
@@ -56,7 +56,7 @@ class MTEBModel(AbsEncoder):
 
 
 def get_model_meta(source: str, text: str | None = None) -> ModelMeta:
-    """Return a model's metadata for mteb. Call its method `load_model` to load the model.
+    """Return a model's metadata for mteb. The method `load_model` of the metadata loads the model.
 
     Args:
         source: Folder or hub id of an llm2clip model, or of a checkpoint of the LLM2CLIP authors. If the checkpoint is

@@ -58,7 +58,7 @@ def require_dual_encoder(embeddings: EmbeddingSource) -> DualEncoder:
 
 
 def select_dense_variants(model: DualEncoder, variants: Sequence[str], required: bool) -> list[str]:
-    """Return the requested dense feature variants that the model supports. Print a message about other variants.
+    """Return the requested dense feature variants that the model supports. Print which variants are skipped.
 
     Raises:
         ValueError: `required` is True and the model supports none of the variants.
@@ -106,8 +106,8 @@ def decode_images(
 ) -> Iterator[dict[int, Tensor]]:
     """Decode this rank's images in batches, as uint8 tensors of shape (3, H, W). See `decode_image_batches`.
 
-    Images whose size differs from the annotated (width, height) in `sizes` are added to `failures`, because their boxes
-    would be wrong.
+    Images whose size differs from the annotated (width, height) in `sizes` are added to `failures` and not returned,
+    because their boxes would be wrong.
     """
     for images in decode_image_batches(refs, nn.Identity(), description, failures):
         for index in list(images):

@@ -75,14 +75,14 @@ def evaluate_models(
     - "images trained on": Number of benchmark images on which the model was trained, if known.
     - "difference": For baselines, the first model's metrics minus the baseline's metrics. If the entry has "rows", each
         row has a "difference" instead.
-    - "short queries": Retrieval metrics for each query length, if `options.short_queries` is True. Each of the "rows"
-        has this key. If there are templates, it also has "short queries with templates" and "query templates".
+    - "short queries": Retrieval metrics for each query length, if `options.short_queries` is True. In retrieval
+        entries, each row has this key and, with templates, "short queries with templates" and "query templates".
 
     Args:
         models: Model to evaluate, followed by any baselines. See `open_embedding_source`.
         data: Sources of images and captions. If no splits are specified, only the images that `fit` would hold out are
             evaluated.
-        encoder: Caption encoder for `options.captions` if `models` is empty.
+        encoder: Caption encoder whose caption retrieval accuracy is measured if `models` is empty.
         config: Evaluation settings, such as additional caption fields to evaluate.
 
     Returns:

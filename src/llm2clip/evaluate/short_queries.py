@@ -7,9 +7,9 @@ are relevant. Ranks are exact, and ties count against the model (see `metrics.py
 The metrics usually underestimate models, because images that match a query are wrong answers if their captions do not
 mention the query. Use the metrics only to compare models on the same images.
 
-Templates such as "a photo of {}" improve models that were trained on complete captions. Models that were trained on
-short phrases, or that use CLIP's embedding space, may not need templates. `fit` therefore compares the templates in
-`CANDIDATES` on held-out images.
+Templates such as "a photo of {}" improve the results of models that were trained on complete captions. Models that
+were trained on short phrases, or that use CLIP's embedding space, may not need templates. `fit` therefore compares the
+templates in `CANDIDATES` on held-out images.
 """
 
 import random

@@ -19,6 +19,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate import plots
 from llm2clip.evaluate.comparison import (
     MIN_IMAGES,
+    MIN_ROUGH_IMAGES,
     K,
     describe_caption_retrieval,
     describe_percentage,
@@ -101,7 +102,7 @@ def write_fit_report(run_dir: Path, trained: Sequence[dict[str, Any]], data: str
         *build_run_section(describe_run(sum(durations.values())), f"Stages: {stages}. {data}", settings),
     ]
     verdict = describe_text_to_image_recall("The model", trained[0], "held-out captions")
-    if verdict.startswith("The model"):
+    if trained[0]["images"] >= MIN_ROUGH_IMAGES:
         verdict += f" Before training: {describe_percentage(untrained[0]['T2I'][f'R@{K}'])}."
     if trained[0]["images"] < MIN_IMAGES:
         verdict += " To evaluate the model on other images, pass their sources to `--evaluate.data`."
@@ -364,10 +365,10 @@ def _compare_short_query_results(
 
 
 def measure_text_encoder_cost(folder: Path, queries: Sequence[str]) -> dict[str, Any]:
-    """Measure the speed of a model's text encoder on one CPU core, and its size.
+    """Measure the speed (on one CPU core) and the size of a model's text encoder.
 
     Queries are encoded one at a time in fp32 for at least three seconds. "bytes of weights" is the size of the weights
-    in fp32, and "bytes on disk" the size of the saved files.
+    in fp32, and "bytes on disk" is the size of the adapter's weights and the saved caption encoder.
     """
     model = LLM2CLIP.from_pretrained(folder, "cpu")
     threads = torch.get_num_threads()

@@ -46,7 +46,7 @@ def load_vision_tower(name: str, image_size: int | None = None) -> VisionTower:
 
 
 def build_llava(tower: VisionTower, llm: str, out: str | Path, seed: int = 0, pad: bool = True) -> Path:
-    """Build an untrained LLaVA model and save it to the folder `out`. Only the projector is randomly initialised.
+    """Build an untrained LLaVA model, save it to `out`, and return `out`. Only the projector is randomly initialised.
 
     The tower is converted to the LLM's dtype. The saved model is reloaded to check that its logits for a sample text
     match those of the LLM. If the check fails, `out` is not created.
@@ -241,8 +241,8 @@ def _build_processor(
     patch_size = size // math.isqrt(num_patches)
     if (size // patch_size) ** 2 != num_patches:
         raise ValueError(
-            f"the tower returns {num_patches} patches for {size} x {size} pixels, but the number of patches must be "
-            "(size // patch_size)^2, which is the number of image tokens in LlavaProcessor"
+            f"the tower returns {num_patches} patches for {size} x {size} pixels. The patches must form a square grid, "
+            "because LlavaProcessor computes the number of image tokens as (size // patch_size)^2. Use another tower"
         )
     settings = tower.preprocess.to_dict() | {"image_processor_type": "LlavaImageProcessor"}
     settings["do_pad"] = pad and tower.preprocess.resize == "shortest"

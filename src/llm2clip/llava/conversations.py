@@ -88,7 +88,7 @@ def read_conversations(
         if is_llava_file(source):
             conversations += read_llava_file(source, images, log)
         else:
-            # Merge rows with the same image, because each row can mention other objects.
+            # Rows with the same image are merged, because each row can mention different objects.
             try:
                 records = build_record_table([source], columns or {}, log)
             except DataFormatError as error:
@@ -224,7 +224,7 @@ def find_mentioned_objects(texts: Iterable[str], names: dict[str, str]) -> set[s
 def read_object_synonyms(file: Path) -> dict[str, str]:
     """Read a list of objects and synonyms. Return a dict that maps each name, singular or plural, to an object.
 
-    Lines have the form `object` or `object: synonym, synonym`. Text after # is a comment.
+    Lines have the form `object` or `object: synonym, synonym`. Text after # is a comment. Plurals are formed by rules.
 
     Raises:
         ValueError: Two objects have the same name.
@@ -303,7 +303,7 @@ def convert_to_chat_messages(conversation: Conversation) -> list[dict[str, Any]]
 
 
 def clean_conversation_text(text: str) -> str:
-    """Remove surrounding whitespace, and `<image>` tokens, which the chat template inserts.
+    """Strip whitespace, and remove `<image>` tokens, because the chat template inserts its own.
 
     Raises:
         ValueError: The text is not valid Unicode or contains a character from PLACEHOLDER_MARKS.
@@ -373,7 +373,7 @@ def _label_answer_spans(
             ids += [token] * num_image_tokens
             labels += [IGNORE_INDEX] * num_image_tokens
             continue
-        # Check the end of each token, because some tokenizers merge the space before an answer into the first token.
+        # Check the end of each token, because some tokenizers merge the space before an answer into its first token.
         in_answer = any(span_start < end <= span_end for span_start, span_end in spans)
         ids.append(token)
         labels.append(token if in_answer else IGNORE_INDEX)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 MAX_SCALE = 8  # longer sides are limited to `MAX_SCALE` times the input size before padding
 MEGABATCH = 50  # number of batches per group in `LengthGroupedSampler`, as in LLaVA
-MIN_TEXT_TOKENS = 64  # minimum number of tokens per conversation in addition to image tokens
+MIN_TEXT_TOKENS = 64  # `max_length` must leave at least this many tokens for text
 MAX_REPLACEMENTS = 1000  # maximum number of consecutive unusable conversations
 
 
@@ -72,7 +72,7 @@ class PatchFeatureEncoder:
     """
 
     def __init__(self, model: Any, processor: Any, bf16: bool = False) -> None:
-        """If `bf16` is True, run the vision tower with bfloat16 autocast. It remains on its current device."""
+        """If `bf16` is True, run the vision tower with bfloat16 autocast. The tower stays on its device."""
         self.tower = model.model.vision_tower.eval()
         self.config = model.config
         self.transform = LlavaTransform(processor)
@@ -215,7 +215,7 @@ class ConversationDataset(Dataset):
 
 
 class LlavaCollator:
-    """Collator that right-pads conversations to the longest conversation in the batch."""
+    """Collator that right-pads conversations to the length of the longest conversation in the batch."""
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, empty_image: Tensor) -> None:
         """`empty_image` contains pixels or patch features of a blank image for batches without images."""

@@ -95,11 +95,11 @@ class AnswerGenerator:
 
     def score_answer(self, question: Question, answer: str) -> tuple[float, bool]:
         """Return the log-likelihood of an answer and its end-of-turn token, and whether greedy decoding yields both."""
-        labeled = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
-        inputs = {"input_ids": torch.tensor([labeled.ids], device=self.device)} | self._prepare_pixel_values([question])
+        tokens = tokenize_and_label(question.to_conversation(answer), self.tokenizer, self.num_image_tokens)
+        inputs = {"input_ids": torch.tensor([tokens.ids], device=self.device)} | self._prepare_pixel_values([question])
         with torch.inference_mode(), use_onednn_matmul():
             logits = self.model(**inputs).logits[0, :-1].float().cpu()  # (tokens - 1, vocabulary)
-        labels = torch.tensor(labeled.labels[1:])
+        labels = torch.tensor(tokens.labels[1:])
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
         is_greedy = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].all()
         return -float(loss), bool(is_greedy)

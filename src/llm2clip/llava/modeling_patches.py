@@ -47,7 +47,7 @@ class PatchTower(PreTrainedModel):
         """Do nothing, because timm has already initialised the weights."""
 
     def forward(self, pixel_values: Any, **_: Any) -> Any:
-        """Return the outputs of all blocks, of shape (N, patches, width), without the final norm."""
+        """Return the outputs of all blocks before the final norm, of shape (N, patches, width)."""
         states = self.timm_model.forward_intermediates(
             pixel_values.to(self.dtype), norm=False, output_fmt="NLC", intermediates_only=True
         )

@@ -126,7 +126,7 @@ def _read_imagenet_v2(folder: Path) -> ClassificationData:
 
 
 def _read_cifar(folder: Path, file: str, names_file: str, skipped_labels: int = 0) -> ClassificationData:
-    """Read CIFAR's binary format. Each image is stored as a coarse label (CIFAR-100 only), a label, and pixels."""
+    """Read CIFAR's binary format. Each image is a coarse label (CIFAR-100 only), a label, and planar RGB values."""
     row_size = skipped_labels + 1 + CIFAR_PIXELS
     names = [name.replace("_", " ") for name in read_lines(find_first_existing(folder, names_file))]
     data = np.fromfile(find_first_existing(folder, file), np.uint8)

@@ -56,7 +56,7 @@ def read_coco_annotations(file: Path, with_masks: bool = False, needs_pycocotool
     """
     if with_masks or needs_pycocotools:
         require_extra("dense", f"{file}: reading masks and computing the average precision", MissingFileError)
-    data = read_json(file, None if with_masks else drop_unused_json_keys)
+    data = read_json(file, None if with_masks else drop_unused_json_keys)  # masks take up much memory
     images: dict[ImageId, dict[str, Any]] = {}
     for image in data["images"]:
         if image["id"] in images:

@@ -1,9 +1,9 @@
 """Readers for retrieval benchmarks with English captions (Flickr30k, COCO, Flickr8k, ShareGPT4V-1k, Urban-1k and
 DOCCI) and with captions in other languages (Flickr30k-CN, COCO-CN, Crossmodal-3600 and XTD10).
 
-For each language, all test images and captions are ranked by cosine similarity, without prompt templates. In
-image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++ (arXiv
-1707.05612) and CLIP (arXiv 2103.00020) use the same protocol.
+For each language, all test images or captions are ranked by cosine similarity to each query, without prompt
+templates. In image-to-text retrieval (I2T), a query is correct if any of the image's captions is in the top k. VSE++
+(arXiv 1707.05612) and CLIP (arXiv 2103.00020) use the same protocol.
 
 Flickr30k, COCO and Flickr8k use Karpathy's test splits (arXiv 1412.2306). All 25,010 captions of COCO's 5,000 test
 images are used. Code derived from VSE++ uses only the first five captions of each image (25,000 captions).
@@ -128,7 +128,7 @@ def _read_base64_images(file: Path, ids: set[str]) -> dict[str, ImageRef]:
                 # Some files use the URL-safe base64 alphabet.
                 image = base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
             except binascii.Error as error:
-                raise DataFormatError(f"{file}, line {number}: invalid base64 image data ({error})") from error
+                raise DataFormatError(f"{file}, line {number}: expected ID<tab>BASE64 ({error})") from error
             if tab and key in ids:
                 refs[key] = InMemoryImage(image, f"{file}, line {number}")
     return refs
@@ -166,7 +166,7 @@ def _read_xtd10(folder: Path) -> CaptionFields:
 
 
 def _read_parallel_captions(file: Path, refs: Sequence[ImageRef]) -> list[Record]:
-    """Read captions from a file in which line i is the caption of image i."""
+    """Read captions from a file in which line i is the caption of image i. Blank lines are not skipped."""
     captions = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(captions) != len(refs):
         raise DataFormatError(f"{file} has {len(captions)} captions for {len(refs)} images")
