@@ -46,8 +46,8 @@ class _TextPreprocessing:
 _TEXT_PREPROCESSING = {
     "clip": _TextPreprocessing(),
     # The transformers documentation for SigLIP and SigLIP 2 requires padding='max_length'.
-    # SigLIP and SigLIP 2 were trained on lower-case texts (arXiv 2502.14786). SigLIP 2's tokenizer preserves case.
-    # See https://github.com/huggingface/transformers/pull/43101.
+    # SigLIP and SigLIP 2 were trained on lower-case texts (arXiv 2502.14786). SigLIP 2 checkpoints use the Gemma
+    # tokenizer, which preserves case (https://github.com/huggingface/transformers/pull/43101).
     "siglip": _TextPreprocessing(fully_padded=True, lower_case=True),
     "siglip2": _TextPreprocessing(fully_padded=True, lower_case=True),
     # Default of `cn_clip.clip.tokenize` (https://github.com/OFA-Sys/Chinese-CLIP). The BERT tower allows 512 tokens.
@@ -300,7 +300,7 @@ def load_clip_to_inherit(tower: str, inherit: bool | str, device: torch.device) 
 
 
 def get_image_projection(clip: Any) -> nn.Linear | None:
-    """Return the image projection of a transformers or open_clip model, or None for SigLIP, which has none.
+    """Return the image projection of a transformers or open_clip model, or None if it has none, as in SigLIP.
 
     Raise ValueError if the projection is not a linear layer.
     """

@@ -4,7 +4,7 @@ transformers dequantises a GGUF file on every load, and cannot save the loaded m
 safetensors, SmolLM2-135M loads in 1 s instead of 17 s.
 
 The weights are written in float32, because neither float16 nor bfloat16 can represent all dequantised weights. For
-example, a cast to bfloat16 would change 79% of the dequantised Q4_1 weights of SmolLM2-135M.
+example, casting the dequantised Q4_1 weights of SmolLM2-135M changes 42% of them in float16 and 79% in bfloat16.
 """
 
 import os

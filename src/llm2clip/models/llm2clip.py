@@ -159,7 +159,7 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
         """Load the caption encoder, and cast its weights for encoding in `precision`. Return the resolved precision.
 
         If the caption encoder is already loaded, its weights are unchanged. `auto` selects a precision for the stage
-        (see `models/precision.py`). Models trained on bf16 embeddings use the precision of those embeddings.
+        (see `models/precision.py`). If the model was trained on bf16 embeddings, their precision replaces calibration.
         """
         encoder = self._encoder[0] if self._encoder else self._load_saved_encoder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))

@@ -99,7 +99,7 @@ def check_model_source(source: str | Path) -> None:
         raise FileNotFoundError(f"{name} is neither an existing path nor a hub id (OWNER/NAME)")
     problem = find_hub_problem()
     if problem and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
-        raise FileNotFoundError(f"{name} is neither a local path nor a model in the hub's cache: {problem}")
+        raise FileNotFoundError(f"{name} is neither a local path nor a model in the hub's cache, and {problem}")
 
 
 @lru_cache(maxsize=1)
@@ -320,7 +320,7 @@ def hide_loading_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def hide_load_report() -> Iterator[None]:
-    """Hide transformers' report of missing and unexpected weights. Callers raise their own errors instead."""
+    """Hide transformers' report of missing and unexpected weights. Callers must check for missing weights."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

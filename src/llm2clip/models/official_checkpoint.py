@@ -96,7 +96,7 @@ def attach_caption_encoder(model: LLM2CLIP, path: str | Path, checkpoint: str | 
     """Load a caption encoder and attach it to the model.
 
     `path` is the folder or hub id of a caption encoder, or of a PEFT LoRA adapter, which is merged into its base LLM.
-    LLMs released with LLM2CLIP use the published template. Raise ValueError if the adapter has a different input size.
+    LLMs released with LLM2CLIP use the published template. Raise ValueError if the embedding size is not `text_dim`.
     """
     if find_lora_adapter(path) is not None:
         encoder = load_encoder_with_lora([path], model.device)
@@ -242,7 +242,7 @@ def _infer_timm_tower(checkpoint: OfficialCheckpoint, embed_dim: int) -> dict[st
 
 
 def _infer_preprocess_config(checkpoint: OfficialCheckpoint, size: int) -> dict[str, Any]:
-    # Default preprocessing in the LLM2CLIP authors' code. timm crops images for 224-pixel EVA towers to 90%.
+    # Default preprocessing in the LLM2CLIP authors' code. timm's default crop for 224-pixel EVA towers is 90%.
     default = PreprocessConfig(size, "shortest", 1.0, "bicubic", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     return (checkpoint.preprocess or default).to_dict()
 

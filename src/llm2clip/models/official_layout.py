@@ -219,8 +219,8 @@ _OPENAI_TO_HF = {
 }
 # Tensor name prefix of an adapter that was trained with the LLM in the training loop.
 _ONLINE_ADAPTER = "text.text_proj.text_adaptor."
-# Aliases in some versions of the LLM2CLIP authors' code -> canonical parts of tensor names.
-# Some checkpoints contain the query and value biases under both names.
+# Aliases in some versions of the LLM2CLIP authors' code -> canonical parts of tensor names. The aliases of
+# the query and value biases come from the original EVA-CLIP code. Some checkpoints contain the biases under both names.
 _ALIASES = {
     "attn.q_bias": "attn.q_proj.bias",
     "attn.v_bias": "attn.v_proj.bias",

@@ -54,7 +54,7 @@ class Precision(str):
 
     def __new__(cls, name: str) -> Precision:
         if re.fullmatch(r"fp32|fp16|bf16(\+\d+)?", name) is None:
-            raise ValueError(f"precision must be fp32, fp16, bf16, or bf16+N with N layers in fp32 (got {name!r})")
+            raise ValueError(f"precision must be fp32, fp16, bf16, or bf16+N with N initial fp32 layers (got {name!r})")
         return super().__new__(cls, name)
 
     @property
@@ -77,7 +77,7 @@ FP32 = Precision("fp32")
 def resolve_precision(
     stage: Stage, setting: str, device: torch.device, calibrate: Callable[[], str] = lambda: "bf16"
 ) -> Precision:
-    """Return `setting` as a `Precision`. For `auto`, return the precision of the stage from `AUTO_PRECISION`.
+    """Return `setting` as a `Precision`. For `auto`, look up the stage and the device in `AUTO_PRECISION`.
 
     `calibrate` is called if the stage's precision is calibrated. The default returns bf16, which is suitable for vision
     towers and for models without a caption encoder.

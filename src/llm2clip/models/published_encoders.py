@@ -185,7 +185,10 @@ def _resolve_adapter_chain(sources: Sequence[str | Path]) -> tuple[str, list[Pat
         if parent is None:
             base = parent_name
         elif parent in chain:
-            raise ValueError(f"{chain[0] / ADAPTER_CONFIG} names the adapter {parent_name} as its own base model")
+            raise ValueError(
+                f"the chain of adapters is circular: the base model {parent_name} in {chain[0] / ADAPTER_CONFIG} is "
+                "already in the chain. Set base_model_name_or_path to the LLM that the adapter was trained on"
+            )
         else:
             chain.insert(0, parent)
     return base, chain

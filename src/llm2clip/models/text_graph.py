@@ -88,7 +88,7 @@ def open_text_graph(name: str) -> OnnxTextEncoder | None:
 
 
 def save_text_graph(model: DualEncoder) -> None:
-    """Save the graph of a small text encoder if the `onnx` extra is installed and no graph exists.
+    """Export a small text encoder to a graph if the `onnx` extra is installed and no up-to-date graph exists.
 
     If the model cannot be exported, the error is printed and saved, so that the export is not attempted again.
     """

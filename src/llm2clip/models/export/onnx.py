@@ -64,8 +64,6 @@ CALIBRATION_TEXTS = (
 
 @dataclass
 class _OnnxExportGraph:
-    """ONNX graph to export."""
-
     name: str  # file name without suffix: vision or text
     module: nn.Module
     inputs: dict[str, Tensor]  # batch of at least two sample inputs

@@ -362,7 +362,7 @@ class CaptionEncoder(nn.Module):
     def _check_encoding_precision(self, name: str) -> Precision:
         precision, available = Precision(name), self.weights_precision
         if precision == "fp16":
-            raise ValueError("precision must be fp32, bf16, or bf16+N for caption encoders (got 'fp16')")
+            raise ValueError("the caption encoder's precision must be fp32, bf16 or bf16+N (got 'fp16')")
         if available != "fp32" and (precision == "fp32" or precision.num_fp32_layers > available.num_fp32_layers):
             raise ValueError(
                 f"the encoder cannot run in {precision}, because its weights were converted to {available}. Load the "

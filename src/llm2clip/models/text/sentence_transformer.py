@@ -135,8 +135,7 @@ def set_prompt_template(st: Any, template: str) -> None:
         if not has_consistent_prompt_length(st, prefix):
             raise ValueError(
                 f"sentence-transformers would miscount the tokens of the template's prefix {prefix!r}: the prefix must "
-                "not end in a space. If it ends in a special token, another special token must follow "
-                f"{CAPTION_PLACEHOLDER}"
+                f"not end in a space. If it ends in a special token, one must also follow {CAPTION_PLACEHOLDER}"
             )
 
 
@@ -156,7 +155,7 @@ def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
     """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens."""
     if not prompt:
         return 0
-    # The final space of a prompt can merge with the next token, so tokenizing the prompt alone could be inaccurate.
+    # The final space of a prompt can merge with the next token, so the prompt must not be tokenized alone.
     first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 

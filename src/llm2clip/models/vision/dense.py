@@ -240,9 +240,9 @@ def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Modul
             f"{tower.config['architecture']} supports only images of {built_size} x {built_size} pixels (got "
             f"{size[0]} x {size[1]})"
         )
-    patch_embed = _copy_module(backbone.patch_embed)
+    patch_embed = _shallow_copy_module(backbone.patch_embed)
     patch_embed.set_input_size(size)
-    resized = _copy_module(backbone)
+    resized = _shallow_copy_module(backbone)
     resized.patch_embed = patch_embed
     if backbone.pos_embed is not None:
         pos_embed = resample_abs_pos_embed(
@@ -253,7 +253,7 @@ def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Modul
         )
         resized.pos_embed = nn.Parameter(pos_embed, requires_grad=False)
     if hasattr(getattr(backbone, "rope", None), "update_feat_shape"):
-        resized.rope = _copy_module(backbone.rope)
+        resized.rope = _shallow_copy_module(backbone.rope)
         resized.rope.update_feat_shape(patch_embed.grid_size)
     return cast(nn.Module, resized)
 
@@ -261,12 +261,12 @@ def _resize_timm_backbone(tower: VisionTower, size: tuple[int, int]) -> nn.Modul
 def _copy_with_replaced_module(root: Any, name: str, module: nn.Module) -> Any:
     """Return a copy of `root` with `module` as the submodule `name`. Other threads can continue to use `root`."""
     first, _, rest = name.partition(".")
-    root = _copy_module(root)
+    root = _shallow_copy_module(root)
     root._modules[first] = _copy_with_replaced_module(root._modules[first], rest, module) if rest else module
     return root
 
 
-def _copy_module(module: Any) -> Any:
+def _shallow_copy_module(module: Any) -> Any:
     clone = copy.copy(module)
     for name in ("_modules", "_parameters", "_buffers"):
         setattr(clone, name, dict(getattr(module, name)))
@@ -414,7 +414,7 @@ def pool_features_by_mask(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def _compute_pixel_overlaps(num_cells: int, num_pixels: int) -> Tensor:
-    """Return the overlap of each cell with each pixel along an axis, of shape (num_cells, num_pixels), float64."""
+    """Return each cell's overlap with each pixel along an axis in pixels, of shape (num_cells, num_pixels), float64."""
     cell_edges = torch.arange(num_cells + 1, dtype=torch.float64) * num_pixels / num_cells
     pixel_edges = torch.arange(num_pixels + 1, dtype=torch.float64)
     ends = torch.minimum(cell_edges[1:, None], pixel_edges[1:])
