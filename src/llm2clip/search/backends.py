@@ -64,7 +64,7 @@ class IndexBackend(ABC):
     database cannot be read.
     """
 
-    # SQL condition that is true for ids in the JSON list :ids. One statement can be reused for any number of ids.
+    # SQL condition after a column name: its value is in the JSON list :ids. One statement works for any number of ids.
     IN_IDS: str
 
     # ---- building
@@ -87,7 +87,7 @@ class IndexBackend(ABC):
         """Store the metadata and prepare the backend for adding images."""
 
     def read_image_states(self, sources: Sequence[str]) -> dict[str, ImageState]:
-        """Return the state of each image that comes from a source or is inside its path, keyed by image name."""
+        """Return the state of each image that comes from one of the sources or is inside its path, keyed by name."""
         states = {}
         for source in sources:
             condition, parameters = self._make_source_condition(source)
@@ -162,9 +162,9 @@ class IndexBackend(ABC):
         """Return the images that match a filter, most similar to the query vector first.
 
         Images whose texts contain all words of the query are ranked higher (see `search.words`). Scores are cosine
-        similarities, so the scores of a page with word matches may not be in descending order. Without a query vector,
-        return the newest images first. The capture time of an image is the latest capture time of its files that match
-        the filter. Ties are sorted by id.
+        similarities, so the scores of a page with word matches are not always in descending order. Without a query
+        vector, return the newest images first. The capture time of an image is the latest capture time of its files
+        that match the filter. Ties are sorted by id.
 
         Args:
             vector: L2-normalised float32 query vector of shape (D,), or None.
@@ -244,7 +244,7 @@ class IndexBackend(ABC):
 
     def sample_ids(self, count: int) -> list[str]:
         """Return the hit ids of at most `count` distinct images. The sample depends only on the image contents."""
-        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # random order
+        statement = "SELECT id FROM contents ORDER BY hash LIMIT :count"  # the order of SHA-256 hashes is pseudorandom
         return [str(content_id) for (content_id,) in self._query(statement, {"count": count})]
 
     def read_hits(self, hit_ids: Sequence[str]) -> list[Hit]:
@@ -355,7 +355,7 @@ class IndexBackend(ABC):
     def _read_images(
         self, run: SqlRunner, ids: Sequence[int], conditions: SqlConditions
     ) -> dict[int, tuple[IndexedImage, ...]]:
-        """Return at most MAX_LOCATIONS images per content: first matching images, then others, each sorted by name.
+        """Return at most MAX_LOCATIONS images per content: matching images, then other images, both sorted by name.
 
         If there are more images, return the images that were indexed first, so the database can stop reading early.
         """

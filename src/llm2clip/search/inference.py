@@ -57,10 +57,10 @@ class ServerLimits:
     # If the limit is exceeded, requests of more than 64 KB are rejected with status 429.
     max_bytes_in_flight: int = 512 << 20
     max_pixels: int = 50_000_000  # maximum number of pixels per image; larger images are rejected with status 413
-    max_queue: int = 512  # maximum number of requests, texts or images per queue; excess ones get status 429
+    max_queue: int = 512  # maximum number of requests, texts or images per queue; if full, requests get status 429
     timeout: float = 30.0  # time limit per request, in seconds; slower requests fail with status 504
     batch_size: int = 32  # number of texts or images per forward pass
-    max_connections: int = 512  # if more clients are connected, the server aborts idle connections
+    max_connections: int = 512  # if more connections are open, the server aborts idle connections
     idle_timeout: float = 10.0  # seconds to wait for request headers, or for a client to read more of a response
 
 

@@ -265,7 +265,7 @@ class Filter:
 EXIF_IFD, GPS_IFD = 0x8769, 0x8825
 DATE_TAKEN, DATE, MAKE, MODEL = 0x9003, 0x0132, 0x010F, 0x0110  # EXIF tags
 LATITUDE_REFERENCE, LATITUDE, LONGITUDE_REFERENCE, LONGITUDE = 1, 2, 3, 4  # tags of GPS_IFD
-MAX_CAMERA_LENGTH = 200  # maximum length of a camera name, in characters
+MAX_CAMERA_LENGTH = 200  # in characters; longer camera names are truncated
 TIME_OFFSET = 1e-6  # seconds that are added to an EXIF time that equals the modification time of the file
 
 

@@ -214,7 +214,7 @@ class _ResponseSender:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allocation: ByteAllocation) -> None:
         self._scope, self._receive, self._send, self._allocation = scope, receive, send, allocation
-        self._start: Message | None = None  # message with the status, sent after a check of the body size
+        self._start: Message | None = None  # http.response.start message; sent only after the body size is checked
         self._is_rejected = False
         self.status, self.started = 500, False
         # The time limit ends when the response starts, because the sending time depends on the client.

@@ -20,7 +20,7 @@ from llm2clip.search.backends import IndexBackend
 
 MAX_SIDE = 960  # length of the longer side to which larger images are scaled down, in pixels
 MAX_LINES = 100  # maximum number of text lines per image
-MAX_ASPECT = 60  # maximum aspect ratio of a text line; the time to read a line is proportional to its aspect ratio
+MAX_ASPECT = 60  # maximum aspect ratio of a text line; other lines are skipped, because they are slow to read
 MAX_SECONDS = 30.0  # time limit per image, in seconds; checked before each line is read
 MAX_TEXT_LENGTH = 10_000  # maximum length of the text of an image, in characters
 MIN_CONFIDENCE = 0.5  # minimum confidence of a text line, from 0 to 1
@@ -47,7 +47,7 @@ def open_text_recognizer() -> RecognizeText:
         "Det.max_candidates": MAX_LINES,
     }
     params.update({f"{part}.model_path": path for part, path in _find_ocr_weights().items()})
-    engine: Any = RapidOCR(params=params)  # its return type depends on the arguments of each call
+    engine: Any = RapidOCR(params=params)  # the return type depends on the arguments of each call
 
     def recognize_text(image: np.ndarray) -> str:
         deadline = time.monotonic() + MAX_SECONDS

@@ -212,7 +212,7 @@ MAX_COMPARED = 2000  # hits beyond this number are not grouped, because memory u
 
 
 class HitGroups(NamedTuple):
-    """Grouped hits of a page. `size` is the number of hits before grouping."""
+    """Grouped hits of a page. `size` is the number of ungrouped hits in these groups."""
 
     hits: list[Hit]
     size: int

@@ -13,13 +13,14 @@ captions of the image. The weight of a word is its truncated length minus 2, at 
 between words, each character is a word of weight 1. A filter does not change the relevance of a hit.
 
 `calibrate_index` measures m and d with searches in the entire index, because the largest similarity of a query grows
-with the number of images. Each of the three scales has its own parameters:
+with the number of images. The parameters form three scales:
 
     texts: Scale for text queries. m and d are measured with the background queries. The values a = 1.2 and b = -0.6
         were chosen on photographs.
     captions: Scale for text queries and hits with captions. m and d are copied from `texts`. a and b are fitted with
-        captions as queries (Platt scaling). The negative examples are the background queries, and captions whose own
-        image is excluded from the hits. If fewer than 30 images have several captions, a = 0.6 and b = -1.3.
+        captions as queries (Platt scaling). Captions that equal the query are excluded from the overlap. The
+        negative examples are the background queries, and captions whose own image is excluded from the hits. If fewer
+        than 30 images have several captions, a = 0.6 and b = -1.3.
     images: Scale for image queries. m and d are measured with sampled images as queries, excluding each query image and
         its near duplicates. With a = 1.2 and b = 1.1, images as similar as a typical nearest neighbour are close.
 
@@ -107,7 +108,7 @@ class Calibration:
     fingerprint: str  # model fingerprint
     texts: RelevanceScale  # for text queries
     images: RelevanceScale  # for image queries
-    captions: RelevanceScale  # scale for text queries and hits with captions
+    captions: RelevanceScale  # for text queries and hits with captions
 
     def compute_relevance(
         self, query: QueryVectors, vectors: np.ndarray, overlaps: np.ndarray | None = None

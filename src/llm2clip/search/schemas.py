@@ -144,7 +144,7 @@ class FilterRequest(FilterFields):  # type: ignore[valid-type, misc]
 class QueryRequest(StrictModel):
     """A query. Results should resemble its positive parts and should not resemble its negative parts."""
 
-    texts: QueryItems[Text] = Field([], description="texts that results should match, in any language of the model")
+    texts: QueryItems[Text] = Field([], description="texts to search for, in any language that the model supports")
     images: QueryItems[DataUri] = Field([], description="images as data URIs")
     like: QueryItems[HitId] = Field([], description="ids of earlier hits that results should resemble")
     negative_texts: QueryItems[Text] = Field([], description="texts that results should not match")

@@ -219,8 +219,8 @@ class SqliteBackend(IndexBackend):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids (int64) and cosine similarities (float32) of the nearest vectors, best first, then by id.
 
-        Candidates are re-scored in stages, and each stage only appends hits to the ranking. The order of
-        the hits therefore does not depend on `count`, so the pages of a query neither repeat nor skip images.
+        Candidates are re-scored in stages, and each stage only appends hits to the ranking. The order of the hits
+        therefore does not depend on `count`, so the pages of a query neither repeat nor skip images.
 
         Args:
             query: L2-normalised float32 vector of shape (D,).
@@ -233,7 +233,7 @@ class SqliteBackend(IndexBackend):
         stages = [MIN_CANDIDATES]
         while stages[-1] < CANDIDATES_PER_HIT * count:
             stages.append(2 * stages[-1])
-        # If int8 codes are equal, the number of candidates determines which of them a scan returns, hence MIN_SCANNED.
+        # Among vectors with equal codes, the number of candidates determines which ids are found, hence MIN_SCANNED.
         ids = self._get_quantized_vectors().find_nearest_ids(query, max(stages[-1], MIN_SCANNED), allowed_ids)
         scores, ranking = np.empty(0, np.float32), np.empty(0, np.int64)
         for size in stages:

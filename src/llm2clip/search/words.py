@@ -122,7 +122,6 @@ def quote_fts5_text(text: str) -> str:
 
 
 def make_caption_condition(caption: str) -> tuple[str, dict[str, str]]:
-    """Return the SQL condition and parameters of a caption filter."""
     text = normalize_text(caption)
     if not text:
         return "images.id IN (SELECT id FROM texts WHERE captions != :caption)", {"caption": ""}
@@ -220,7 +219,7 @@ def compute_word_match_limit(total: int) -> int:
 
 
 def fuse_rankings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Merge two rankings by reciprocal rank fusion: the score of an id is the sum of 1 / (RRF_K + rank).
+    """Merge rankings by reciprocal rank fusion: the score of an id is the sum of 1 / (RRF_K + rank) over both rankings.
 
     Only the top MAX_FUSED ids of each ranking are fused. The remaining ids of the first ranking follow in their
     original order, so a longer first ranking does not change the order of the top ids.
