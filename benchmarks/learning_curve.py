@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip.evaluate.plots import plot_interval_curves
-from llm2clip.reports import format_with_interval
+from llm2clip.reports import format_value_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.store import EmbeddingStore
 from llm2clip.train import align as align_module
@@ -126,13 +126,13 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
                 if hits is None:
                     continue
                 value, *limits = bootstrap_interval(hits)
-                row = [name + suffix, f"{size:,}", str(len(hits)), format_with_interval(value, limits)]
+                row = [name + suffix, f"{size:,}", str(len(hits)), format_value_with_interval(value, limits)]
                 references = [read_hits(out, names[0], size, suffix), read_hits(out, name, size)]
                 for is_other, reference in zip((name != names[0], bool(suffix)), references, strict=True):
                     if is_other and reference is not None:
                         difference = hits[: len(reference)] - reference[: len(hits)]
                         change, *change_limits = bootstrap_interval(difference)
-                        row.append(format_with_interval(change, change_limits, "+.1f"))
+                        row.append(format_value_with_interval(change, change_limits, "+.1f"))
                     else:
                         row.append("–")
                 rows.append(row)

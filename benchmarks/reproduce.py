@@ -23,7 +23,7 @@ from llm2clip.reports import (
     Heading,
     Paragraph,
     Table,
-    format_with_interval,
+    format_value_with_interval,
     write_report,
 )
 from llm2clip.runs.output_folder import hold_run_lock, save_or_check_config
@@ -103,7 +103,7 @@ def make_report_blocks(claims: Sequence[Claim], config: ReproduceConfig) -> list
 def format_comparison(comparison: Comparison) -> list[str]:
     number_format = ".3f" if comparison.metric == "seconds" else ".1f"
     intervals = (comparison.low_interval, comparison.high_interval, comparison.difference)
-    formatted = [format_with_interval(value, limits, number_format) for value, *limits in intervals]
+    formatted = [format_value_with_interval(value, limits, number_format) for value, *limits in intervals]
     return [comparison.low, comparison.high, comparison.metric, *formatted, comparison.verdict]
 
 

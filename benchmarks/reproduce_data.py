@@ -373,7 +373,7 @@ class StoreTextEncoder:
         """Return the stored embeddings of N captions as a float32 tensor of shape (N, D)."""
         return torch.from_numpy(self.store.take(self.store.find_rows(captions))).float()
 
-    def count_truncated(self, captions: Sequence[str]) -> None:
+    def count_truncated_texts(self, captions: Sequence[str]) -> None:
         """Return None, because the store does not record which texts were truncated."""
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from llm2clip.evaluate.encoder_choice import compute_mutual_knn_alignment
 from llm2clip.evaluate.metrics import two_way_ranks
-from llm2clip.reports import format_with_interval
+from llm2clip.reports import format_value_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.layout import make_image_keys
 from llm2clip.store.store import EmbeddingStore
@@ -115,7 +115,7 @@ def write_recall_table(out: Path, stage: str) -> None:
             continue
         recalls = [f"{compute_recall(results, FLICKR, [direction])[0]:.1f}" for direction in ("I2T", "T2I")]
         means = [compute_recall(results, test) for test in TESTS]
-        recalls += [format_with_interval(value, limits) for value, *limits in means]
+        recalls += [format_value_with_interval(value, limits) for value, *limits in means]
         for suffix in ("", ", templates"):
             precisions = []
             for words in ("1", "2", "3"):

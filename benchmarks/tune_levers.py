@@ -38,7 +38,7 @@ from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.caption_retrieval import caption_retrieval_accuracy
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import open_encoder
-from llm2clip.reports import format_with_interval
+from llm2clip.reports import format_value_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.train import tune as tune_module
 from llm2clip.train.losses import info_nce
@@ -313,7 +313,7 @@ def write_results(out: Path, suffix: str = "") -> None:
                 continue
             difference = torch.tensor([values]) - torch.tensor([results[reference][test_name]])
             value, *limits = bootstrap_interval(difference)
-            rows[-1].append(format_with_interval(value, limits, "+.1f"))
+            rows[-1].append(format_value_with_interval(value, limits, "+.1f"))
     write_table(out / f"table{suffix}.md", header, rows)
 
 

@@ -208,7 +208,7 @@ def test_transformers_baseline_matches_transformers(kind: str, tmp_path: Path, i
         tokens = tokenizer(text, truncation=True, max_length=context_length, padding=padding, return_tensors="pt")
         expected.append(reference.get_text_features(**tokens).pooler_output)
     assert_equal(texts, expected)
-    assert model.count_truncated(TEXTS) == 1
+    assert model.count_truncated_texts(TEXTS) == 1
     assert load_clip_text_encoder(str(tmp_path)).context_length == context_length
 
 
@@ -264,7 +264,7 @@ def test_open_clip_baseline_matches_open_clip(vision: dict[str, Any], tmp_path: 
     assert_equal(images, [reference.encode_image(transform(Image.open(file))[None]) for file in image_files])
     tokenize = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     assert_equal(texts, [reference.encode_text(tokenize([text])) for text in TEXTS])
-    assert model.count_truncated(["word " * 100, *TEXTS]) == 1
+    assert model.count_truncated_texts(["word " * 100, *TEXTS]) == 1
 
 
 # ---- models that come with their own code ----------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_jina_clip_needs_permission_to_run_its_code(
     reference = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     assert_equal(images, [torch.from_numpy(reference.encode_image([Image.open(file)])) for file in image_files])
     assert_equal(texts, [torch.from_numpy(reference.encode_text([text])) for text in TEXTS])
-    assert model.count_truncated(TEXTS) is None  # only the model's own code knows
+    assert model.count_truncated_texts(TEXTS) is None  # only the model's own code knows
 
 
 def test_evaluate_skips_a_baseline_whose_code_may_not_run(

@@ -35,7 +35,7 @@ class RandomEncoder:
     def encode(self, captions: Sequence[str], *, progress: bool = False) -> torch.Tensor:
         return torch.stack([self.vector(c) for c in captions])
 
-    def count_truncated(self, captions: Sequence[str]) -> int:
+    def count_truncated_texts(self, captions: Sequence[str]) -> int:
         return sum(len(c) > 20 for c in captions)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from llm2clip.runs import checkpoint as checkpoint_module
 from llm2clip.runs.checkpoint import CheckpointManager, load_training_state, save_training_state
-from llm2clip.runs.output_folder import FormatVersionError, MetricsLog, latest_checkpoint, read_metrics
+from llm2clip.runs.output_folder import FormatVersionError, MetricsLog, find_latest_checkpoint, read_metrics
 
 
 def make_checkpoints(folder: Path, complete: tuple[int, ...], incomplete: tuple[int, ...] = ()) -> None:
@@ -46,9 +46,9 @@ def test_checkpoints_commit_marks_and_prunes(tmp_path: Path) -> None:
     checkpoints = CheckpointManager(tmp_path)
     for step in (2, 4, 10):
         checkpoints.get_checkpoint_path(step).mkdir()
-        assert latest_checkpoint(tmp_path) != checkpoints.get_checkpoint_path(step)
+        assert find_latest_checkpoint(tmp_path) != checkpoints.get_checkpoint_path(step)
         checkpoints.commit(step)
-        assert latest_checkpoint(tmp_path) == checkpoints.get_checkpoint_path(step)
+        assert find_latest_checkpoint(tmp_path) == checkpoints.get_checkpoint_path(step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-4"]
 
 

@@ -33,7 +33,7 @@ from llm2clip.store import encode, writer
 from llm2clip.store.encode import embed
 from llm2clip.train import distill as distill_module
 from llm2clip.train.distill import (
-    DistillTexts,
+    DistillationTexts,
     Teacher,
     cosine_loss,
     fit_ridge_regression,
@@ -130,9 +130,9 @@ def test_ridge_regression_finds_the_linear_map() -> None:
     torch.testing.assert_close(fitted_bias, bias, atol=0.05, rtol=0.05)
 
 
-def make_texts(lengths: list[int], num_captions: int) -> DistillTexts:
+def make_texts(lengths: list[int], num_captions: int) -> DistillationTexts:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return DistillTexts(np.arange(offsets[-1]), offsets, None, np.arange(len(lengths)), num_captions, "")  # type: ignore[arg-type]
+    return DistillationTexts(np.arange(offsets[-1]), offsets, None, np.arange(len(lengths)), num_captions, "")  # type: ignore[arg-type]
 
 
 def test_steps_contain_texts_of_similar_length_and_repeated_phrases() -> None:

@@ -54,7 +54,7 @@ def test_sentence_transformers_model_matches_sentence_transformers(clip: Path, i
     images, files = encode_images(model, image_folder)
     assert_same_embeddings(images, reference.encode([Image.open(file) for file in files], convert_to_tensor=True))
     assert_same_embeddings(model.encode_texts(TEXTS[:2]), reference.encode(TEXTS[:2], convert_to_tensor=True))
-    assert model.count_truncated(TEXTS) is None
+    assert model.count_truncated_texts(TEXTS) is None
 
 
 def test_model_folder_matches_llm2clip(model_folder: Path, image_folder: Path) -> None:
@@ -63,7 +63,7 @@ def test_model_folder_matches_llm2clip(model_folder: Path, image_folder: Path) -
     images, files = encode_images(model, image_folder)
     assert_same_embeddings(images, reference.encode_image(files))
     assert_same_embeddings(model.encode_texts(TEXTS), reference.encode_text(TEXTS))
-    assert model.count_truncated(TEXTS) == 0
+    assert model.count_truncated_texts(TEXTS) == 0
     assert model.identity() == open_dual_encoder(str(model_folder), "cpu").identity()
 
 

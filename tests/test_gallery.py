@@ -264,7 +264,7 @@ def test_gallery_is_updated_in_place(
         file.parent.mkdir(exist_ok=True)
         file.touch()
     (gallery_folder / "gallery.json").write_text("{}")
-    monkeypatch.setattr(gallery, "export_quantized_text", lambda model, folder: "text encoder")
+    monkeypatch.setattr(gallery, "export_quantized_text_encoder", lambda model, folder: "text encoder")
     export_gallery(str(student_folder), str(index_folder), gallery_folder)
     assert (gallery_folder / "gallery.json").read_text() == settings
     assert all(file.exists() for file in others) and not any(file.exists() for file in stale)

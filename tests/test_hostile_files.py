@@ -35,7 +35,7 @@ from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.vision.vision_tower import VisionTower, build_backbone
 from llm2clip.runs.ranks import print_once
 from llm2clip.search.build import scan_source
-from llm2clip.search.images import ImageTooLarge, load_query_image, load_request_image
+from llm2clip.search.images import ImageTooLargeError, load_query_image, load_request_image
 from llm2clip.search.types import IndexedImage
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -147,7 +147,7 @@ def test_requests_must_not_contain_avif() -> None:
     with pytest.raises(ImageError, match="AVIF images are not accepted"):
         load_request_image(avif, 1_000_000)
     assert load_query_image(avif, 1_000_000).shape == (3, 16, 16)  # an indexed file
-    with pytest.raises(ImageTooLarge, match="too many pixels: 16 x 16; the limit is 100"):
+    with pytest.raises(ImageTooLargeError, match="too many pixels: 16 x 16; the limit is 100"):
         load_query_image(avif, 100)
     assert load_request_image(png_bytes(), 1_000_000).shape == (3, 10, 12)
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from llm2clip.cli import main
-from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.data.images import encode_thumbnail, load_image
 from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.search.backends import IndexBackend
 from llm2clip.search.index import Index
@@ -170,7 +170,7 @@ def test_show_photo_finds_ids_names_and_file_names(address: str, backend: Sqlite
             "details": [detail.text for detail in hit.details],
             "others": [],
         }
-        assert read_images(result) == [make_thumbnail(load_image(image_folder / "7.png"), 1024)]
+        assert read_images(result) == [encode_thumbnail(load_image(image_folder / "7.png"), 1024)]
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -20,7 +20,7 @@ from llm2clip.search.backends import IndexBackend, hide_password, open_backend
 from llm2clip.search.metadata import Filter
 from llm2clip.search.types import (
     Deadline,
-    DeadlineExceeded,
+    DeadlineExceededError,
     IndexedContent,
     IndexedImage,
     IndexUnavailableError,
@@ -72,7 +72,7 @@ def test_waiting_for_a_connection_ends_at_the_deadline(tmp_path: Path) -> None:
         with ExitStack() as stack:
             for _ in range(postgres_database.MAX_CONNECTIONS):
                 stack.enter_context(backend._db._slots)
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(DeadlineExceededError):
                 backend.read_metadata()
     finally:
         current_deadline.reset(token)

@@ -25,7 +25,7 @@ from llm2clip.models.precision import (
     offload_llm_layers,
     resolve_precision,
 )
-from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
+from llm2clip.models.text.caption_encoder import CaptionEncoder, load_encoder_for_evaluation
 from llm2clip.store.encode import embed
 
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_commands_run_in_fp32_on_the_cpu_by_default(model_folder: Path, monkeypa
     assert dual_encoder.precision == "fp32"
     expected = LLM2CLIP.from_pretrained(model_folder, CPU).encode_text(TEXTS, precision="fp32")
     assert torch.equal(dual_encoder.encode_texts_raw(TEXTS, False), expected)
-    encoder = load_for_evaluation(model_folder, CPU)
+    encoder = load_encoder_for_evaluation(model_folder, CPU)
     assert encoder.has_full_precision and encoder.device == CPU
 
 

@@ -49,7 +49,7 @@ from llm2clip.data.remote import CacheFullError
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import RemoteError, ReplacedFileError
 from llm2clip.io_utils import FatalDataError, get_cache_dir, hide_url_secrets
-from llm2clip.runs.output_folder import to_plain_types
+from llm2clip.runs.output_folder import convert_to_plain_types
 from llm2clip.runs.run_description import describe_run
 from llm2clip.search.build import _parse_index_source
 from remote_fixtures import START_S3_SERVER, WebServer, upload_folder
@@ -570,7 +570,7 @@ def test_reports_and_commands_contain_no_credentials(
     assert main(args) == 0
     page = (tmp_path / "page.html").read_text()
     assert f"{web_server.url}/x.jsonl" in page and "SECRET" not in page + capsys.readouterr().out
-    assert "SECRET" not in f"{describe_run(0)} {format_command(*args)} {to_plain_types({'data': args})}"
+    assert "SECRET" not in f"{describe_run(0)} {format_command(*args)} {convert_to_plain_types({'data': args})}"
     assert stat.S_IMODE((tmp_path / "cache/records").stat().st_mode) == 0o700  # image URLs keep their signatures
     monkeypatch.setenv("LLM2CLIP_CACHE", str(tmp_path / "new/cache"))
     assert stat.S_IMODE(get_cache_dir().stat().st_mode) == 0o700

@@ -26,7 +26,7 @@ from llm2clip.evaluate.training_report import (
     describe_failed_tuning,
 )
 from llm2clip.reports import (
-    Code,
+    CodeBlock,
     CollapsibleSection,
     Figure,
     Heading,
@@ -53,7 +53,7 @@ def test_report_escapes_all_texts(tmp_path: Path) -> None:
         ReportImage(None, title=text, error=text),
     ]
     blocks = [
-        Heading(text), Paragraph(text), Code(text), Table([text], [[text], [1.25], [None]]),
+        Heading(text), Paragraph(text), CodeBlock(text), Table([text], [[text], [1.25], [None]]),
         Figure("<svg></svg>", text), ReportImageGroup(thumbnails, text, legend=[(text, "#fff")]),
         CollapsibleSection(text, text), ReportImageGroup(cards, as_cards=True),
     ]  # fmt: skip

@@ -30,7 +30,7 @@ from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.server import AccessPolicy, create_app
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import NotFoundError, UnsupportedQuery
+from llm2clip.search.types import NotFoundError, UnsupportedQueryError
 from search_fixtures import add_red_detector, make_index, reject_all_texts, running_server
 
 INVALID_ADDRESSES = (
@@ -233,7 +233,7 @@ def test_index_explains_mistakes(index: Index, backend: SqliteBackend) -> None:
         index.embed(SearchQuery())
     with pytest.raises(NotFoundError, match="no image with id 999"):
         index.search(SearchQuery(like=["999"]))
-    with pytest.raises(UnsupportedQuery, match="at least one text"):
+    with pytest.raises(UnsupportedQueryError, match="at least one text"):
         index.explain(SearchQuery(like=["1"]), "1")
     with pytest.raises(FileNotFoundError, match="is not an index"):
         Index.open(backend.folder / "none")

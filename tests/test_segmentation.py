@@ -31,8 +31,8 @@ from llm2clip.io_utils import DataFormatError, MissingFileError
 from llm2clip.models.vision import segmentation
 from llm2clip.models.vision.segmentation import (
     PixelScores,
-    ResizeForWindows,
     WindowAxis,
+    WindowResizer,
     arrange_window_scores,
     extract_windows,
     segment,
@@ -232,7 +232,7 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
     monkeypatch.setattr(segmentation, "TILE_ELEMENTS", 3 * size[1] * 7)  # tiles of seven rows
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
-    transform = ResizeForWindows(window=16, cell_size=4, scale=1.5)
+    transform = WindowResizer(window=16, cell_size=4, scale=1.5)
     resized, original = transform(image)
     rows, columns = transform.place_windows(*size)
     assert original == size and resized.shape == (3, rows.length, columns.length)
@@ -251,17 +251,17 @@ def test_pixel_scores_match_the_procedure_of_sclip(size: tuple[int, int], monkey
 
 def test_images_are_resized_as_by_mmsegmentation() -> None:
     """The sizes are those of mmcv's `rescale_size` with scale=(2048, 336), (2048, 448) and (2048, 560)."""
-    transform = ResizeForWindows(window=224, cell_size=16, scale=1.5)
+    transform = WindowResizer(window=224, cell_size=16, scale=1.5)
     for size, expected in {(480, 640): (336, 448), (375, 500): (336, 448), (500, 333): (505, 336)}.items():
         rows, columns = transform.place_windows(*size)
         assert (rows.length, columns.length) == expected
     rows, columns = transform.place_windows(100, 1000)  # limited by the longer side: 2048 / 1000 * 100 = 204.8
     assert columns.length == 2048 and rows.length == rows.window == 208 and rows.starts == (0,)
-    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.0).place_windows(
+    rows, columns = WindowResizer(window=224, cell_size=16, scale=2.0).place_windows(
         120, 640
     )  # also limited: 2048 / 640
     assert (rows.length, columns.length) == (384, 2048)
-    rows, columns = ResizeForWindows(window=224, cell_size=16, scale=2.5).place_windows(1024, 2048)
+    rows, columns = WindowResizer(window=224, cell_size=16, scale=2.5).place_windows(1024, 2048)
     assert (rows.length, columns.length) == (560, 1120)
     assert WindowAxis.from_length(448, 224, 16).starts == (0, 112, 224)
     assert WindowAxis.from_length(505, 224, 16).starts == (0, 112, 224, 281)

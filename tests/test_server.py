@@ -40,14 +40,14 @@ from llm2clip.search import inference
 from llm2clip.search import server as server_module
 from llm2clip.search.backends import open_backend
 from llm2clip.search.index import Index
-from llm2clip.search.inference import DECODERS, SCANS, InferenceBatcher, InferenceService, QueueFull, ServerLimits
+from llm2clip.search.inference import DECODERS, SCANS, InferenceBatcher, InferenceService, QueueFullError, ServerLimits
 from llm2clip.search.metadata import Filter
 from llm2clip.search.middleware import CHUNK_SIZE, SESSION_SECONDS, Authenticator
 from llm2clip.search.query import QueryEncoder, SearchQuery
 from llm2clip.search.schemas import MAX_IMAGES, MAX_TEMPLATES, MAX_TEXT_LENGTH, MAX_TEXTS
 from llm2clip.search.server import AccessPolicy, create_app, make_server_config
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Deadline, DeadlineExceeded, current_deadline
+from llm2clip.search.types import Deadline, DeadlineExceededError, current_deadline
 from search_fixtures import (
     create_backend,
     create_patient_app,
@@ -750,7 +750,7 @@ def test_batcher_isolates_failing_items(error: BaseException) -> None:
             wait_until(lambda: len(batcher) == 6)
             with pytest.raises(ValueError, match="the limit is 10"):
                 batcher.submit(list(range(11)))
-            with pytest.raises(QueueFull):
+            with pytest.raises(QueueFullError):
                 batcher.submit([7] * 5)
         finally:
             released.set()
@@ -777,7 +777,7 @@ def test_batcher_removes_the_items_of_requests_that_have_timed_out() -> None:
             running = clients.submit(batcher.submit, [1])
             wait_until(lambda: calls == [[1]])
             token = current_deadline.set(Deadline(time.monotonic() + 0.01, 0.01))
-            with pytest.raises(DeadlineExceeded, match="the request took longer"):
+            with pytest.raises(DeadlineExceededError, match="the request took longer"):
                 batcher.submit([2, 3])
             current_deadline.reset(token)
             assert len(batcher) == 0
@@ -804,7 +804,7 @@ def test_closed_batcher_wakes_its_callers_and_rejects_items() -> None:
             batcher.close()
             with pytest.raises(CancelledError):
                 waiting.result(HANG_TIMEOUT)
-            with pytest.raises(QueueFull, match="the server is stopping"):
+            with pytest.raises(QueueFullError, match="the server is stopping"):
                 batcher.submit([3])
         finally:
             released.set()
@@ -820,9 +820,9 @@ def test_waiting_for_shared_values_of_an_index_ends_at_the_deadline(
     try:
         with index._calibration_slot:
             assert index.count() == expected
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(DeadlineExceededError):
                 assert index.calibration
-        with index._count_slot, pytest.raises(DeadlineExceeded):
+        with index._count_slot, pytest.raises(DeadlineExceededError):
             index.count()
     finally:
         current_deadline.reset(token)

@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 
 from conftest import HANG_TIMEOUT
 from llm2clip.models.dual_encoder import DualEncoder
-from llm2clip.search.inference import QueueFull
+from llm2clip.search.inference import QueueFullError
 from llm2clip.search.middleware import (
     ALWAYS_ACCEPTED,
     MAX_JSON_VALUES,
@@ -35,7 +35,7 @@ from llm2clip.search.middleware import (
 )
 from llm2clip.search.schemas import EmbedRequest, SearchRequest
 from llm2clip.search.sqlite_backend import SqliteBackend
-from llm2clip.search.types import Deadline, DeadlineExceeded, FairSemaphore, current_deadline
+from llm2clip.search.types import Deadline, DeadlineExceededError, FairSemaphore, current_deadline
 from search_fixtures import create_patient_app, make_index, running_server, wait_until
 
 BASE_URL = "http://localhost"
@@ -138,7 +138,7 @@ def test_byte_budget_limits_the_total() -> None:
 
     for _ in range(4):
         allocate(256 << 10)
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFullError):
         allocate(ALWAYS_ACCEPTED + 1)
     allocations.pop().release()
     allocate(ALWAYS_ACCEPTED)  # small bodies are always accepted
@@ -347,7 +347,7 @@ def test_fair_semaphore_is_acquired_in_the_order_of_arrival() -> None:
     assert order == ["waiting thread", "main thread"]
     with slots:
         token = current_deadline.set(Deadline(time.monotonic() + 0.01, 0.01))
-        with pytest.raises(DeadlineExceeded, match=r"longer than 0\.01 seconds"), slots:
+        with pytest.raises(DeadlineExceededError, match=r"longer than 0\.01 seconds"), slots:
             pass
         current_deadline.reset(token)
     with slots:

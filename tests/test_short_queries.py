@@ -190,7 +190,7 @@ class FakeEmbeddings:
     def encode_images(self, refs: list[object]) -> tuple[torch.Tensor, list[int]]:
         raise NotImplementedError
 
-    def count_truncated(self, texts: list[str]) -> int | None:
+    def count_truncated_texts(self, texts: list[str]) -> int | None:
         return None
 
 

@@ -39,7 +39,7 @@ from llm2clip.config import AUTO, AlignConfig, DistillConfig, EncoderConfig, Eva
 from llm2clip.cpu_tuning import free_memory
 from llm2clip.data.build_table import DataSplits, build_record_table, read_data_splits
 from llm2clip.data.noun_phrases import add_noun_phrases
-from llm2clip.data.pairs import CaptionItems, TuningItems, check_has_caption_pairs, read_tuning_sources
+from llm2clip.data.pairs import CaptionItems, TuningItems, read_tuning_sources, require_caption_pairs
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.table import RecordTable
@@ -70,8 +70,8 @@ from llm2clip.models.loading import check_model_source
 from llm2clip.models.model_folder import find_model_folder, save_query_templates
 from llm2clip.models.pretrained import resolve_gguf_folder, resolve_pretrained_name
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates
-from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
-from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, hold_run_lock, latest_checkpoint, save_or_check_config
+from llm2clip.models.text.caption_encoder import CaptionEncoder, load_encoder_for_evaluation
+from llm2clip.runs.output_folder import ENCODER_CHOICE_FILE, find_latest_checkpoint, hold_run_lock, save_or_check_config
 from llm2clip.runs.ranks import load_or_compute_json, print_once, process_state, wait_for_everyone
 from llm2clip.runs.run_description import StageTimer
 from llm2clip.store.encode import embed as embed_locally
@@ -80,7 +80,7 @@ from llm2clip.store.layout import check_identity, make_caption_keys
 from llm2clip.store.store import EmbeddingStore, drop_refused_captions
 from llm2clip.train.align import align as train_align
 from llm2clip.train.distill import (
-    DistillTexts,
+    DistillationTexts,
     Teacher,
     build_student_model,
     decode_vocabulary,
@@ -152,12 +152,12 @@ class Run:
         if config.align.uses_phrases:
             data.train = add_noun_phrases(data.train)
         # Raises an error if there are too few images. A resumed run keeps the number of images per step.
-        if latest_checkpoint(self.get_stage_folder("align") / "checkpoints") is None:
+        if find_latest_checkpoint(self.get_stage_folder("align") / "checkpoints") is None:
             num_images = int(data.train.has_image.sum())
             resolve_images_per_step(num_images, config.align, process_state().num_processes)
         tune, is_tuned = config.tune, (self.get_stage_folder("tune") / "encoder").exists()
         if is_fit and tune.steps and not (tune.data or tune.text_pairs or is_tuned):
-            check_has_caption_pairs(CaptionItems(data.train))  # fails before the LLM is loaded
+            require_caption_pairs(CaptionItems(data.train))  # fails before the LLM is loaded
         return data
 
     def iterate_texts(self, phrases: bool) -> Iterator[str]:
@@ -476,7 +476,7 @@ def distill(options: DistillOptions, out: Path) -> Path:
 
 def _prepare_distill_texts(
     data: DataSplits, options: DistillOptions, student: CaptionEncoder, teacher: Teacher, out: Path
-) -> DistillTexts:
+) -> DistillationTexts:
     train = add_noun_phrases(data.train)
     other_texts = Path(options.texts) if options.texts else None
     held_out_texts = [table.iterate_texts(CAPTION_FIELDS) for table in data.held_out.values()]
@@ -528,7 +528,7 @@ def _drop_unencodable_captions(held_out: HeldOut, store: EmbeddingStore) -> Held
 def _measure_caption_retrieval(
     captions: Sequence[Sequence[str]], encoder: EncoderConfig, loaded: CaptionEncoder | None = None
 ) -> dict[str, Any]:
-    model = loaded or load_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
+    model = loaded or load_encoder_for_evaluation(device=process_state().device, **dataclasses.asdict(encoder))
     metrics = caption_retrieval_accuracy(captions, model)
     del model
     free_memory()

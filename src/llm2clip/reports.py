@@ -43,7 +43,7 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Code:
+class CodeBlock:
     """Code block. `language`, which may be empty, selects the syntax highlighting in Markdown."""
 
     text: str
@@ -99,7 +99,7 @@ class CollapsibleSection:
     text: str
 
 
-Block = Heading | Paragraph | Code | Table | Figure | ReportImageGroup | CollapsibleSection
+Block = Heading | Paragraph | CodeBlock | Table | Figure | ReportImageGroup | CollapsibleSection
 _ONLY_HTML = Figure | ReportImageGroup | CollapsibleSection
 
 
@@ -137,7 +137,7 @@ def render_markdown(title: str, blocks: Sequence[Block], verdict: str = "", html
         elif isinstance(block, Paragraph):
             text = _escape_html_tags(block.text)
             parts.append(f"**{text}**" if block.status else text)
-        elif isinstance(block, Code):
+        elif isinstance(block, CodeBlock):
             parts.append(f"```{block.language}\n{block.text}\n```")
         elif isinstance(block, Table):
             parts.append(_format_markdown_table(block))
@@ -153,7 +153,7 @@ def render_plain_text(blocks: Sequence[Block], verdict: str = "", width: int = 1
     for block in _omit_visual_sections(blocks):
         if isinstance(block, Heading):
             console.print(escape_control_characters(block.text.upper()))
-        elif isinstance(block, Paragraph | Code):
+        elif isinstance(block, Paragraph | CodeBlock):
             console.print(f"{escape_control_characters(block.text)}\n")
         elif isinstance(block, Table):
             console.print(_make_terminal_table(block), "")
@@ -190,7 +190,7 @@ def _omit_visual_sections(blocks: Sequence[Block]) -> list[Block]:
             end += 1
         section = remaining[start:end]
         is_visual = len(section) == 1 or any(isinstance(block, _ONLY_HTML) for block in section)
-        if is_visual and not any(isinstance(block, Table | Code) for block in section):
+        if is_visual and not any(isinstance(block, Table | CodeBlock) for block in section):
             del remaining[start:end]
     return remaining
 
@@ -258,7 +258,7 @@ def format_interval(interval: Sequence[float], number_format: str = ".1f") -> st
     return f"{low} to {high}"
 
 
-def format_with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
+def format_value_with_interval(value: float, interval: Sequence[float], number_format: str = ".1f") -> str:
     """Format a value and its interval, such as "45.2 (43.1 to 47.0)"."""
     return f"{format(value, number_format)} ({format_interval(interval, number_format)})"
 

@@ -39,7 +39,7 @@ from llm2clip.data.formats import find_source_files
 from llm2clip.data.image_facts import UNREADABLE_IMAGE
 from llm2clip.data.image_header import DecodingLimitError, ImageFormatError, open_image_header
 from llm2clip.data.image_refs import FileImage, ImageRef, get_file_version
-from llm2clip.data.images import ImageError, load_image, make_thumbnail
+from llm2clip.data.images import ImageError, encode_thumbnail, load_image
 from llm2clip.data.records import CAPTION_FIELDS, TEXT_FIELDS, Record, RecordReader, Source
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
@@ -380,7 +380,7 @@ def make_image_card(image: ImageRef, details: Sequence[str], texts: Mapping[str,
     jpeg, size, error = None, [], ""
     try:
         pixels = load_image(image)
-        jpeg = make_thumbnail(pixels, THUMBNAIL_SIDE)
+        jpeg = encode_thumbnail(pixels, THUMBNAIL_SIDE)
         size = [f"{pixels.shape[2]:,} × {pixels.shape[1]:,} pixels"]
     except (ImageError, OSError) as problem:
         error = to_valid_unicode(str(problem))

@@ -19,7 +19,7 @@ from llm2clip.data.image_header import MAX_FILE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
 from llm2clip.data.skip_log import BadRowError
 from llm2clip.data.storage import get_parent_folder, is_remote, join_path, parse_file_size
-from llm2clip.data.table_cells import map_cached_batches, open_image_cell, read_parquet_cell
+from llm2clip.data.table_cells import memory_map_cached_batches, open_image_cell, read_parquet_cell
 from llm2clip.io_utils import FatalDataError, describe_error, hide_url_secrets
 
 _resolve_real_path = functools.lru_cache(maxsize=4096)(os.path.realpath)
@@ -253,7 +253,7 @@ class RecordTableImage(_TableCellImage):
         return cls(columns.container or "", columns.size, columns.offset, (columns.digest or b"").hex(), columns.name)
 
     def _open(self) -> BinaryIO:
-        cell = map_cached_batches(self.path)[self.batch].column("image_data")[self.row]
+        cell = memory_map_cached_batches(self.path)[self.batch].column("image_data")[self.row]
         return open_image_cell(cell, str(self))
 
     def __str__(self) -> str:

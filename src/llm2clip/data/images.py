@@ -127,14 +127,14 @@ def _convert_decoder_errors() -> Iterator[None]:
 
 
 def load_thumbnail(image: ImageLike, side: int) -> bytes | None:
-    """Load an image and return its thumbnail (see `make_thumbnail`), or None if the image cannot be read."""
+    """Load an image and return its thumbnail (see `encode_thumbnail`), or None if the image cannot be read."""
     try:
-        return make_thumbnail(load_image(image), side)
+        return encode_thumbnail(load_image(image), side)
     except (ImageError, OSError):
         return None
 
 
-def make_thumbnail(image: Tensor, side: int) -> bytes:
+def encode_thumbnail(image: Tensor, side: int) -> bytes:
     """Encode a uint8 image of shape (3, H, W) as a JPEG whose longer side has at most `side` pixels."""
     return cast(bytes, encode_jpeg(shrink_image(image, side).contiguous(), quality=80).numpy().tobytes())
 

@@ -133,7 +133,7 @@ def read_tuning_sources(
     if config.exclude and not num_removed:
         print_once("--tune.exclude has no effect: the tuning data contains none of the excluded images")
     if config.steps and not config.text_pairs:
-        check_has_caption_pairs(chain.from_iterable(captions))
+        require_caption_pairs(chain.from_iterable(captions))
     pairs = [list(read_text_pairs(path, log)) for path in config.text_pairs]
     if config.steps:
         resolve_pairs_per_step([*captions, *pairs], config.batch_size, process_state().num_processes)
@@ -144,7 +144,7 @@ def read_tuning_sources(
     return [*captions, *pairs]
 
 
-def check_has_caption_pairs(captions: Iterable[ImageCaptions]) -> None:
+def require_caption_pairs(captions: Iterable[ImageCaptions]) -> None:
     if not any(map(has_caption_pair, captions)):
         raise ValueError(
             "no image has two different captions, which tuning needs as positive pairs. Use --tune.steps 0 to leave "

@@ -127,7 +127,7 @@ def map_batches(path: str) -> list[pa.RecordBatch]:
     return [reader.get_batch(n) for n in range(reader.num_record_batches)]
 
 
-map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
+memory_map_cached_batches = functools.lru_cache(maxsize=1024)(map_batches)
 
 
 def open_image_cell(cell: pa.Scalar, name: str) -> BinaryIO:

@@ -21,7 +21,7 @@ from llm2clip.models.dual_encoder import SENTENCE_TRANSFORMERS_PREFIX
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.models.model_folder import is_model_folder
 from llm2clip.models.pretrained import resolve_pretrained_name
-from llm2clip.models.text.caption_encoder import CaptionEncoder, load_for_evaluation
+from llm2clip.models.text.caption_encoder import CaptionEncoder, load_encoder_for_evaluation
 from llm2clip.runs.ranks import process_state
 
 TextEncoder = CaptionEncoder | ClipTextEncoder
@@ -40,13 +40,13 @@ def open_text_encoder(model: str | None, encoder: EncoderConfig, trust_remote_co
         if has_text_tower(model, trust_remote_code):
             return load_clip_text_encoder(model, trust_remote_code=trust_remote_code)
         if Path(model).is_dir() and not is_model_folder(model):
-            return load_for_evaluation(model, device)
+            return load_encoder_for_evaluation(model, device)
         clip = LLM2CLIP.from_pretrained(model, device)
         clip.load_encoder(stage="evaluate")
         return clip.encoder
     path = resolve_pretrained_name(encoder.path)
     if not has_text_tower(path, trust_remote_code):
-        return load_for_evaluation(device=device, **dataclasses.asdict(encoder))
+        return load_encoder_for_evaluation(device=device, **dataclasses.asdict(encoder))
     defaults = vars(EncoderConfig(path=encoder.path))
     changed = [f"--encoder.{name}" for name, value in vars(encoder).items() if value != defaults[name]]
     if changed:
@@ -105,7 +105,7 @@ def caption_retrieval_accuracy(
         "negative cosine": negative_cosine,
         "images": len(pairs),
         "excluded": len(images) - len(pairs),
-        "truncated": encoder.count_truncated(texts),
+        "truncated": encoder.count_truncated_texts(texts),
     }
     if return_hits:
         metrics["hits"] = hits.tolist()

@@ -42,7 +42,7 @@ def count_prompts(
 ) -> dict[str, int | None]:
     """Return the number of prompts ("texts") and the number of truncated prompts ("truncated", None if unknown)."""
     texts = fill_prompt_templates(names, templates)
-    return {"texts": len(texts), "truncated": embeddings.count_truncated(texts)}
+    return {"texts": len(texts), "truncated": embeddings.count_truncated_texts(texts)}
 
 
 def compute_classification_accuracy(

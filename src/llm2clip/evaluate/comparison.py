@@ -18,7 +18,7 @@ from llm2clip.reports import (
     Table,
     format_cell,
     format_interval,
-    format_with_interval,
+    format_value_with_interval,
 )
 
 DIRECTIONS = ("I2T", "T2I")
@@ -227,13 +227,13 @@ def build_metrics_table(results: Sequence[BenchmarkResult], published: Mapping[s
 
 
 def _format_metric_cell(metrics: Mapping[str, float], intervals: Mapping[str, Any], name: str) -> str | float | None:
-    return format_with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
+    return format_value_with_interval(metrics[name], intervals[name]) if name in intervals else metrics.get(name)
 
 
 def format_metric_difference(difference: Mapping[str, Any], name: str) -> str | None:
     metrics, intervals = difference["metrics"], difference["intervals"]
     if name in intervals:
-        return format_with_interval(metrics[name], intervals[name], "+.1f")
+        return format_value_with_interval(metrics[name], intervals[name], "+.1f")
     return f"{metrics[name]:+.1f}" if name in metrics else None
 
 

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from llm2clip.config import EvaluateOptions
-from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.data.images import encode_thumbnail, load_image
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, DetectionData, ImageId
 from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
@@ -229,7 +229,7 @@ def _draw_detections(image: Tensor, detected: Detections, names: Sequence[str]) 
         drawn = draw_bounding_boxes(drawn, boxes, labels, "yellow", width=2, label_colors="black", fill_labels=True)
     scores = detected.scores[shown].tolist()
     caption = ", ".join(f"{label} {score:.2f}" for label, score in zip(labels, scores, strict=True))
-    return ReportImage(make_thumbnail(drawn, EXAMPLE_SIDE), caption or "no detections")
+    return ReportImage(encode_thumbnail(drawn, EXAMPLE_SIDE), caption or "no detections")
 
 
 def compute_detection_metrics(

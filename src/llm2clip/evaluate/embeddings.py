@@ -110,8 +110,8 @@ class ModelEmbeddings:
         dim = self.model.embed_dim
         return full if dim == self._full_model.embed_dim else truncate_and_normalize(full, dim)
 
-    def count_truncated(self, texts: Sequence[str]) -> int | None:
-        return self.model.count_truncated(texts)
+    def count_truncated_texts(self, texts: Sequence[str]) -> int | None:
+        return self.model.count_truncated_texts(texts)
 
     def truncate(self, dim: int) -> ModelEmbeddings:
         """Return a copy whose embeddings are truncated to `dim` dimensions and renormalised.
@@ -203,7 +203,7 @@ class PrecomputedEmbeddings:
                 f"{self.file} has no embedding for {len(missing):,} of {len(rows):,} {kind}, e.g. {missing[0]}"
             )
 
-    def count_truncated(self, texts: Sequence[str]) -> int | None:
+    def count_truncated_texts(self, texts: Sequence[str]) -> int | None:
         return None
 
     def truncate(self, dim: int) -> PrecomputedEmbeddings:

@@ -24,7 +24,7 @@ from llm2clip.data.table import RecordTable
 from llm2clip.io_utils import format_count
 from llm2clip.models.precision import FP32
 from llm2clip.models.pretrained import AssetUnavailableError, resolve_pretrained_name
-from llm2clip.models.text.caption_encoder import load_for_evaluation
+from llm2clip.models.text.caption_encoder import load_encoder_for_evaluation
 from llm2clip.models.vision.vision_tower import VisionTower
 from llm2clip.progress import ProgressBar
 from llm2clip.runs.ranks import print_once, process_state
@@ -137,7 +137,7 @@ def _encode_images_until_deadline(records: Sequence[Record], tower: VisionTower)
 def _encode_captions(records: Sequence[Record], config: EncoderConfig) -> Tensor:
     """Return the mean caption embedding of each record as a tensor of shape (records, D)."""
     captions = [record.texts[:MAX_CAPTIONS] for record in records]
-    encoder = load_for_evaluation(device=process_state().device, **asdict(config))
+    encoder = load_encoder_for_evaluation(device=process_state().device, **asdict(config))
     texts = [text for texts in captions for text in texts]
     embeddings = F.normalize(encoder.encode(texts, progress=True), dim=-1)
     del encoder

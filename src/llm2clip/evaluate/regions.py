@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from llm2clip.data.image_refs import ImageRef
-from llm2clip.data.images import iter_image_batches, load_image, make_thumbnail
+from llm2clip.data.images import encode_thumbnail, iter_image_batches, load_image
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.evaluate.benchmarks.base import BenchmarkResult, RegionData
 from llm2clip.evaluate.classification import bootstrap_accuracy, compute_class_ranks, count_prompts, encode_class_names
@@ -260,7 +260,7 @@ def build_misclassified_region_section(
         shown_classes.add(label)
         crop = crop_region(load_image(data.images[index]), data.boxes[index][region].tolist())
         caption = f"{data.names[label]}, classified as {data.names[int(predictions.predicted[n])]}"
-        images.append(ReportImage(make_thumbnail(crop, THUMBNAIL_SIDE), caption, is_correct=False))
+        images.append(ReportImage(encode_thumbnail(crop, THUMBNAIL_SIDE), caption, is_correct=False))
         if len(images) == count:
             break
     if not images:

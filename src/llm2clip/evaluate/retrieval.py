@@ -105,7 +105,7 @@ def compute_field_metrics(embeddings: EmbeddingSource, ranked: Mapping[str, Retr
             "captions": name,
             "images": len(ranks.records),
             "texts": len(captions),
-            "truncated": embeddings.count_truncated(captions),
+            "truncated": embeddings.count_truncated_texts(captions),
         }
         rows.append(row | retrieval_metrics(ranks.image_ranks, ranks.text_ranks, ranks.image_of_text))
     return rows
@@ -168,7 +168,9 @@ def build_dual_encoder_from_store(model: LLM2CLIP, store: EmbeddingStore) -> Dua
         return model.project_text_embeddings(torch.from_numpy(store.take(store.find_rows(texts))))
 
     return dataclasses.replace(
-        wrap_llm2clip(model, "llm2clip"), encode_texts_raw=read_text_embeddings, count_truncated=lambda texts: None
+        wrap_llm2clip(model, "llm2clip"),
+        encode_texts_raw=read_text_embeddings,
+        count_truncated_texts=lambda texts: None,
     )
 
 

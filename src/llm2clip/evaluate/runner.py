@@ -41,7 +41,7 @@ from llm2clip.models.loading import get_display_names
 from llm2clip.models.prompts import QueryTemplates
 from llm2clip.models.vision.dense import DENSE_VARIANTS
 from llm2clip.reports import BAD, Block, Paragraph, render_markdown, write_report
-from llm2clip.runs.output_folder import to_plain_types
+from llm2clip.runs.output_folder import convert_to_plain_types
 from llm2clip.runs.ranks import print_once, process_state
 from llm2clip.runs.run_description import build_run_section, describe_run
 
@@ -152,7 +152,7 @@ class _EvaluationRun:
     def write_results(self, title: str, run: dict[str, Any], settings: dict[str, Any]) -> Path:
         """Write results.json, report.html and report.md. Return the path of report.html."""
         assert self.out is not None
-        plain_settings = to_plain_types(settings)
+        plain_settings = convert_to_plain_types(settings)
         self._save_results("run", run | {"settings": plain_settings})
         problems = [Paragraph(line, BAD) for line in [*self.warnings, *self.failures]]
         settings_text = yaml.safe_dump(plain_settings, sort_keys=False, allow_unicode=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llm2clip.cpu_tuning import use_onednn_matmul
-from llm2clip.data.images import load_image, make_thumbnail
+from llm2clip.data.images import encode_thumbnail, load_image
 from llm2clip.evaluate.benchmarks.base import IGNORED, BenchmarkResult, SegmentationData
 from llm2clip.evaluate.classification import count_prompts, encode_class_names
 from llm2clip.evaluate.embeddings import EmbeddingSource
@@ -27,7 +27,7 @@ from llm2clip.evaluate.regions import (
     require_dual_encoder,
     select_dense_variants,
 )
-from llm2clip.models.vision.segmentation import PixelScores, ResizeForWindows, encode_windows, segment
+from llm2clip.models.vision.segmentation import PixelScores, WindowResizer, encode_windows, segment
 from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImageGroup
 
 NUM_EXAMPLES = 4  # number of example images in the report
@@ -85,7 +85,7 @@ def segment_images(data: SegmentationData, embeddings: EmbeddingSource, variants
     assert dense is not None
     names = [name for class_names in data.names for name in class_names]
     queries = encode_class_names(embeddings, names, data.templates).to(dense.device)
-    transform = ResizeForWindows.from_dense_encoder(dense, data.scale)
+    transform = WindowResizer.from_dense_encoder(dense, data.scale)
     example_indices = set(np.linspace(0, len(data.images) - 1, NUM_EXAMPLES).astype(int).tolist())
     # The logit scale affects the predictions only if there is a minimum probability.
     scales = get_logit_scales(model, data.logit_scale) if data.min_probability > 0 else {"": data.logit_scale}
@@ -161,7 +161,7 @@ def build_segmentation_section(data: SegmentationData, result: SegmentationResul
     blocks: list[Block] = [Heading("Examples", 3), Paragraph(text)]
     for index, maps in result.examples.items():
         image = load_image(data.images[index])
-        images = [ReportImage(make_thumbnail(image, EXAMPLE_SIDE), "image")]
+        images = [ReportImage(encode_thumbnail(image, EXAMPLE_SIDE), "image")]
         shown: set[int] = set()
         for name, labels in maps.items():
             shown |= set(np.unique(labels).tolist()) - hidden
@@ -215,4 +215,4 @@ def _render_label_overlay(image: Tensor, labels: np.ndarray, colours: np.ndarray
     table[: len(colours)] = colours
     blended = ((1 - OVERLAY_OPACITY) * pixels + OVERLAY_OPACITY * table[labels]).astype(np.uint8)
     blended[labels == IGNORED] = pixels[labels == IGNORED]
-    return make_thumbnail(torch.from_numpy(blended).permute(2, 0, 1), EXAMPLE_SIDE)
+    return encode_thumbnail(torch.from_numpy(blended).permute(2, 0, 1), EXAMPLE_SIDE)

@@ -36,7 +36,7 @@ from llm2clip.evaluate.metrics import (
 )
 from llm2clip.evaluate.retrieval import RetrievalRanks, measure_caption_lengths
 from llm2clip.models.prompts import NO_TEMPLATES, QueryTemplates, average_prompt_embeddings, build_query_prompts
-from llm2clip.reports import Block, Heading, Paragraph, Table, format_with_interval
+from llm2clip.reports import Block, Heading, Paragraph, Table, format_value_with_interval
 
 PHRASE_LENGTHS = (1, 2, 3)  # numbers of words
 CAPTION_LENGTHS = {"4–7": range(4, 8), "8+": range(8, 1 << 30)}  # numbers of words
@@ -355,7 +355,7 @@ def build_query_length_table(curves: Curves, accuracies: Mapping[str, Mapping[st
     header += [f"{benchmark}: top-1" for benchmark in accuracies]
     rows: list[list[Any]] = [["chance", *(100 * s.chance for s in first), *([None] * len(accuracies))]]
     for model, lengths in curves.items():
-        cells: list[str | None] = [format_with_interval(s.mean_ap, s.mean_ap_interval) for s in lengths]
+        cells: list[str | None] = [format_value_with_interval(s.mean_ap, s.mean_ap_interval) for s in lengths]
         rows.append([model, *cells, *(values.get(model) for values in accuracies.values())])
     highlight = frozenset(range(1, len(rows)))
     for other, lengths in list(curves.items())[1:]:
@@ -369,7 +369,7 @@ def _format_accuracy_cells(results: Sequence[BenchmarkResult]) -> dict[str, str 
     cells: dict[str, str | None] = {}
     for result in results:
         summary = result.summary
-        cells[result.model] = format_with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
+        cells[result.model] = format_value_with_interval(summary["metrics"]["top-1"], summary["intervals"]["top-1"])
         if "difference" in summary:
             cells[f"{results[0].model} minus {result.model}"] = format_metric_difference(summary["difference"], "top-1")
     return cells
@@ -380,4 +380,4 @@ def _format_mean_ap_difference(first: QueryLengthResult, other: QueryLengthResul
         return None
     differences = first.scores - other.scores
     interval = compute_mean_interval(differences, bounds=(-1.0, 1.0))
-    return format_with_interval(100 * float(differences.mean()), interval, "+.1f")
+    return format_value_with_interval(100 * float(differences.mean()), interval, "+.1f")

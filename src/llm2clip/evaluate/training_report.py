@@ -36,13 +36,13 @@ from llm2clip.models.dual_encoder import wrap_llm2clip
 from llm2clip.models.llm2clip import LLM2CLIP
 from llm2clip.reports import (
     Block,
-    Code,
+    CodeBlock,
     Figure,
     Heading,
     Paragraph,
     Table,
     format_interval,
-    format_with_interval,
+    format_value_with_interval,
     render_markdown,
     write_report,
 )
@@ -130,9 +130,9 @@ def _build_usage_section(run_dir: Path) -> list[Block]:
     return [
         Heading("How to use the model"),
         Paragraph("Search a folder of images on the command line or on a web page:"),
-        Code(commands, "bash"),
+        CodeBlock(commands, "bash"),
         Paragraph("In Python:"),
-        Code(code, "python"),
+        CodeBlock(code, "python"),
     ]
 
 
@@ -213,7 +213,7 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
     header = ["query", *(f"{row['words']} {'word' if row['words'] == '1' else 'words'}: mAP" for row in literal)]
     rows = [
         ["chance", *(row["mAP chance"] for row in literal)],
-        ["without templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
+        ["without templates", *(format_value_with_interval(row["mAP"], row["mAP interval"]) for row in literal)],
     ]
     text = (
         "Queries are words and short phrases from held-out captions. All images whose captions mention the query are "
@@ -221,7 +221,7 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
     )
     if with_templates:
         rows.append(
-            ["with templates", *(format_with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)]
+            ["with templates", *(format_value_with_interval(row["mAP"], row["mAP interval"]) for row in with_templates)]
         )
         templates = ", ".join(map(repr, result["templates"]))
         limit = "one word" if result["max_words"] == 1 else f"up to {result['max_words']} words"

@@ -99,7 +99,7 @@ class ClipTextEncoder:
         device = next(self.model.parameters()).device  # the caller may have moved the model to another device
         return self.forward(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
 
-    def count_truncated(self, captions: Sequence[str]) -> int | None:
+    def count_truncated_texts(self, captions: Sequence[str]) -> int | None:
         if self.count_tokens is None or self.context_length is None:
             return None
         return sum(self.count_tokens(caption) > self.context_length for caption in captions)

@@ -68,7 +68,7 @@ class DualEncoder:
         transform: Picklable function that preprocesses a uint8 image of shape (3, H, W) for the image encoder.
         encode_images_raw: Function that encodes a list of N images preprocessed by `transform`.
         encode_texts_raw: Function that encodes N texts. If its second argument is True, a progress bar is shown.
-        count_truncated: Function that counts the truncated texts in a list, or returns None if the number is unknown.
+        count_truncated_texts: Function that counts the truncated texts in a list, or returns None if unknown.
         dense: Encoder for dense image features, or None if the model does not support dense features.
         logit_scale: Function that returns the learned factor applied to cosine similarities, or None if unavailable.
         query_templates: Prompt templates for short search queries. Not used by `encode_texts`.
@@ -83,7 +83,7 @@ class DualEncoder:
     transform: Callable[[Tensor], Any]
     encode_images_raw: Callable[[list[Any]], Tensor]
     encode_texts_raw: Callable[[Sequence[str], bool], Tensor]
-    count_truncated: Callable[[Sequence[str]], int | None] = lambda texts: None
+    count_truncated_texts: Callable[[Sequence[str]], int | None] = lambda texts: None
     precision: Precision = FP32
     dense: DenseEncoder | None = None
     logit_scale: Callable[[], float | None] = lambda: None
@@ -201,11 +201,11 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
     def load_encoder_once() -> Precision:
         return model.load_encoder(precision, stage)
 
-    def count_truncated(texts: Sequence[str]) -> int | None:
+    def count_truncated_texts(texts: Sequence[str]) -> int | None:
         if not model.has_encoder:
             return None
         load_encoder_once()
-        return model.encoder.count_truncated(texts)
+        return model.encoder.count_truncated_texts(texts)
 
     return DualEncoder(
         name=name,
@@ -214,7 +214,7 @@ def wrap_llm2clip(model: LLM2CLIP, name: str, precision: str = "auto", stage: St
         transform=EvalTransform(model.tower.preprocess),
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: model.encode_text(texts, progress, load_encoder_once()),
-        count_truncated=count_truncated,
+        count_truncated_texts=count_truncated_texts,
         precision=resolved,
         dense=_try_build_dense_encoder(model.tower, model.projection, image_precision),
         logit_scale=lambda: min(float(model.logit_scale.detach().exp()), MAX_LOGIT_SCALE),
@@ -341,7 +341,7 @@ def _build_clip_dual_encoder(
         transform=transform,
         encode_images_raw=encode_images,
         encode_texts_raw=lambda texts, progress: text_encoder.encode(texts, progress=progress),
-        count_truncated=text_encoder.count_truncated,
+        count_truncated_texts=text_encoder.count_truncated_texts,
         dense=dense,
         logit_scale=get_logit_scale,
     )

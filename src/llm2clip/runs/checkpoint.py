@@ -37,7 +37,7 @@ from llm2clip.runs.output_folder import (
     MAX_CHECKPOINTS,
     MetricsLog,
     check_format_version,
-    latest_checkpoint,
+    find_latest_checkpoint,
     list_checkpoints,
     parse_checkpoint_step,
 )
@@ -201,7 +201,7 @@ def raise_if_not_finite(name: str, value: float, step: int, checkpoints: Checkpo
     """Raise FloatingPointError if `value` is not finite. The message names the latest complete checkpoint."""
     if math.isfinite(value):
         return
-    last = latest_checkpoint(checkpoints.folder)
+    last = find_latest_checkpoint(checkpoints.folder)
     raise FloatingPointError(f"{name} is {value} at step {step}. Last complete checkpoint: {last}. {advice}".rstrip())
 
 

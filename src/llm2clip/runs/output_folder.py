@@ -136,7 +136,7 @@ def save_or_check_config(config: dict[str, Any], run_dir: Path) -> None:
         ConfigChangedError: The config differs from the saved config. The message lists the differences.
     """
     file = run_dir / CONFIG_FILE
-    new = to_plain_types(config)
+    new = convert_to_plain_types(config)
     if has_outputs(run_dir):
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
         changes = _find_changed_settings(saved, new)
@@ -160,17 +160,17 @@ def has_outputs(run_dir: Path) -> bool:
     return not all(any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_OUTPUTS) for name in names)
 
 
-def to_plain_types(value: Any) -> Any:
+def convert_to_plain_types(value: Any) -> Any:
     """Convert dataclasses, tuples, paths and the command line's restricted number types to plain types for YAML.
 
     Credentials in URLs are removed, so that no credentials are saved with the settings.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_plain_types(dataclasses.asdict(value))
+        return convert_to_plain_types(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {str(name): to_plain_types(item) for name, item in value.items()}
+        return {str(name): convert_to_plain_types(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain_types(item) for item in value]
+        return [convert_to_plain_types(item) for item in value]
     for number_type in (bool, int, float):
         if isinstance(value, number_type):
             return number_type(value)
@@ -191,7 +191,7 @@ def _find_changed_settings(saved: Any, new: Any, name: str = "") -> list[tuple[s
 # ---- checkpoints and metrics -----------------------------------------------------------------------------------------
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def find_latest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint with the highest step, or None if there are no complete checkpoints."""
     complete = [path for path in list_checkpoints(folder) if (path / COMPLETE_MARKER).exists()]
     return complete[-1] if complete else None

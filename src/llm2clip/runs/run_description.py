@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llm2clip.io_utils import atomic_write_text, format_count, format_duration, hide_url_secrets
-from llm2clip.reports import Block, Code, CollapsibleSection, Heading, Paragraph
+from llm2clip.reports import Block, CodeBlock, CollapsibleSection, Heading, Paragraph
 from llm2clip.runs.ranks import print_once, process_state
 
 DURATIONS_FILE = "durations.json"
@@ -58,7 +58,7 @@ def build_run_section(
     date = datetime.fromisoformat(run["date"])
     text = f"llm2clip {run['version']}, {date.day} {date:%B %Y, %H:%M} UTC, {format_duration(run['seconds'])} on "
     text = f"{text}{run['machine']}. {note}".rstrip()
-    blocks: list[Block] = [Heading("Run"), Paragraph(text), Code(run["command"] if code is None else code)]
+    blocks: list[Block] = [Heading("Run"), Paragraph(text), CodeBlock(run["command"] if code is None else code)]
     if settings:
         blocks.append(CollapsibleSection("Settings", settings))
     return blocks

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from llm2clip.data.image_refs import TarImage, resolve_folder_links
-from llm2clip.data.images import iter_image_batches, make_thumbnail
+from llm2clip.data.images import encode_thumbnail, iter_image_batches
 from llm2clip.data.records import Source, open_records
 from llm2clip.data.skip_log import SkipLog
 from llm2clip.data.storage import is_remote
@@ -263,7 +263,7 @@ def _embed_new_images(
 def _prepare_image_for_index(transform: Callable[[Tensor], Any], image: Tensor) -> tuple[Any, bytes, int, int]:
     """Return the model input, JPEG thumbnail, width and height of a decoded image."""
     height, width = image.shape[-2:]
-    return transform(image), make_thumbnail(image, THUMBNAIL_SIDE), width, height
+    return transform(image), encode_thumbnail(image, THUMBNAIL_SIDE), width, height
 
 
 # ---- scanning the sources

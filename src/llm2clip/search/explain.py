@@ -19,7 +19,7 @@ from llm2clip.models.dual_encoder import DualEncoder
 from llm2clip.models.prompts import average_prompt_embeddings, fill_prompt_templates
 from llm2clip.models.vision.dense import DenseEncoder
 from llm2clip.search.query import QueryEncoder, SearchQuery
-from llm2clip.search.types import UnsupportedQuery
+from llm2clip.search.types import UnsupportedQueryError
 
 MAX_WORDS = 40  # limited, because each word requires at least one text embedding
 UNSPACED_WORDS = re.compile(
@@ -60,11 +60,11 @@ def explain_hit(
         hits: Embeddings of the earlier hits that are part of the query, as in `SearchQuery.combine`.
 
     Raises:
-        UnsupportedQuery: The query has no texts.
+        UnsupportedQueryError: The query has no texts.
         ValueError: A text is empty.
     """
     if not query.texts:
-        raise UnsupportedQuery(
+        raise UnsupportedQueryError(
             "the query has no texts. An explanation shows the effect of each word, so add at least one text"
         )
     default_templates = encoder.model.query_templates

@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from llm2clip.io_utils import atomic_dir, format_bytes, format_count, require_extra
 from llm2clip.models.dual_encoder import wrap_llm2clip
-from llm2clip.models.export.onnx import count_final_tokens, export_quantized_text
+from llm2clip.models.export.onnx import count_final_tokens, export_quantized_text_encoder
 from llm2clip.models.export.transformers import CHECKED_TEXTS, SAMPLE_TEXTS, build_tokenizer
 from llm2clip.models.llm2clip import LLM2CLIP, truncate_model
 from llm2clip.models.pretrained import ONNXRUNTIME_WEB, TOKENIZERS, resolve_npm_package
@@ -98,7 +98,7 @@ def export_gallery(
             for name in package.files.values():
                 shutil.copyfile(library / name, folder / "lib" / name)
         (folder / "LICENSES.txt").write_text(_format_licenses(), encoding="utf-8")
-        messages = [export_quantized_text(model, folder)]
+        messages = [export_quantized_text_encoder(model, folder)]
         images = _write_gallery_images(backend, folder, with_private)
         settings = {**_build_text_encoder_settings(model), "images": images, "count": len(images)}
         settings |= {"dim": model.config.embed_dim, "title": Path(out).resolve().name}

@@ -18,7 +18,7 @@ from llm2clip.search.types import IndexedImage, NotFoundError
 # ---- files of hits
 
 
-class ImageTooLarge(ValueError):
+class ImageTooLargeError(ValueError):
     """Raised when an image has too many bytes or pixels."""
 
 
@@ -47,12 +47,12 @@ def open_original_image(backend: IndexBackend, hit_id: str) -> tuple[BinaryIO, s
 
 
 def read_original_image(backend: IndexBackend, hit_id: str, max_bytes: int) -> bytes:
-    """Read the file that `open_original_image` opens. Raise ImageTooLarge if the file exceeds `max_bytes`."""
+    """Read the file that `open_original_image` opens. Raise ImageTooLargeError if the file exceeds `max_bytes`."""
     stream, _ = open_original_image(backend, hit_id)
     with stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise ImageTooLarge(f"the image file is too large; the limit is {max_bytes:,} bytes")
+        raise ImageTooLargeError(f"the image file is too large; the limit is {max_bytes:,} bytes")
     return data
 
 
@@ -78,12 +78,12 @@ def format_file_version(stat: os.stat_result) -> str:
 FORMAT_NOT_ACCEPTED = "{} images are not accepted in requests. Convert the image to JPEG, PNG or WebP"
 
 
-class InvalidImage(ValueError):
+class InvalidImageError(ValueError):
     """Raised when an image in a request cannot be decoded. `param` locates the image, such as "images.0"."""
 
     def __init__(self, cause: Exception, param: str) -> None:
         super().__init__(str(cause))
-        self.param, self.code = param, 413 if isinstance(cause, ImageTooLarge) else 422
+        self.param, self.code = param, 413 if isinstance(cause, ImageTooLargeError) else 422
 
 
 class RequestImage(NamedTuple):
@@ -97,16 +97,16 @@ def load_query_image(image: RequestImage | bytes, max_pixels: int) -> Tensor:
     """Decode an image from a request, or the bytes of an indexed file, to a uint8 tensor of shape (3, H, W).
 
     Raises:
-        InvalidImage: The image from a request cannot be decoded, or has more than `max_pixels` pixels.
+        InvalidImageError: The image from a request cannot be decoded, or has more than `max_pixels` pixels.
         ImageError: The indexed file cannot be decoded.
-        ImageTooLarge: The image in the indexed file has more than `max_pixels` pixels.
+        ImageTooLargeError: The image in the indexed file has more than `max_pixels` pixels.
     """
     if not isinstance(image, RequestImage):
         return load_request_image(image, max_pixels, is_indexed=True)
     try:
         return load_request_image(decode_data_uri(image.data_uri), max_pixels)
-    except (ImageError, ImageTooLarge) as error:
-        raise InvalidImage(error, image.param) from error
+    except (ImageError, ImageTooLargeError) as error:
+        raise InvalidImageError(error, image.param) from error
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -129,7 +129,7 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
     """Return the width and height of an image file, without decoding the pixels or applying the EXIF orientation.
 
     Raises:
-        ImageTooLarge: The image has more than `max_pixels` pixels.
+        ImageTooLargeError: The image has more than `max_pixels` pixels.
         ImageError: The image cannot be decoded, or `is_indexed` is False for a HEIC or AVIF file.
     """
     if is_heic(data) and not is_indexed:
@@ -139,7 +139,7 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
             width, height = header.size
             is_avif = header.format == "AVIF"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(str(error)) from error
+        raise ImageTooLargeError(str(error)) from error
     except ImageFormatError as error:
         raise ImageError(str(error)) from error
     except Exception as error:  # Pillow can raise almost any exception for corrupt headers
@@ -147,5 +147,7 @@ def read_image_size(data: bytes, max_pixels: int, is_indexed: bool = False) -> t
     if is_avif and not is_indexed:
         raise ImageError(FORMAT_NOT_ACCEPTED.format("AVIF"))
     if width * height > max_pixels:
-        raise ImageTooLarge(f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,} pixels")
+        raise ImageTooLargeError(
+            f"the image has too many pixels: {width} x {height}; the limit is {max_pixels:,} pixels"
+        )
     return width, height

@@ -77,7 +77,7 @@ class UpstreamService:
         """Forward a request and return the response. The middleware enforces the time limit.
 
         Raises:
-            QueueFull: `max_queue` requests are waiting.
+            QueueFullError: `max_queue` requests are waiting.
             HTTPException: The service cannot be reached, or returned an error or a response that is too large.
         """
         check_queue_capacity(1, self._pending, max_queue, "forwarded requests")

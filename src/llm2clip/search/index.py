@@ -236,7 +236,7 @@ class Index:
         """Return the effect of each word of the query's texts on the score of a hit.
 
         Raises:
-            UnsupportedQuery: The query has no texts.
+            UnsupportedQueryError: The query has no texts.
             NotFoundError: The index does not contain the hit.
         """
         from llm2clip.search.explain import explain_hit

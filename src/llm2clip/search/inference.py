@@ -3,7 +3,7 @@
 Each request runs in a worker thread, which calls the Python interface (`search.index`). The model passes its inputs to
 an `InferenceBatcher`, so that a single forward pass encodes the texts of many requests.
 
-Each queue holds at most `ServerLimits.max_queue` requests, texts or images. Further items raise `QueueFull`
+Each queue holds at most `ServerLimits.max_queue` requests, texts or images. Further items raise `QueueFullError`
 (status 429).
 
 `RequestMiddleware` cancels a request after `ServerLimits.timeout` (status 504). A queued request then never starts. A
@@ -44,7 +44,7 @@ WORKERS_PER_BATCH_ITEM = 2  # enough worker threads to collect the next batch wh
 MAX_WAIT = 0.03  # maximum time that a batch waits for more items, in seconds
 
 
-class QueueFull(Exception):
+class QueueFullError(Exception):
     """Raised when too many items are waiting. A later attempt may succeed."""
 
 
@@ -74,7 +74,7 @@ class WorkerPool:
         self._pool = ThreadPoolExecutor(threads, unit, initializer=partial(torch.set_num_threads, 1))
 
     async def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        """Call a function in a worker thread. Raise QueueFull if too many calls are waiting or running."""
+        """Call a function in a worker thread. Raise QueueFullError if too many calls are waiting or running."""
         check_queue_capacity(1, self.waiting, self._max_waiting, self._unit)
         future = self._pool.submit(copy_context().run, function, *args)
         self.waiting += 1
@@ -88,11 +88,11 @@ class WorkerPool:
 
 
 def check_queue_capacity(count: int, waiting: int, limit: int, unit: str) -> None:
-    """Raise ValueError if `count` exceeds the limit of a queue, or QueueFull if too many items are already waiting."""
+    """Raise ValueError if `count` exceeds the limit of a queue, or QueueFullError if too many items are waiting."""
     if count > limit:
         raise ValueError(f"too many {unit} in one request: {count:,}; the limit is {limit:,}")
     if waiting + count > limit:
-        raise QueueFull(f"the server is busy: {waiting:,} {unit} are waiting; try again later")
+        raise QueueFullError(f"the server is busy: {waiting:,} {unit} are waiting; try again later")
 
 
 # ---- batches
@@ -141,15 +141,15 @@ class InferenceBatcher(Generic[Item, Result]):
 
         Raises:
             ValueError: There are more than `max_queue` items.
-            QueueFull: The queue does not have enough space for the items, or is closed.
-            DeadlineExceeded: The deadline of the request has passed. Items that are still waiting are cancelled.
+            QueueFullError: The queue does not have enough space for the items, or is closed.
+            DeadlineExceededError: The deadline of the request has passed. Items that are still waiting are cancelled.
             CancelledError: The queue was closed while the items were waiting.
             Exception: Any exception that `work` raises for one of the items.
         """
         entries: list[_PendingItem[Item, Result]] = [_PendingItem(item, Future()) for item in items]
         with self._changed:
             if self._is_closed:
-                raise QueueFull("the server is stopping; try again later")
+                raise QueueFullError("the server is stopping; try again later")
             check_queue_capacity(len(items), len(self), self._max_queue, "items")
             self._queue.extend(entries)
             self._changed.notify()

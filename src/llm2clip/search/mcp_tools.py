@@ -10,10 +10,10 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.types import CallToolRequestParams, CallToolResult, ListToolsResult, TextContent, Tool, ToolAnnotations
 from pydantic import Field
 
-from llm2clip.data.images import ImageError, make_thumbnail
+from llm2clip.data.images import ImageError, encode_thumbnail
 from llm2clip.io_utils import format_count
 from llm2clip.search import schemas
-from llm2clip.search.images import ImageTooLarge, read_original_image
+from llm2clip.search.images import ImageTooLargeError, read_original_image
 from llm2clip.search.index import Index
 from llm2clip.search.metadata import MAX_PATH_LENGTH, Filter
 from llm2clip.search.server import run_search_request
@@ -82,8 +82,8 @@ class ShowPhotoTool(schemas.StrictModel):
         try:
             with index.resources.decoding:
                 data = read_original_image(index.backend, hit.id, index.resources.max_file_bytes)
-                jpeg: bytes | None = make_thumbnail(index.encoder.load(data), MAX_SIDE)
-        except (ImageError, NotFoundError, ImageTooLarge) as error:
+                jpeg: bytes | None = encode_thumbnail(index.encoder.load(data), MAX_SIDE)
+        except (ImageError, NotFoundError, ImageTooLargeError) as error:
             content.append(TextContent(text=f"The photo cannot be shown: {error}. Only its thumbnail is available."))
             jpeg = index.backend.read_thumbnail(hit.id)
         if jpeg is None:

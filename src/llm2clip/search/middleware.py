@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llm2clip.search.inference import InferenceService, QueueFull, ServerLimits
+from llm2clip.search.inference import InferenceService, QueueFullError, ServerLimits
 from llm2clip.search.schemas import RETRY_SOON, make_error_response
 from llm2clip.search.types import NO_DEADLINE, Deadline, current_deadline
 
@@ -193,7 +193,7 @@ class _BodyReader:
         body = message.get("body", b"")
         try:
             self._allocation.reserve(len(body))
-        except QueueFull as error:
+        except QueueFullError as error:
             raise HTTPException(429, str(error), RETRY_SOON) from None
         self._size += len(body)
         max_bytes = self._limits.max_body_bytes
@@ -232,7 +232,7 @@ class _ResponseSender:
         if len(body) > CHUNK_SIZE:
             try:
                 self._allocation.reserve(len(body))
-            except QueueFull as error:  # replace the application's response with an error response
+            except QueueFullError as error:  # replace the application's response with an error response
                 await make_error_response(429, str(error), RETRY_SOON)(self._scope, self._receive, self)
                 self._is_rejected = True
                 return
@@ -276,11 +276,11 @@ class ByteAllocation:
         self._budget, self.size = budget, 0
 
     def reserve(self, size: int) -> None:
-        """Reserve more bytes. Raise QueueFull if the budget is exhausted after the first ALWAYS_ACCEPTED bytes."""
+        """Reserve more bytes. Raise QueueFullError if the budget is exhausted after the first ALWAYS_ACCEPTED bytes."""
         self.size += size
         self._budget.total += size
         if self._budget.total > self._budget.max_bytes and self.size > ALWAYS_ACCEPTED:
-            raise QueueFull("the server is busy: too much data in concurrent requests; try again later")
+            raise QueueFullError("the server is busy: too much data in concurrent requests; try again later")
 
     def release(self) -> None:
         self._budget.total -= self.size

@@ -25,8 +25,8 @@ from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from llm2clip.io_utils import is_valid_unicode, to_valid_unicode
-from llm2clip.search.images import ImageTooLarge, InvalidImage, RequestImage
-from llm2clip.search.inference import QueueFull
+from llm2clip.search.images import ImageTooLargeError, InvalidImageError, RequestImage
+from llm2clip.search.inference import QueueFullError
 from llm2clip.search.metadata import (
     CONDITIONS,
     CONTENT_FIELDS,
@@ -39,11 +39,11 @@ from llm2clip.search.metadata import (
 from llm2clip.search.query import SearchQuery
 from llm2clip.search.types import (
     MAX_LOCATIONS,
-    DeadlineExceeded,
+    DeadlineExceededError,
     IndexUnavailableError,
     NotFoundError,
     SimilarHit,
-    UnsupportedQuery,
+    UnsupportedQueryError,
 )
 
 logger = logging.getLogger(__name__)
@@ -366,12 +366,12 @@ ERROR_TYPES = {
 }
 # Exceptions that are not listed are reported as internal errors.
 STATUS_CODES: dict[type[Exception], int] = {
-    QueueFull: 429,
-    ImageTooLarge: 413,
-    UnsupportedQuery: 400,
+    QueueFullError: 429,
+    ImageTooLargeError: 413,
+    UnsupportedQueryError: 400,
     NotFoundError: 404,
     IndexUnavailableError: 503,
-    DeadlineExceeded: 504,
+    DeadlineExceededError: 504,
     ValueError: 422,
     RequestValidationError: 422,
 }
@@ -420,7 +420,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _handle_known_exception(request: Request, error: Exception) -> Response:
-    if isinstance(error, InvalidImage):
+    if isinstance(error, InvalidImageError):
         return make_error_response(error.code, str(error), param=error.param)
     code = next(code for exception, code in STATUS_CODES.items() if isinstance(error, exception))
     headers = RETRY_SOON if code in (429, 503) else None

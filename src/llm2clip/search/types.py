@@ -120,7 +120,7 @@ class NotFoundError(LookupError):
     """Raised when an index, an indexed image or an original image file does not exist."""
 
 
-class UnsupportedQuery(ValueError):
+class UnsupportedQueryError(ValueError):
     """Raised when a query is valid, but not supported by the operation."""
 
 
@@ -131,7 +131,7 @@ class IndexUnavailableError(OSError):
 # ---- deadlines
 
 
-class DeadlineExceeded(TimeoutError):
+class DeadlineExceededError(TimeoutError):
     """Raised when a request exceeds the server's time limit."""
 
 
@@ -145,8 +145,8 @@ class Deadline(NamedTuple):
     def remaining_seconds(self) -> float | None:
         return None if self.end == math.inf else max(0.0, self.end - time.monotonic())
 
-    def make_error(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"the request took longer than {self.limit:g} seconds")
+    def make_error(self) -> DeadlineExceededError:
+        return DeadlineExceededError(f"the request took longer than {self.limit:g} seconds")
 
 
 NO_DEADLINE = Deadline()
@@ -157,7 +157,7 @@ class FairSemaphore:
     """Semaphore that threads acquire in first-in, first-out order.
 
     With `threading.Semaphore`, a request that acquires and releases the semaphore in a loop could block other requests.
-    Acquiring the semaphore raises DeadlineExceeded after the deadline of the request.
+    Acquiring the semaphore raises DeadlineExceededError after the deadline of the request.
     """
 
     def __init__(self, count: int) -> None:

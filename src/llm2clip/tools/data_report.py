@@ -41,7 +41,7 @@ from llm2clip.io_utils import (
 from llm2clip.reports import (
     BAD,
     Block,
-    Code,
+    CodeBlock,
     Figure,
     Heading,
     Paragraph,
@@ -350,7 +350,7 @@ def write_data_report(file: Path, overview: DataOverview, table: RecordTable, ne
         blocks += [Heading("Examples"), Paragraph(text), ReportImageGroup(cards, as_cards=True)]
     sources = "\n".join(to_valid_unicode(hide_url_secrets(source)) for source in overview.sources)
     if next_commands:
-        blocks += [Heading("Next"), Code(to_valid_unicode(next_commands), "bash")]
+        blocks += [Heading("Next"), CodeBlock(to_valid_unicode(next_commands), "bash")]
     blocks += build_run_section(describe_run(overview.seconds), code=sources)
     write_report(file, "Dataset overview", describe_data_quality(overview), blocks, with_markdown=False)
 

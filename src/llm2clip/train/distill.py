@@ -227,7 +227,7 @@ def decode_vocabulary(student: CaptionEncoder) -> list[str]:
 
 @torch.no_grad()
 @use_onednn_matmul()
-def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "DistillTexts") -> None:
+def initialize_student(student: CaptionEncoder, teacher: Teacher, data: "DistillationTexts") -> None:
     """Initialise the new layers of a student.
 
     The token embeddings of a static student are initialised with the teacher's embeddings of the tokens' texts. The
@@ -280,7 +280,7 @@ def build_student_model(teacher: LLM2CLIP, student: CaptionEncoder) -> LLM2CLIP:
 
 
 @dataclass(frozen=True)
-class DistillTexts:
+class DistillationTexts:
     """Distinct training texts, tokenized for the student. Captions precede phrases.
 
     Attributes:
@@ -319,7 +319,7 @@ def prepare_training_texts(
     teacher: Teacher,
     folder: Path,
     max_skipped: float,
-) -> DistillTexts:
+) -> DistillationTexts:
     """Embed the training texts with the teacher, and tokenize the texts for the student. Must be called by all ranks.
 
     Texts that the teacher's or the student's tokenizer cannot encode are skipped. Memory use: 25 bytes per distinct
@@ -393,7 +393,7 @@ class _TokenWriter:
         self._hash.update(keys[valid].tobytes())
         self.count += len(valid)
 
-    def finish(self, num_captions: int, max_skipped: float) -> DistillTexts:
+    def finish(self, num_captions: int, max_skipped: float) -> DistillationTexts:
         total, failed = self.count + self._num_failed, self._num_failed
         if not total:
             raise ValueError("there are no texts to train on: the training records have no captions")
@@ -406,7 +406,7 @@ class _TokenWriter:
             print_once(f"Texts that the student's tokenizer cannot encode: {failed:,}, such as {self._first_failed!r}")
         self.file.flush()
         lengths = np.concatenate(self._lengths)
-        return DistillTexts(
+        return DistillationTexts(
             tokens=np.memmap(self.file, np.int32, "r"),  # stays valid after the file is closed and deleted
             offsets=np.concatenate([[0], np.cumsum(lengths)]),
             targets=self.targets,
@@ -424,7 +424,7 @@ def _list_ignored_token_ids(student: CaptionEncoder) -> set[int]:
     return ids | ({student.tokenizer.token_to_id(unknown)} if unknown is not None else set())
 
 
-def sample_epoch_batches(data: DistillTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
+def sample_epoch_batches(data: DistillationTexts, texts_per_step: int, seed: int, epoch: int) -> np.ndarray:
     """Return the text indices for all steps of an epoch as an int64 array of shape (steps, texts_per_step).
 
     The texts of a step have similar lengths, and the steps are in random order. Phrases are repeated (see
@@ -451,7 +451,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 @use_onednn_matmul()
 def distill(
-    student: CaptionEncoder, teacher: Teacher, data: DistillTexts, config: DistillConfig, run_dir: Path
+    student: CaptionEncoder, teacher: Teacher, data: DistillationTexts, config: DistillConfig, run_dir: Path
 ) -> CaptionEncoder:
     """Train a student in place on the texts in `data`, resuming from the latest checkpoint if one exists.
 
@@ -492,7 +492,7 @@ def distill(
 
 
 def _iterate_batches(
-    data: DistillTexts, loop: TrainingLoop, texts_per_step: int, steps_per_epoch: int
+    data: DistillationTexts, loop: TrainingLoop, texts_per_step: int, steps_per_epoch: int
 ) -> Iterator[np.ndarray]:
     rank, world_size = loop.accelerator.process_index, loop.accelerator.num_processes
     first_epoch, first_step = divmod(loop.checkpoints.step, steps_per_epoch)
@@ -503,7 +503,7 @@ def _iterate_batches(
 
 
 def _compute_gradients(
-    loop: TrainingLoop, student: CaptionEncoder, data: DistillTexts, step: int, items: np.ndarray
+    loop: TrainingLoop, student: CaptionEncoder, data: DistillationTexts, step: int, items: np.ndarray
 ) -> StepResult:
     # The loss is a mean over texts, so splitting the batch into several forward passes does not change the gradients.
     loss = torch.zeros((), device=loop.device)

@@ -148,7 +148,7 @@ def export_text_encoder(model: LLM2CLIP, folder: Path, int8: bool = False) -> li
 
 
 @torch.no_grad()
-def export_quantized_text(model: LLM2CLIP, folder: Path) -> str:
+def export_quantized_text_encoder(model: LLM2CLIP, folder: Path) -> str:
     """Write the tokenizer and text.onnx with 8-bit weights. Return a message with the cosine similarity."""
     export_text_encoder(model, folder)
     file, full = folder / "text.onnx", folder / "text-float32.onnx"

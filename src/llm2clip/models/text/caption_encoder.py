@@ -229,7 +229,7 @@ class CaptionEncoder(nn.Module):
             ids[i] = self.tokenizer(texts[i], truncation=True, max_length=max_length)["input_ids"]
         return TokenizedTexts(ids, truncated, [self.count_prompt_tokens(prefix) for prefix in prefixes])
 
-    def count_truncated(self, captions: Sequence[str]) -> int:
+    def count_truncated_texts(self, captions: Sequence[str]) -> int:
         return len(self.tokenize(captions).truncated)
 
     def count_prompt_tokens(self, prompt: str) -> int:
@@ -403,7 +403,7 @@ class CaptionEncoder(nn.Module):
             atomic_write_text(file, json.dumps({**read_json(file), "requirements": REQUIREMENTS}, indent=2))
 
 
-def load_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
+def load_encoder_for_evaluation(path: str | Path, device: torch.device, **options: Any) -> CaptionEncoder:
     """Load a caption encoder onto a device in the precision of the `evaluate` stage."""
     encoder = CaptionEncoder.from_pretrained(path, device="cpu", **options)
     precision = resolve_precision("evaluate", "auto", device, lambda: calibrate_precision(encoder, device))

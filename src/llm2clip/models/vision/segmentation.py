@@ -83,7 +83,7 @@ class WindowAxis:
 
 
 @dataclass(frozen=True)
-class ResizeForWindows:
+class WindowResizer:
     """Transform that resizes an image of shape (3, H, W), uint8, before the image is split into windows.
 
     The aspect ratio is kept. `scale` is the ratio of the resized image's shorter side to the window's side, and is
@@ -95,7 +95,7 @@ class ResizeForWindows:
     scale: float
 
     @classmethod
-    def from_dense_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> ResizeForWindows:
+    def from_dense_encoder(cls, dense: DenseEncoder, scale: float = IMAGE_SCALE) -> WindowResizer:
         """Create a transform for windows with the training resolution, rounded to a multiple of the cell size."""
         window = max(1, round(dense.image_size / dense.cell_size)) * dense.cell_size
         return cls(window, dense.cell_size, scale)
@@ -161,7 +161,7 @@ def encode_windows(
     dense: DenseEncoder,
     variant: str,
     queries: Tensor,
-    transform: ResizeForWindows,
+    transform: WindowResizer,
 ) -> dict[int, PixelScores]:
     """Encode the windows of all images in batches. Return each image's pixel scores at its original size.
 
@@ -338,7 +338,7 @@ class DenseFeaturesMixin:
             raise ValueError(f"names must be a list with one or more non-empty names for each class (got {names!r})")
         model, dense = self._get_model_and_dense_encoder()
         queries = model.encode_text([name for class_names in classes for name in class_names], templates=templates)
-        transform = ResizeForWindows.from_dense_encoder(dense)
+        transform = WindowResizer.from_dense_encoder(dense)
         resized = {0: transform(load_image(image))}
         variant = variant or dense.localization_variant
         scores = encode_windows(resized, dense, variant, queries.to(dense.device), transform)[0]
