@@ -93,9 +93,8 @@ def _read_training_progress(folder: Path, started: float) -> dict[str, str | Non
         return {}
     step, loss = metrics["step"], metrics.get("loss")  # `llava train` does not log the loss at every step
     row = {"step": f"{step:,}", "loss": None if loss is None else f"{loss:.3f}"}
-    checkpoint = output_folder.find_latest_checkpoint(folder / "checkpoints") or output_folder.find_latest_checkpoint(
-        folder
-    )
+    find_latest = output_folder.find_latest_checkpoint
+    checkpoint = find_latest(folder / "checkpoints") or find_latest(folder)
     if checkpoint is not None:
         marker = checkpoint / output_folder.COMPLETE_MARKER
         done = step - output_folder.parse_checkpoint_step(checkpoint)
