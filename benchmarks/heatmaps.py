@@ -34,7 +34,7 @@ def main() -> None:
     hits: list[list[float]] = []  # for each image, 1 or 0 for each class in it
     chances: list[float] = []
     for ref, size, boxes, labels in zip(tqdm(data.images), data.sizes, data.boxes, data.labels, strict=True):
-        pixels = dense.resize(load_image(ref), dense.localization_size)
+        pixels = dense.resize(load_image(ref), dense.localization_image_size)
         hits.append([])
         for label in np.unique(labels):
             heatmap = compute_heatmap(dense, pixels, queries[label])

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip.evaluate.plots import plot_interval_curves
+from llm2clip.evaluate.plots import plot_curves_with_intervals
 from llm2clip.reports import format_value_with_interval
 from llm2clip.runs.ranks import load_or_compute_json
 from llm2clip.store.store import EmbeddingStore
@@ -143,7 +143,7 @@ def write_results(out: Path, names: Sequence[str], sizes: Sequence[int]) -> None
     complete = {name: points for name, points in curves.items() if len(points) == len(sizes)}
     if complete:
         labels = [f"{size:,}" for size in sizes]
-        svg = plot_interval_curves(complete, labels, "training photographs", "mean R@1, % (1,000 photographs)")
+        svg = plot_curves_with_intervals(complete, labels, "training photographs", "mean R@1, % (1,000 photographs)")
         if svg is not None:  # Matplotlib is installed
             (out / "curve.svg").write_text(svg)
 

@@ -464,7 +464,7 @@ MISMATCHES: list[tuple[str, str, Tensor | None, str]] = [
     ("eva", "visual.norm.bias", torch.zeros(128, dtype=torch.int64), r"norm\.bias must be .* \(got torch\.int64"),
     ("hf", "visual_projection.bias", torch.zeros(12), r"unexpected visual_projection\.bias \(12,\)$"),
     ("eva", "visual.mask_token", torch.zeros(1, 1, 128), r"unexpected visual\.mask_token"),
-    ("eva", "visual.blocks.0.attn.q_bias", torch.zeros(128), "under two names, with different values"),
+    ("eva", "visual.blocks.0.attn.q_bias", torch.zeros(128), "contains the same tensor as both"),
     ("eva", "visual.rope.freqs_cos", rotary(3, trained=14)[0], r"freqs_cos of shape \(9, 64\) does not match"),
     ("hf", "vision_model.embeddings.position_ids", torch.arange(9)[None], r"\(1, 9\) does not match the architecture"),
 ]

@@ -309,7 +309,7 @@ def test_encode_regions_averages_the_cells_of_boxes_and_masks(family: str) -> No
     model = make_llm2clip(BUILDERS[family]() if family in BUILDERS else timm_tower(family))
     image = pixels(75)[0, :, :45]
     dense = build_dense_encoder(model.tower, model.projection)
-    [cells] = model.encode_dense(image, dense.localization_variant, dense.localization_size)
+    [cells] = model.encode_dense(image, dense.localization_variant, dense.localization_image_size)
     h, w, _ = cells.shape
     grid = cells.double().numpy()
 

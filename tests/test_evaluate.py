@@ -177,7 +177,7 @@ def test_precomputed_embeddings_reject_invalid_files(tmp_path: Path) -> None:
         (["1.jpg"], np.eye(2, 3), [" x ", "x"], "'x' has two different embeddings"),
         (["1.jpg", "1.jpg"], np.ones((1, 3)), ["x"], "contains duplicate image_names"),
         (["1.jpg"], np.full((1, 3), np.nan), ["x"], "NaN or infinity"),
-        (["1.jpg"], np.ones((1, 2)), ["x"], r"dimensions of images \(3\) and texts \(2\) must be equal"),
+        (["1.jpg"], np.ones((1, 2)), ["x"], r"image embeddings \(3\) and text embeddings \(2\) must have the same"),
     ):
         with pytest.raises(ValueError, match=message):
             save(names, texts, captions)

@@ -9,8 +9,8 @@ from llm2clip.data.image_order import (
     choose_image_order,
     compute_shard_indices,
     draw_random_image_order,
-    draw_shard_image_order,
     list_upcoming_shards,
+    sample_shard_image_order,
 )
 from llm2clip.data.image_refs import FileImage, TarImage
 from llm2clip.data.records import Record
@@ -32,7 +32,7 @@ def test_shard_order_keeps_the_images_of_a_window_together() -> None:
     rng = np.random.default_rng(0)
     shard_of_image = rng.integers(0, 23, 1000, dtype=np.int32)
     shard_of_image[shard_of_image == 7] = 8
-    orders = [draw_shard_image_order(shard_of_image, seed=5, epoch=epoch, window=4) for epoch in (0, 0, 1)]
+    orders = [sample_shard_image_order(shard_of_image, seed=5, epoch=epoch, window=4) for epoch in (0, 0, 1)]
     assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
     windows = []
     for order in orders[1:]:
@@ -53,7 +53,7 @@ def test_shard_order_shuffles_all_images_of_a_window() -> None:
     """With a single window, each image is equally likely at each position (chi-squared, 99.99% quantile for 25: 61)."""
     observed = np.zeros((6, 6))
     for epoch in range(600):
-        observed[np.arange(6), draw_shard_image_order(np.array([0, 0, 0, 1, 1, 2]), 0, epoch)] += 1
+        observed[np.arange(6), sample_shard_image_order(np.array([0, 0, 0, 1, 1, 2]), 0, epoch)] += 1
     assert ((observed - 100) ** 2 / 100).sum() < 61
 
 
@@ -62,7 +62,7 @@ def test_shard_order_of_one_shard_per_window_matches_a_hand_computed_case() -> N
     rng = np.random.default_rng([3, 1])
     images_of_shard = [np.array([1, 4]), np.array([0, 2, 5]), np.array([3])]
     expected = [image for shard in rng.permutation(3) for image in rng.permutation(images_of_shard[shard])]
-    order = draw_shard_image_order(np.array([1, 0, 1, 2, 0, 1]), seed=3, epoch=1, window=1)
+    order = sample_shard_image_order(np.array([1, 0, 1, 2, 0, 1]), seed=3, epoch=1, window=1)
     assert order.tolist() == [int(image) for image in expected]
 
 
@@ -128,7 +128,7 @@ def test_epoch_orders_use_only_usable_records() -> None:
     random, shards = (EpochImageOrders(table, is_usable, 3, order) for order in ("random", "shards"))
     assert random.take(2, 0, 60).tolist() == expected[draw_random_image_order(len(expected), 3, 2)].tolist()
     order = shards.take(1, 0, 60)
-    assert order.tolist() == expected[draw_shard_image_order(expected // 3, 3, 1)].tolist()
+    assert order.tolist() == expected[sample_shard_image_order(expected // 3, 3, 1)].tolist()
     assert shards.take(1, 20, 30).tolist() == order[20:30].tolist(), "an epoch can be read from any position"
     every = EpochImageOrders(table, np.ones(60, bool), 3, "random")
     assert every.take(0, 0, 60).tolist() == draw_random_image_order(60, 3, 0).tolist()

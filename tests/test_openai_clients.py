@@ -94,7 +94,7 @@ def test_openai_client_gets_the_vectors_of_the_model(client: Any, expected: Expe
     assert np.shape(embed(uris[:1] * 32)) == (32, 16)
     with pytest.raises(openai.UnprocessableEntityError, match="URLs are not downloaded"):
         embed("https://example.com/a.jpg", extra_body={"modality": "image"})
-    with pytest.raises(openai.UnprocessableEntityError, match=r"input\.1 does not have the modality 'text'"):
+    with pytest.raises(openai.UnprocessableEntityError, match=r"input\.1 does not support the modality 'text'"):
         embed(["a", uris[0]], extra_body={"modality": "text"})
 
 

@@ -120,7 +120,7 @@ def test_adapters_that_do_not_match_are_rejected(base: Path, adapter: Path, tmp_
     (adapter / "adapter_config.json").write_text(
         json.dumps({"peft_type": "IA3", "base_model_name_or_path": str(base), "target_modules": ["q_proj"]})
     )
-    check("must be a LoRA adapter")
+    check("is not a LoRA adapter")
     with pytest.raises(ValueError, match=r"is not a PEFT adapter: it has no adapter_config\.json"):
         load_encoder_with_lora([base, base])
 

@@ -18,7 +18,7 @@ from llm2clip.evaluate.comparison import (
     get_informative_recalls,
 )
 from llm2clip.evaluate.metrics import retrieval_metrics
-from llm2clip.evaluate.plots import plot_curves, plot_histograms, plot_interval_curves
+from llm2clip.evaluate.plots import plot_curves, plot_curves_with_intervals, plot_histograms
 from llm2clip.evaluate.training_report import (
     _build_caption_retrieval_section,
     _build_retrieval_section,
@@ -87,7 +87,7 @@ def test_reports_without_matplotlib_name_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     plots = [plot_curves({"a": [1.0, 2.0]}, [1, 2], "x", "y"), plot_histograms({"a": {1: 2}}, "x", "y")]
-    plots.append(plot_interval_curves({"a": [(1.0, 0.5, 1.5)]}, ["1"], "x", "y"))
+    plots.append(plot_curves_with_intervals({"a": [(1.0, 0.5, 1.5)]}, ["1"], "x", "y"))
     write_report(tmp_path / "page.html", "T", "", [TABLE, *(Figure(plot, "a plot") for plot in plots)])
     command = "pip install 'llm2clip[reports]'"
     assert (tmp_path / "page.html").read_text().count(f"<code>{command}</code>") == 3

@@ -165,7 +165,7 @@ def test_invalid_label_files_are_reported(tmp_path: Path) -> None:
         ([[4, 4]], "input type is not supported"),
         ([], "need at least one array"),
         ({"counts": [5, 6], "size": [48, 64]}, "the run lengths cover 11 pixels, but the image has 3072"),
-        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask has the size \[64, 48\], but the image has the size"),
+        ({"counts": [5, 3067], "size": [64, 48]}, r"the mask size is \[64, 48\], but the image size is"),
         ({"counts": [5, 3067.0], "size": [48, 64]}, "run lengths must be non-negative integers"),
         ({"counts": [-1, 3073], "size": [48, 64]}, "run lengths must be non-negative integers"),
         ({"counts": "5", "size": [48, 64]}, "the run lengths cover 5 pixels, but the image has 3072"),

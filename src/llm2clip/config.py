@@ -332,7 +332,7 @@ class EvaluateOptions:
     crop_proposals: bool = False
     """In detection benchmarks, also classify each box by encoding its crop, which takes one forward pass per box."""
     trust_remote_code: bool = False
-    """Run the Python code that is part of models such as Jina-CLIP. Use this only for models that you trust."""
+    """Run the Python code that ships with models such as Jina-CLIP. Use this only for models that you trust."""
     captions: list[str] = field(default_factory=list)
     """Sources of captions for measuring caption retrieval accuracy (CRA)."""
     columns: dict[str, str] = field(default_factory=dict)

@@ -215,7 +215,8 @@ def append_checksum(file: Path) -> None:
 
 
 def has_valid_checksum(file: Path) -> bool:
-    """Return True if a file has not changed since `append_checksum`. Raise OSError if the file cannot be read."""
+    """Return True if a file has not changed since `append_checksum` was called on it. Raise OSError if the file cannot
+    be read."""
     return _compute_crc32(file) == _CRC32_RESIDUE
 
 

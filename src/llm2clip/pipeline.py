@@ -209,7 +209,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Create or reopen a run directory, and lock it until the end of the `with` block.
 
-    The settings are saved in the directory. If the directory contains an interrupted run, the stages resume it.
+    The settings are saved in the directory. If it contains an interrupted run, that run is resumed.
 
     Raises:
         ConfigChangedError: The run directory was created with different settings.
@@ -349,7 +349,7 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
 
     Args:
         store: Cached embeddings of the training captions. Captions and phrases without an embedding are not used.
-        encoder: Caption encoder with which the store was created. The encoder is saved with the model.
+        encoder: Caption encoder that was used to create the store. It is saved with the model.
         features: Folder for the cached features of a frozen tower, which several runs can share. Default: in `run.out`.
     """
     model_dir, out, config = run.model_dir, run.get_stage_folder("align"), run.config.align

@@ -99,7 +99,7 @@ class EndpointCaptioner:
             limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
             headers=_build_request_headers(),
             verify=httpx.create_ssl_context(),
-            # A proxy could read unencrypted images, and could not reach a server on this machine.
+            # A proxy could read images sent unencrypted, and it cannot reach a server on this machine.
             trust_env=self.url.scheme == "https" and not self.is_loopback,
         )
         self._loop = asyncio.new_event_loop()
@@ -158,7 +158,7 @@ class EndpointCaptioner:
         raise CaptioningStoppedError
 
     def _convert_failure_to_answer(self, error: _RequestError) -> Answer:
-        """Convert a failed request to an answer. Raise EndpointError if all requests are expected to fail."""
+        """Convert a failed request into an answer. Raise EndpointError if every other request would fail, too."""
         status = error.status
         with self._lock:
             if status is None or error.retry:  # the server failed, rather than rejecting the image
@@ -370,7 +370,7 @@ class LocalCaptioner:
             if len(requests) == 1:
                 raise ValueError(
                     f"not even a single image fits in the memory of the {self.device.type} device. Run "
-                    "`llm2clip caption` with a lower --image_size or a smaller model. Earlier captions are stored"
+                    "`llm2clip caption` with a lower --image_size or a smaller model. Earlier captions are saved"
                 ) from error
             self.batch_size = len(requests) // 2
             sizes = [self.batch_size, len(requests) - self.batch_size]

@@ -75,7 +75,7 @@ class StoredAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """Row of the table `images`: a source record that has an image."""
+    """Row of the `images` table: a source record that has an image."""
 
     number: int  # zero-based position of the record in the sources
     key: str  # path or another identifier of the image
@@ -172,7 +172,7 @@ class CaptionDatabase:
     # ---- answers
 
     def add_answers(self, answers: Sequence[StoredAnswer]) -> None:
-        """Store answers in one transaction. An answer replaces the earlier answer with the same key, if any."""
+        """Store answers in one transaction. An answer replaces any earlier answer with the same key."""
         with self.transaction():
             self.connection.executemany(_ADD_ANSWER, map(astuple, answers))
 

@@ -62,7 +62,7 @@ def _run_caption(args: Namespace) -> list[str]:
 
 
 def _check_connection(endpoint: str | None, out: Path) -> None:
-    """Raise OSError if an http:// server cannot be reached. Resumed runs are not checked."""
+    """Raise OSError if an http:// server cannot be reached. The check is skipped for resumed runs."""
     url = urlsplit(endpoint or "")
     if url.scheme != "http" or out.with_name(f"{out.name}.sqlite").exists():
         return
@@ -111,7 +111,7 @@ def prepare_captioning(args: Namespace) -> Callable[[], None] | None:
     require_extra("caption", "--caption")
     if is_server and not args.caption_model:
         raise ValueError(f"--caption {args.caption} is a URL. Pass the name of the server's model with --caption_model")
-    _check_evaluate_fields(args)
+    _check_evaluation_fields(args)
     sources, columns = args.data, args.columns
     out = Path(args.out).expanduser() / CAPTIONS_FILE
     args.data, args.columns = [_select_caption_splits(out, sources)], {}
@@ -135,7 +135,7 @@ def prepare_captioning(args: Namespace) -> Callable[[], None] | None:
     return write_captions
 
 
-def _check_evaluate_fields(args: Namespace) -> None:
+def _check_evaluation_fields(args: Namespace) -> None:
     from llm2clip.data.records import CAPTION_FIELDS
 
     lost_fields = set(args.evaluate.fields) - set(CAPTION_FIELDS)

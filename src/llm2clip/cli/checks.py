@@ -201,7 +201,7 @@ def check_output_folder(path: str | Path, kind: str) -> None:
     """Check that `--out` is a new folder, a folder of the given kind (a key of `KINDS`), or a folder without data.
 
     Raises:
-        ValueError: The folder is of a different kind, or of unknown kind and contains data files.
+        ValueError: The folder is of a different kind, or its kind is unknown and it contains data files.
         OSError: The path is a file, or the folder cannot be created.
     """
     folder = Path(path).expanduser()

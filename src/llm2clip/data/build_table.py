@@ -179,7 +179,7 @@ def _list_part_tasks(
                 summary = None
                 if file.exists():
                     num_bytes += file.stat().st_size
-                    summary = _load_part_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
+                    summary = _load_table_part_summary(file, verify=num_bytes <= MAX_VERIFIED_BYTES)
                     if summary is None:
                         log.add_note(CORRUPT_FILE, str(file))
                 if summary is None or _should_reread_part(part, summary):
@@ -189,7 +189,7 @@ def _list_part_tasks(
     return tasks
 
 
-def _load_part_summary(file: Path, verify: bool) -> ReadSummary | None:
+def _load_table_part_summary(file: Path, verify: bool) -> ReadSummary | None:
     """Return the summary of a saved part, or None if the file is corrupt. If `verify` is True, check its checksum."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         if not verify or has_valid_checksum(file):

@@ -206,7 +206,7 @@ def check_decoding_cost(data: bytes, header: Image.Image) -> None:
     if header.format in ("JPEG", "MPO"):
         _check_jpeg_cost(data, width * height)
     elif header.format == "TIFF":
-        _check_tiff_cost(data, header)
+        _check_tiff_decoding_cost(data, header)
     elif header.format == "PNG" and data.count(b"iCCP") > MAX_PNG_PROFILES:
         raise DecodingLimitError(f"a PNG must have at most {MAX_PNG_PROFILES} colour profiles")
     for codec, *_ in cast(Any, header).tile:
@@ -282,7 +282,7 @@ def _iter_jpeg_markers(data: bytes) -> Iterator[tuple[int, int]]:
             position += max(2, length)
 
 
-def _check_tiff_cost(data: bytes, header: Any) -> None:
+def _check_tiff_decoding_cost(data: bytes, header: Any) -> None:
     width, height = header.size
     tags = header.tag_v2
     if _TILE_WIDTH in tags or _TILE_HEIGHT in tags:

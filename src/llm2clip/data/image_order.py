@@ -57,7 +57,7 @@ class EpochImageOrders:
             self._order = np.empty(0, np.int32)  # frees memory before the new order is drawn
             self._epoch = epoch
             if self.image_order == "shards":
-                self._order = draw_shard_image_order(self._shard_of_image, self.seed, epoch)
+                self._order = sample_shard_image_order(self._shard_of_image, self.seed, epoch)
             else:
                 self._order = draw_random_image_order(self.num_images, self.seed, epoch)
             self._next_prefetch = 0
@@ -85,7 +85,7 @@ def draw_random_image_order(num_images: int, seed: int, epoch: int) -> np.ndarra
     return order
 
 
-def draw_shard_image_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
+def sample_shard_image_order(shard_of_image: np.ndarray, seed: int, epoch: int, window: int = WINDOW) -> np.ndarray:
     """Return a random permutation of N image indices in which the images of each window of shards are consecutive.
 
     `shard_of_image` contains the shard index of each image, of shape (N,). `window` is the number of shards per window.

@@ -183,7 +183,7 @@ def _glob_remote_files(pattern: str) -> list[str]:
 def _pin_current_version(url: str) -> str:
     """Pin the current version of a file. Return the URL, with a slash appended if it is the URL of a folder.
 
-    Web servers do not distinguish files from folders, so a web address without a file suffix is treated as a folder.
+    Web servers do not distinguish files from folders, so a URL without a file extension is treated as a folder.
     """
     if url.endswith("/") or (
         url.startswith("http") and "." not in storage.split_url(storage.strip_query_string(url))[2].rpartition("/")[2]

@@ -51,7 +51,7 @@ def compute_classification_accuracy(
     """Compute accuracies in percent: "top-1", "top-5" and "mean per class" (top-1 accuracy averaged over classes).
 
     Args:
-        images, classes: L2-normalised embeddings of shape (N, D) and (classes, D).
+        images, classes: L2-normalised embeddings of shapes (N, D) and (C, D).
         indices: Index of each image in the benchmark. Paired intervals require equal indices for both models.
         chunk_size: Number of images per matmul.
     """
@@ -70,7 +70,8 @@ def bootstrap_accuracy(
     image_indices: Sequence[int],
     subsets: Mapping[str, np.ndarray] | None = None,
 ) -> BootstrapMetrics:
-    """Compute accuracies in percent, bootstrapped over images because items in the same image are correlated.
+    """Compute accuracies in percent. Intervals are bootstrapped over images, because items from the same image are
+    correlated.
 
     The metrics are "top-1", "top-5", the top-1 accuracy in each subset, and "mean per class" (top-1 accuracy averaged
     over all classes with at least one item).

@@ -152,7 +152,8 @@ class PrecomputedEmbeddings:
                 )
         if images.shape[1] != texts.shape[1]:
             raise ValueError(
-                f"{file}: the dimensions of images ({images.shape[1]}) and texts ({texts.shape[1]}) must be equal"
+                f"{file}: image embeddings ({images.shape[1]}) and text embeddings ({texts.shape[1]}) must have the "
+                "same dimension"
             )
         self._images = F.normalize(torch.from_numpy(images).float(), dim=-1)
         self._texts = F.normalize(torch.from_numpy(texts).float(), dim=-1)

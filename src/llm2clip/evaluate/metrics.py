@@ -307,7 +307,8 @@ def compute_percentile_interval(means: Tensor, num_groups: int, bounds: tuple[fl
     the limits are the means that would result if a fraction p of the groups had the minimum or the maximum value in
     `bounds`. p = 1 - 0.025 ** (1 / n) is the Clopper-Pearson upper bound for 0 successes in n = `num_groups` trials.
 
-    `means` contains the means of the resamples, of shape (resamples, ...). The result has shape (2, ...).
+    `means` has shape (resamples, ...) and contains the mean of each resample. The result has shape (2, ...) and
+    contains the lower and upper bounds.
     """
     quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=means.dtype)
     interval = means.quantile(quantiles, 0)

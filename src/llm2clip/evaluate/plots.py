@@ -43,7 +43,7 @@ def plot_curves(
     return render_svg(figure)
 
 
-def plot_interval_curves(
+def plot_curves_with_intervals(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], tick_labels: Sequence[str], xlabel: str, ylabel: str
 ) -> str | None:
     """Plot curves with shaded intervals (see `plot_curves`). A curve has a point (value, low, high) for each label."""

@@ -306,7 +306,7 @@ def build_error_analysis_section(analyses: Mapping[str, ErrorAnalysis]) -> list[
     if len(first.length_bins) > 1:
         points = {model: analysis.recall_by_length for model, analysis in analyses.items()}
         labels = [f"{low}–{high}" if low < high else str(low) for low, high in first.length_bins]
-        svg = plots.plot_interval_curves(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
+        svg = plots.plot_curves_with_intervals(points, labels, f"{first.length_unit} in the caption", "T2I R@1, %")
         blocks.append(Figure(svg, "Recall by caption length, with 95% confidence intervals."))
     if first.examples:
         text = f"Evenly spaced captions, with the images retrieved by {name}. Correct images are marked."

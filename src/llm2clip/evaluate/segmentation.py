@@ -32,7 +32,7 @@ from llm2clip.reports import Block, Heading, Paragraph, ReportImage, ReportImage
 
 NUM_EXAMPLES = 4  # number of example images in the report
 EXAMPLE_SIDE = 480  # maximum height and width in pixels of images and label maps in the report
-OVERLAY_OPACITY = 0.6  # opacity of class colours that are drawn over example images
+OVERLAY_OPACITY = 0.6  # opacity of the class colours drawn over example images
 
 
 @dataclass

@@ -236,7 +236,7 @@ def _build_short_query_section(result: Mapping[str, Any]) -> list[Block]:
 
 
 def plot_training_loss(stage: str, rows: Sequence[dict[str, Any]]) -> Figure:
-    """Plot a stage's loss at each step, and the moving average of the loss over about 5% of the steps."""
+    """Plot a stage's loss at each step, and its moving average over about 5% of the steps."""
     losses = [row["loss"] for row in rows]
     window = max(1, len(losses) // 20) + 1
     averages = []

@@ -158,8 +158,8 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
     def load_encoder(self, precision: str = "auto", stage: Stage = "serve") -> Precision:
         """Load the caption encoder, and cast its weights for encoding in `precision`. Return the resolved precision.
 
-        If the caption encoder is already loaded, its weights are unchanged. `auto` selects a precision for the stage
-        (see `models/precision.py`). If the model was trained on bf16 embeddings, their precision replaces calibration.
+        The weights of a caption encoder that is already loaded do not change. `auto` selects a precision for the stage
+        (see `models/precision.py`), or bf16 if the model was trained on bf16 embeddings.
         """
         encoder = self._encoder[0] if self._encoder else self._load_saved_encoder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))

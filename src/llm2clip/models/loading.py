@@ -104,7 +104,7 @@ def check_model_source(source: str | Path) -> None:
 
 @lru_cache(maxsize=1)
 def find_hub_problem() -> str:
-    """Return the reason why the hub cannot be used, or "" if the hub can be used. Check only once per process."""
+    """Return why the hub cannot be used, or "" if it can. The check runs only once per process."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -294,7 +294,8 @@ def _compute_text_growth(normalizer: Any) -> int:
         return math.prod(_compute_text_growth(step) for step in normalizer["normalizers"])
     if normalizer.get("type") != "Replace":
         return 1
-    can_match_nothing = not normalizer["pattern"].get("String")  # true for an empty string or a regular expression
+    # An empty string matches between all characters, and so may a regular expression.
+    can_match_nothing = not normalizer["pattern"].get("String")
     return max(1, len(normalizer["content"]) + can_match_nothing)
 
 

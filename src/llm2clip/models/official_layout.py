@@ -311,8 +311,8 @@ def _rename_tensor_aliases(source: str, tensors: Mapping[str, Any]) -> dict[str,
         canonical = _replace_substrings(name, _ALIASES)
         if canonical in renamed and not torch.equal(renamed[canonical], value):
             raise ValueError(
-                f"{source} contains the tensor {canonical} under two names, with different values (the second name is "
-                f"{name}): remove the tensor that the model does not use"
+                f"{source} contains the same tensor as both {canonical} and {name}, with different values: remove the "
+                "one that the model does not use"
             )
         renamed[canonical] = value
     return renamed

@@ -146,7 +146,7 @@ def load_encoder_with_lora(sources: Sequence[str | Path], device: str | torch.de
 def _merge_lora_adapter(encoder: CaptionEncoder, folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder} must be a LoRA adapter to be merged into an LLM (got {config.peft_type})")
+        raise ValueError(f"{folder} is not a LoRA adapter, so it cannot be merged into an LLM (got {config.peft_type})")
     config.task_type = None  # PEFT's causal LM task type requires an LM head, which the encoder's LLM lacks
     weights = load_peft_weights(str(folder), device="cpu")
     head_prefix = "base_model.model.model."  # tensor name prefix if the adapter was trained on an LLM with an LM head

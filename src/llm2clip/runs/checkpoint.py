@@ -292,17 +292,17 @@ def save_training_state(folder: Path, model: nn.Module, optimizer: Any, schedule
         if not is_main:
             continue
         if part and part_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            _save_state_part(part, folder / TENSOR_FILE.format(part_number))
+            _save_state_shard(part, folder / TENSOR_FILE.format(part_number))
             part, part_bytes, part_number = {}, 0, part_number + 1
         part[name] = tensor.cpu().contiguous()
         part_bytes += tensor.nbytes
     if is_main:
-        _save_state_part(part, folder / TENSOR_FILE.format(part_number))
+        _save_state_shard(part, folder / TENSOR_FILE.format(part_number))
         state = {"schedule": schedule.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
         atomic_write_text(folder / JSON_FILE, json.dumps(state))
 
 
-def _save_state_part(tensors: dict[str, Tensor], file: Path) -> None:
+def _save_state_shard(tensors: dict[str, Tensor], file: Path) -> None:
     with explain_write_errors(file):
         save_file(tensors, file)
 

@@ -207,7 +207,7 @@ def enable_fp32_gradient_reduction(accelerator: Accelerator) -> None:
 
 
 def copy_to_meta_device(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with all parameters on the meta device, where they take no memory."""
+    """Return a copy of a model with all parameters on the meta device, where they use no memory."""
     meta_parameters: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }

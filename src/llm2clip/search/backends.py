@@ -212,7 +212,7 @@ class IndexBackend(ABC):
             {"ids": json.dumps(list(ids))},
         )
         contents = {content_id: values for content_id, *values in rows}
-        images = self._read_images(run, ids, self._make_conditions(image_filter))
+        images = self._read_images(run, ids, self._build_filter_conditions(image_filter))
         hits = []
         for content_id in ids:
             if content_id in contents and content_id in images:
@@ -305,7 +305,7 @@ class IndexBackend(ABC):
     def _make_caption_condition(self, caption: str) -> tuple[str, dict[str, Any]]:
         """Return the SQL condition and parameters of a caption filter."""
 
-    def _make_conditions(self, image_filter: Filter) -> SqlConditions:
+    def _build_filter_conditions(self, image_filter: Filter) -> SqlConditions:
         conditions = SqlConditions()
         for name, value in image_filter.values.items():
             if name == "path":

@@ -88,7 +88,7 @@ def build_index(
         ValueError: The index was built with a different model or embedding dimension, or many images of a source no
             longer exist. In the latter case, new images have been added, but no image has been removed.
         OSError: A source does not exist, or a folder cannot be listed.
-        TooManySkippedError: Too many images cannot be read.
+        TooManySkippedError: Too many images could not be read.
     """
     with backend.lock():
         model = _prepare_backend(backend, model, options.dim)

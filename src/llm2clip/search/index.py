@@ -190,7 +190,7 @@ class Index:
         Args:
             query: A text, or a query with texts, images and earlier hits. Default: return the newest images.
             top: Maximum number of hits, not counting similar images.
-            offset: Number of hits to skip: `next_offset` of the previous page.
+            offset: Number of hits to skip. For the next page, pass `next_offset` of the previous page.
             filter: Conditions that every hit must meet.
             options: Search options. Default: `SearchOptions()`.
 
@@ -258,7 +258,7 @@ class Index:
         vector, dense = self.embed(query).combined, require_dense_encoder(self.encoder.model)
         with self.resources.decoding:
             data = read_original_image(self.backend, hit_id, self.resources.max_file_bytes)
-            pixels = dense.resize(self.encoder.load(data), dense.localization_size)
+            pixels = dense.resize(self.encoder.load(data), dense.localization_image_size)
         return compute_heatmap(dense, pixels, vector)
 
     def embed(self, query: str | SearchQuery) -> QueryVectors:

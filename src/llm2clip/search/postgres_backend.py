@@ -47,7 +47,7 @@ from llm2clip.search.metadata import (
 from llm2clip.search.postgres_database import (
     Connection,
     PostgresDatabase,
-    convert_sql_parameters,
+    convert_sql_placeholders,
     make_sql_runner,
     parse_index_url,
 )
@@ -145,8 +145,8 @@ def open_index(location: str, write: bool) -> PostgresBackend:
     backend = PostgresBackend(location)
     if not write and not backend.read_metadata():
         raise FileNotFoundError(
-            f"{hide_password(location)}: the schema {backend.schema!r} does not contain an llm2clip index. Create an "
-            "index with `llm2clip index`"
+            f"{hide_password(location)}: the schema {backend.schema!r} does not contain an llm2clip index. Create one "
+            "with `llm2clip index`"
         )
     return backend
 
@@ -208,9 +208,9 @@ class PostgresBackend(IndexBackend):
         self._has_changes = self._may_have_orphans = True
         with self._db.open_transaction() as connection, connection.cursor() as cursor:
             if content_rows:
-                cursor.executemany(convert_sql_parameters(INSERT_CONTENT), content_rows)
+                cursor.executemany(convert_sql_placeholders(INSERT_CONTENT), content_rows)
             if images:
-                cursor.executemany(convert_sql_parameters(INSERT_IMAGE), self._make_image_rows(connection, images))
+                cursor.executemany(convert_sql_placeholders(INSERT_IMAGE), self._make_image_rows(connection, images))
 
     def _make_image_rows(
         self, connection: Connection, images: Sequence[tuple[IndexedImage, bytes]]
@@ -249,12 +249,12 @@ class PostgresBackend(IndexBackend):
             {"text": self._escape_text(to_valid_unicode(text)), "hash": digest} for digest, text in texts.items()
         ]
         with self._db.open_transaction() as connection, connection.cursor() as cursor:
-            cursor.executemany(convert_sql_parameters(INSERT_TEXT), text_rows)
+            cursor.executemany(convert_sql_placeholders(INSERT_TEXT), text_rows)
             statement = f"{TEXT_ROWS} WHERE images.content IN (SELECT id FROM contents WHERE hash = ANY(:hashes))"
             rows = make_sql_runner(connection)(statement, {"hashes": list(texts)})
             columns = _make_word_columns([self._convert_row_to_fields(row) for row in rows])
             parameters = [{**values, "id": row[0]} for values, row in zip(columns, rows, strict=True)]
-            cursor.executemany(convert_sql_parameters(UPDATE_WORDS), parameters)
+            cursor.executemany(convert_sql_placeholders(UPDATE_WORDS), parameters)
 
     def finish_indexing(self) -> None:
         """Build the HNSW graph if the index is large, and update the statistics of the query planner."""
@@ -303,7 +303,7 @@ class PostgresBackend(IndexBackend):
 
     def _make_content_condition(self, image_filter: Filter) -> tuple[str, dict[str, Any]]:
         """Return the SQL condition and parameters for contents that have a matching image."""
-        conditions = self._make_conditions(image_filter)
+        conditions = self._build_filter_conditions(image_filter)
         where = list(conditions.contents)
         image_conditions = _list_image_conditions(conditions)
         if image_conditions:
@@ -312,7 +312,7 @@ class PostgresBackend(IndexBackend):
         return " AND ".join(where) or "true", conditions.parameters
 
     def _find_newest_contents(self, run: SqlRunner, image_filter: Filter, count: int, offset: int) -> list[int]:
-        conditions = self._make_conditions(image_filter)
+        conditions = self._build_filter_conditions(image_filter)
         where = [*_list_image_conditions(conditions), *conditions.contents]
         statement = (
             "SELECT contents.id FROM contents JOIN images ON content = contents.id"

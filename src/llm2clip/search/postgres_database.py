@@ -28,7 +28,7 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 ADDRESS = re.compile(r"\w+://([^/@]*@)?[^@]*")
 SCHEMA_NAME = re.compile(r"(?!pg_|public$)[A-Za-z_][A-Za-z0-9_]{0,62}")
 MIN_PGVECTOR = (0, 8)  # in earlier versions, an HNSW search with a filter may return too few rows
-MAX_CONNECTIONS = 8  # maximum number of connections for searches per process
+MAX_CONNECTIONS = 8  # maximum number of search connections per process
 # With these defaults, a failure of the server or the network is detected within a minute.
 CONNECTION_DEFAULTS = {
     "connect_timeout": "10",
@@ -290,13 +290,13 @@ def make_sql_runner(connection: Connection) -> SqlRunner:
     """Return a function that runs SQL statements with parameters of the form `:NAME`."""
 
     def run_statement(statement: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        cursor = connection.execute(convert_sql_parameters(statement), parameters)
+        cursor = connection.execute(convert_sql_placeholders(statement), parameters)
         return [] if cursor.description is None else cursor.fetchall()
 
     return run_statement
 
 
-def convert_sql_parameters(statement: str) -> str:
+def convert_sql_placeholders(statement: str) -> str:
     """Convert parameters of the form `:NAME` to the form `%(NAME)s`."""
     return re.sub(r"(?<!:):([a-z]\w*)", r"%(\1)s", statement.replace("%", "%%"))
 

@@ -16,7 +16,7 @@ between words, each character is a word of weight 1. A filter does not change th
 with the number of images. The parameters form three scales:
 
     texts: Scale for text queries. m and d are measured with the background queries. The values a = 1.2 and b = -0.6
-        were chosen on photographs.
+        were tuned on photographs.
     captions: Scale for text queries and hits with captions. m and d are copied from `texts`. a and b are fitted with
         captions as queries (Platt scaling). Captions that equal the query are excluded from the overlap. The
         negative examples are the background queries, and captions whose own image is excluded from the hits. If fewer
@@ -403,7 +403,7 @@ def _fit_caption_scale(
 
 
 def _standardize_calibration_hits(scale: RelevanceScale, query: str, hits: CalibrationHits) -> np.ndarray:
-    """Return x = (t - m) / d + 8 * overlap for each hit. Captions that equal the query are ignored."""
+    """Return x for each hit (see the module docstring). Captions that equal the query are ignored."""
     stems = extract_stems([query])
     overlaps = [compute_stem_overlap(stems, [text for text in texts if text != query]) for texts in hits.captions]
     return scale.standardize_similarities(hits.similarities, np.nan_to_num(overlaps))

@@ -168,7 +168,7 @@ class SearchRequest(QueryRequest):
         default=0,
         ge=0,
         le=MAX_OFFSET,
-        description="number of hits to skip, counting similar images: `next_offset` of the previous page",
+        description="number of hits to skip, including similar images; pass `next_offset` of the previous page",
     )
     show_weak: bool = Field(default=False, description="also return hits if no image is close to the query")
     filter: FilterRequest = Field(default=FilterRequest(), description="conditions that every hit must meet")
@@ -212,7 +212,7 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
     matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
-        description="fields that contain query words; empty unless the texts of the image contain all query words"
+        description="fields that contain query words; empty unless these fields together contain all query words"
     )
     text: str = Field(description="text recognised in the image")
     details: list[MetadataLine] = Field(description="lines of metadata about the image and its first location")
@@ -314,7 +314,7 @@ class EmbedRequest(BaseModel):
             is_image = item.startswith(DATA_URI_PREFIX)
             if self.modality is not None and is_image != (self.modality == "image"):
                 reason = "it is a data URI of an image" if is_image else IMAGE_FORM
-                raise ValueError(f"input.{number} does not have the modality {self.modality!r}: {reason}")
+                raise ValueError(f"input.{number} does not support the modality {self.modality!r}: {reason}")
             inputs.append([RequestImage(item, f"input.{number}") if is_image else item])
         for number, conversation in enumerate(self.messages or []):
             message, index = (conversation, "") if isinstance(conversation, Message) else (conversation[0], ".0")

@@ -290,7 +290,7 @@ class SqliteBackend(IndexBackend):
 
     def _find_matching_ids(self, image_filter: Filter, newest_first: bool = False) -> np.ndarray:
         """Return the int64 ids of all contents with a matching image, in ascending order or newest image first."""
-        conditions = self._make_conditions(image_filter)
+        conditions = self._build_filter_conditions(image_filter)
         where = [*conditions.images, *conditions.contents]
         if conditions.captions is not None:
             where.append(conditions.captions)
@@ -305,7 +305,8 @@ class SqliteBackend(IndexBackend):
     # ---- vectors
 
     def _get_quantized_vectors(self) -> QuantizedVectors:
-        """Return all quantised vectors. Read only vectors added since the last call, unless the scale must change."""
+        """Return all quantised vectors. Vectors are cached: only those added since the last call are read, unless the
+        scale must change."""
         with self._vectors_lock:  # of several concurrent searches, only one reads the vectors
             state = self._db.read_database_state()
             if self._vectors is not None and self._vectors[0] == state:

@@ -347,7 +347,8 @@ def embed_with_ray(
         open_encoder: Function that takes the keyword argument `device` and loads the encoder on this device. It is
             called with device="cpu", once in the driver to compute the encoder's identity and once in each worker.
         folder: Store folder, on a file system shared by all machines.
-        workers: Number of workers. 0 means one worker per GPU in the cluster or, without GPUs, per two CPU cores.
+        workers: Number of workers. 0 means one worker per GPU in the cluster or, if there are no GPUs, one for every
+            two CPU cores.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.

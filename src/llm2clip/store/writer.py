@@ -78,7 +78,7 @@ class StoreWriter:
         embeddings: np.ndarray,
         keys: np.ndarray | None = None,
     ) -> None:
-        """Write a new shard of N captions atomically. No shard with this number may exist yet.
+        """Atomically write a new shard of N captions. A shard with the same shard number must not exist.
 
         `embeddings` has shape (N, embed_dim) and a floating-point dtype. The N token counts are stored for resource
         estimates and for plots by caption length. If `keys` (uint8, of shape (N, 16)) are passed, `captions` are used

@@ -55,7 +55,7 @@ class TextCosts:
     largest_linear: int  # number of linear weights in the largest transformer layer
     layers: int  # number of transformer layers
     trained: int  # number of parameters trained in the `tune` stage
-    forward: float  # FLOPs per caption of a forward pass without LoRA
+    forward: float  # forward-pass FLOPs per caption, without LoRA
     tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
     saved_per_token: float  # bytes saved by autograd per token and transformer layer

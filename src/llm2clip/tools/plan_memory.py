@@ -48,7 +48,7 @@ class Device:
         """Resolve a stage's precision setting to fp32, bf16 or fp16. `bf16+N` and calibrated precisions become bf16.
 
         Raises:
-            ValueError: The setting is bf16, but the hardware does not support bf16.
+            ValueError: bf16 was requested, but the hardware does not support it.
         """
         if setting == "auto":
             from llm2clip.models.precision import choose_auto_precision
@@ -80,7 +80,7 @@ DEVICES = {device.name: device for device in _DEVICES}
 
 @cache
 def _measure_cpu_specs() -> tuple[float, float]:
-    """Return the throughput of this machine for fp32 matmuls in 10^12 FLOP/s, and its free memory in GB."""
+    """Return this machine's fp32 matmul throughput in TFLOP/s and its free memory in GB."""
     import torch
 
     from llm2clip.cpu_tuning import get_available_memory

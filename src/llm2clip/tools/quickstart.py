@@ -156,8 +156,8 @@ def _format_next_steps(out: Path) -> list[str]:
 def prepare_emoji_dataset(folder: str | Path | None = None, *, size: int = 160, offline: bool = False) -> Path:
     """Return the folder of the emoji dataset, with images of `size` by `size` pixels. Create the folder if needed.
 
-    Creating the dataset takes about 10 seconds on one core and 12 MB of disk space. If OpenMoji is not cached, 31 MB
-    are downloaded. If `offline` is True, an error is raised instead. The default folder is in the user's cache.
+    Creating the dataset takes about 10 seconds on one core and 12 MB of disk space. If OpenMoji is not cached, it is
+    downloaded (31 MB), or an error is raised if `offline` is True. The default folder is in the user's cache directory.
     """
     folder = Path(folder) if folder is not None else get_cache_dir() / f"openmoji-records-{size}"
     if (folder / "captions.jsonl").is_file():

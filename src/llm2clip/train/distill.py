@@ -400,7 +400,8 @@ class _TokenWriter:
         if failed > max_skipped * total or not self.count:
             raise ValueError(
                 f"the student's tokenizer cannot encode {failed:,} of {format_count(total, 'text')}, such as "
-                f"{self._first_failed[:120]!r}, which has only unknown tokens. Choose a student for the texts' language"
+                f"{self._first_failed[:120]!r}, which has only unknown tokens. Choose a student for the language of "
+                "the texts"
             )
         if failed:
             print_once(f"Texts that the student's tokenizer cannot encode: {failed:,}, such as {self._first_failed!r}")

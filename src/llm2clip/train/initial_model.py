@@ -106,7 +106,7 @@ def create_initial_model(
     Args:
         train: Training records. With `config.inherit`, the adapter is trained on their texts.
         out: Folder for the adapter's weights and the cached CLIP text embeddings. Required with `config.inherit`.
-        parts: Result of `load_pretrained_parts`, whose tower becomes part of the model. Default: load the weights.
+        parts: Result of `load_pretrained_parts`. The model uses its tower without copying it. Default: load the parts.
     """
     parts = parts or load_pretrained_parts(config)
     device = process_state().device

@@ -55,9 +55,9 @@ def info_nce(
             text. Default: text i belongs to image i.
         text_ids: Id of each text, of shape (M,), int64. Identical texts must have the same id. Default: all texts are
             treated as distinct, which avoids a GPU synchronisation. Must be None on all ranks or on none.
-        other_texts: Known texts of the images, inside or outside this batch, as (image index, text id) pairs of shape
-            (K, 2), int64. A known text is not used as a negative for its image. Default: no other texts. Must be None
-            on all ranks or on none. Requires `text_ids`.
+        other_texts: (image index, text id) pairs of texts that match an image, whether or not they are in this batch,
+            of shape (K, 2), int64. They are not used as negatives for that image. Default: None. Pass it on every rank
+            or on no rank. Requires `text_ids`.
         gather: Use the texts and images of all ranks as negatives. If True, all ranks must call this function.
 
     Returns:

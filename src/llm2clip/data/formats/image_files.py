@@ -76,7 +76,7 @@ class ImageFolderFormat(SourceFormat):
         ):
             if os.path.dirname(path) != parent:
                 parent = os.path.dirname(path)
-                files = {_lowercase_suffix(name): name for name in list_folder(parent)}
+                files = {_get_lowercase_suffix(name): name for name in list_folder(parent)}
             stem, _, suffix = os.path.basename(path).rpartition(".")
             if suffix.lower() in UNSUPPORTED_SUFFIXES:
                 if not any(f"{stem}.{supported}" in files for supported in IMAGE_SUFFIXES):
@@ -111,7 +111,7 @@ def _read_caption_files(
     return undecodable or fields | {"txt": [line for line in text.split("\n") if line.strip()]}
 
 
-def _lowercase_suffix(name: str) -> str:
+def _get_lowercase_suffix(name: str) -> str:
     stem, dot, suffix = name.rpartition(".")
     return f"{stem}{dot}{suffix.lower()}"
 

@@ -104,7 +104,7 @@ class DetectionData:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Public benchmark, or benchmark built from the user's data.
+    """Public benchmark, or one built from the user's own data.
 
     Args:
         kind: Type of the benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for

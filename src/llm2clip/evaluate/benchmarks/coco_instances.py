@@ -157,7 +157,7 @@ def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         decoded: np.ndarray = mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))) > 0
         return decoded
     if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"the mask has the size {segmentation['size']}, but the image has the size {[height, width]}")
+        raise ValueError(f"the mask size is {segmentation['size']}, but the image size is {[height, width]}")
     runs = segmentation["counts"]
     if not isinstance(runs, list):
         runs = _decompress_run_lengths(runs.encode() if isinstance(runs, str) else runs)

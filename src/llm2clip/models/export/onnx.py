@@ -45,7 +45,7 @@ scores = texts @ images.T
 """
 # Weights above this size are stored in a separate file, because ONNX files are limited to 2 GB.
 EXTERNAL_DATA_BYTES = 1 << 30
-MIN_QUANTIZED_VALUES = 1024  # weights with fewer values stay in float32
+MIN_QUANTIZED_VALUES = 1024  # weights with fewer elements stay in float32
 # Short queries and captions of different lengths for measuring the error caused by 8-bit weights.
 CALIBRATION_TEXTS = (
     *("dog", "red car", "sunset at the beach", "children playing football", "an old bicycle", "people at a market"),

@@ -1,8 +1,8 @@
 """Batches of texts of similar length, and packed attention without padding.
 
-Packed attention concatenates all captions of a batch into a single row, in which each token attends only to tokens of
-the same caption. Consecutive captions of equal length share an attention call without a mask. In 16-bit precision on
-recent NVIDIA GPUs, a single call computes attention for all captions (`compute_varlen_attention`).
+Packed attention concatenates all captions in a batch into a single row, in which each token attends only to tokens of
+the same caption. Consecutive captions of equal length are processed in one unmasked attention call. In 16-bit precision
+on recent NVIDIA GPUs, a single call computes attention for all captions (`compute_varlen_attention`).
 
 The attention function is registered with transformers as `packed`, so every model family can use packed attention. For
 padded batches, `packed` is equivalent to `sdpa`.
@@ -128,7 +128,7 @@ MAX_VARLEN_HEAD_DIM = 256
 
 
 def pack_captions(ids: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
-    """Pack B captions, with T tokens in total, into a single row for an attention implementation.
+    """Pack B captions (T tokens in total) into a single row, in the layout that the attention implementation expects.
 
     Returns:
         Keyword arguments for the model:
@@ -270,12 +270,12 @@ def compute_packed_attention(
         )
         return output, None
 
-    return _compute_attention_by_length(
+    return _compute_attention_in_length_groups(
         module, query, key, value, caption_lengths, sliding_window, is_causal, kwargs
     ), None
 
 
-def _compute_attention_by_length(
+def _compute_attention_in_length_groups(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,

@@ -155,7 +155,7 @@ def count_prompt_tokens(tokenizer: Any, prompt: str) -> int:
     """Count the leading tokens that do not depend on the caption: special tokens and prompt tokens."""
     if not prompt:
         return 0
-    # The final space of a prompt can merge with the next token, so the prompt must not be tokenized alone.
+    # A prompt's trailing space can merge with the next token, so the prompt must not be tokenized on its own.
     first, second = tokenizer([prompt + "a", prompt + "1"], return_attention_mask=False)["input_ids"]
     return next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
 

@@ -82,7 +82,7 @@ class DenseEncoder:
     features: Callable[[Tensor, str], Tensor]
 
     @property
-    def localization_size(self) -> int:
+    def localization_image_size(self) -> int:
         """Recommended `image_size` argument of `resize` for localisation, in pixels."""
         return round(LOCALIZATION_SCALE * self.image_size)
 
@@ -212,7 +212,8 @@ def _is_channels_last(tower: VisionTower) -> bool:
 
 
 def _apply_tower_head(tower: VisionTower, cells: Tensor) -> Tensor:
-    """Apply the tower's head to each of M cells of shape (M, C). Return shape (M, feature_dim)."""
+    """Apply the tower's head to each of the M cells in a tensor of shape (M, C). Return a tensor of shape
+    (M, feature_dim)."""
     backbone = cast(Any, tower.backbone)
     if tower.config["library"] == "transformers":
         if hasattr(backbone, "head"):  # SigLIP pools with attention
@@ -330,7 +331,7 @@ class _ReplacedAttention(TorchFunctionMode):
     def _compute_attention(
         self, q: Tensor, k: Tensor, v: Tensor, *_: Any, scale: float | None = None, **__: Any
     ) -> Tensor:
-        """Compute attention for q, k and v of shape (N, heads, L, head_dim), without mask and dropout."""
+        """Compute attention for q, k and v of shape (N, heads, L, head_dim), without a mask or dropout."""
         attend = F.scaled_dot_product_attention
         if self.variant == "maskclip":
             return v
@@ -372,12 +373,12 @@ def encode_boxes(
     Args:
         images: Images of shape (3, H, W), uint8.
         boxes: For each image, a float32 tensor of shape (R, 4) with rows (left, top, right, bottom) in pixels.
-        image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_size`.
+        image_size: Length of the resized image's shorter side in pixels. Default: `dense.localization_image_size`.
     """
     resized_by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # images of the same shape are encoded together
     for n, image in enumerate(images):
         if len(boxes[n]):
-            resized = dense.resize(image, image_size or dense.localization_size)
+            resized = dense.resize(image, image_size or dense.localization_image_size)
             resized_by_shape.setdefault(resized.shape, {})[n] = resized
     results = [torch.empty(0, embed_dim) for _ in images]
     for group in resized_by_shape.values():

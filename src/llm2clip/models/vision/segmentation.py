@@ -68,7 +68,7 @@ class WindowAxis:
 
         Args:
             cells: Number of cells per window.
-            size: Number of output pixels.
+            size: Side length of the output, in pixels.
 
         Returns:
             A float32 matrix of shape (size, windows * cells).
@@ -302,7 +302,7 @@ class DenseFeaturesMixin:
         height, width = pixels.shape[1:]
         if boxes is None:
             checked = validate_masks(masks, height, width)
-            resized = dense.resize(pixels, image_size or dense.localization_size)
+            resized = dense.resize(pixels, image_size or dense.localization_image_size)
             return pool_features_by_mask(dense.encode(resized[None], variant)[0], checked).cpu()
         checked = validate_boxes(boxes, height, width)
         return encode_boxes(dense, [pixels], [checked], variant, model.config.embed_dim, image_size)[0]

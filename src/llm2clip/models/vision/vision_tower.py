@@ -245,7 +245,7 @@ def add_tower_lora(tower: VisionTower, rank: int, alpha: int) -> None:
             targets.append(name)
     if not targets:
         raise ValueError("--align.lora_r: this tower has no linear layers that support LoRA. Use --align.lora_r 0")
-    _set_qkv_layer_calls(tower, True)
+    _patch_qkv_forward(tower, True)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), tower.backbone)
     for name, parameter in tower.backbone.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -257,13 +257,13 @@ def merge_tower_lora(tower: VisionTower) -> None:
     for name, layer in lora_layers.items():
         layer.merge(safe_merge=True)
         tower.backbone.set_submodule(name, layer.get_base_layer())
-    _set_qkv_layer_calls(tower, False)
+    _patch_qkv_forward(tower, False)
     if hasattr(tower.backbone, "peft_config"):
         del tower.backbone.peft_config
     tower.requires_grad_(True)
 
 
-def _set_qkv_layer_calls(tower: VisionTower, enable: bool) -> None:
+def _patch_qkv_forward(tower: VisionTower, enable: bool) -> None:
     """Enable or disable calls to the qkv layer in timm's EVA models, which otherwise ignore the layer's LoRA."""
     for module in tower.backbone.modules():
         if hasattr(module, "qkv_bias_separate"):
