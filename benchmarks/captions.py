@@ -10,7 +10,8 @@ DATA contains flickr8k, coco_img and ade20k_ids, each with a captions.jsonl and 
    is trained in the same way, on coco_img and ade20k_ids.
 4. Test the models on the human captions of Flickr8k's validation images.
 
-The table contains means and standard deviations over three seeds. To resume an interrupted run, repeat the command.
+The table contains the number of training images, and means and standard deviations over three seeds. To resume an
+interrupted run, repeat the command.
 """
 
 import json
@@ -25,7 +26,16 @@ import yaml
 
 from llm2clip.data.records import open_records
 from llm2clip.llava.conversations import IMAGE_TOKEN, LONG_CAPTION_PROMPTS, SHORT_CAPTION_PROMPTS
-from shared import format_mean_std, make_flags, make_parser, print_header, print_row, run_llm2clip, write_rows_once
+from shared import (
+    format_mean_std,
+    make_flags,
+    make_parser,
+    print_header,
+    print_row,
+    read_rows,
+    run_llm2clip,
+    write_rows_once,
+)
 
 TOWER, LLM = "efficientnet-lite0", "smollm2-135m"
 ENCODER = ("--encoder.path", "all-minilm-l6-v2")
@@ -52,7 +62,7 @@ class Benchmark:
         self.other = write_rows_once(out / "other.jsonl", [*self.read_rows("coco_img"), *self.read_rows("ade20k_ids")])
 
     def read_rows(self, name: str, split: str = "") -> Iterator[dict[str, Any]]:
-        """Yield the images and English captions of a data set, with absolute paths."""
+        """Yield the images and English captions of a dataset, with absolute paths."""
         for record in islice(open_records(f"{self.data / name / 'captions.jsonl'}{split}"), self.num_images):
             row: dict[str, Any] = {"image": str(Path(str(record.image)).absolute()), "id": record.id}
             yield row | {"captions": list(record.captions), "long_captions": list(record.long_captions)}
@@ -133,16 +143,17 @@ class Benchmark:
             for name, result in zip(models, results, strict=True):
                 for direction, values in recalls[name].items():
                     values.append(result["rows"][0][direction]["R@1"])
-        print_header("captions", "I2T R@1", "T2I R@1")
+        print_header("captions", "images", "I2T R@1", "T2I R@1")
         for name, directions in recalls.items():
-            print_row(name, *map(format_mean_std, directions.values()))
+            images = sum(1 for _ in read_rows(models[name][0]))
+            print_row(name, f"{images:,}", *map(format_mean_std, directions.values()))
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("data", type=Path, help="folder that contains the data sets")
+    parser.add_argument("data", type=Path, help="folder that contains the datasets")
     parser.add_argument("--out", type=Path, required=True, help="folder for models and results")
-    parser.add_argument("--images", type=int, help="use only the first images of each data set")
+    parser.add_argument("--images", type=int, help="use only the first images of each dataset")
     args = parser.parse_args()
     benchmark = Benchmark(args.data, args.out, args.images)
     benchmark.train_llava()

@@ -64,7 +64,7 @@ def read_licences(pip_licenses: str, packages: Iterable[str]) -> dict[str, str]:
     """Return the licence of each package according to pip-licenses."""
     command = [pip_licenses, "--python", sys.executable, "--from", "mixed", "--format", "json", "--with-system"]
     entries = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    licences = {canonicalize_name(entry["Name"]): entry["License"] for entry in entries}
+    licences: dict[str, str] = {canonicalize_name(entry["Name"]): entry["License"] for entry in entries}
     return {package: SPDX.get(licences[package], licences[package]) for package in packages}
 
 

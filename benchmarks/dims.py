@@ -5,8 +5,8 @@
 DATA contains flickr8k and coco_img, each with a captions.jsonl and images. The models are trained on Flickr8k's
 training images and coco_img, and tested on Flickr8k's 1,000 validation images. The caption encoder is
 all-MiniLM-L6-v2. The vision tower is a frozen EfficientNet-Lite0 at 160 pixels, so only the heads are trained, on
-cached features. `unrotated` is the default model with randomly rotated embeddings, whose first dimensions are not the
-principal components of the training captions.
+cached features. The first dimensions of the default model are the principal components of the training captions.
+`unrotated` is the same model after a random rotation of its embeddings, which undoes this.
 
 Every model is evaluated with all dimensions and with the first 256, 128 and 64. The table OUT/table.md contains the
 mean and the standard deviation over the seeds. To resume an interrupted run, repeat the command.

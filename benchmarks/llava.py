@@ -55,7 +55,7 @@ CAPTIONED_IMAGES, POPE_IMAGES = 250, 100
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("data", type=Path, help="folder that contains the data sets")
+    parser.add_argument("data", type=Path, help="folder that contains the datasets")
     parser.add_argument("--aligned", required=True, help="folder of the aligned model")
     args = parser.parse_args()
     aligned = load_vision_tower(args.aligned)

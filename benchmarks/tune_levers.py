@@ -216,8 +216,8 @@ class Screen:
         }
 
     def read_final_tests(self) -> dict[str, list[Sequence[str]]]:
-        """Read two captions of each image: of COCO's test split, halves of paragraphs, and a Chinese or German and an
-        English caption of Flickr8k's or Flickr30k's test split."""
+        """Read pairs of captions of an image: captions of COCO's test split, halves of paragraphs, and captions in
+        English and in Chinese (Flickr8k's test split) or German (Flickr30k's test split)."""
         rows = read_rows(self.data / "flickr30k_text/captions.jsonl")
         german = [(row["captions_de"][0], row["captions"][0]) for row in rows if row["split"] == "test"]
         return {
