@@ -23,7 +23,7 @@ from llm2clip.data.image_facts import (
     read_image_facts,
     save_training_image_hashes,
 )
-from llm2clip.data.image_header import MAX_FILE_BYTES, START_BYTES, open_image_header, parse_image_size
+from llm2clip.data.image_header import MAX_IMAGE_BYTES, START_BYTES, open_image_header, parse_image_size
 from llm2clip.data.image_refs import FileImage, InMemoryImage, LoadedImage, TarImage
 from llm2clip.data.records import open_records
 from llm2clip.data.skip_log import BadRowError
@@ -81,7 +81,7 @@ def test_size_of_other_files_is_unknown(data: bytes) -> None:
 
 
 def test_size_of_a_file_over_the_limit_is_unknown() -> None:
-    assert parse_image_size(SIMPLE_IMAGES[0], MAX_FILE_BYTES + 1) is None
+    assert parse_image_size(SIMPLE_IMAGES[0], MAX_IMAGE_BYTES + 1) is None
 
 
 @pytest.mark.parametrize("num_bytes", [1, 500, 1023, 1024, 1025, 3000, 4096, 5119, 5120, 9000, 50_000])

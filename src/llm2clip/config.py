@@ -308,9 +308,9 @@ class EvaluateOptions:
     """Options of the `evaluate` command. The help text of each option is the docstring of its field."""
 
     benchmarks: list[str] = field(default_factory=list)
-    """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own images: folder:PATH (one subfolder per
+    """Names of public benchmarks (see `llm2clip benchmarks`), `all`, or your own data: folder:PATH (one subfolder per
     class), boxes:FILE.json or detection:FILE.json (COCO format), segmentation:PATH (COCO format, or a folder with
-    images/, masks/ and classes.txt)."""
+    images/, masks/ and classes.txt). Pass captioned images as DATA instead."""
     root: str = "data/benchmarks"
     """Folder with one subfolder per benchmark."""
     out: str | None = None

@@ -59,7 +59,8 @@ def add_commands(commands: CommandGroup) -> None:
     parser.add_argument(
         "--captions_per_image",
         type=float,
-        help="Mean number of captions per image. Default: counted in DATA, or 2 without DATA.",
+        help="Mean number of captions per image in the data (`--align.captions_per_image` is the number per step). "
+        "Default: counted in DATA, or 2 without DATA.",
     )
     parser.add_argument(
         "--tokens_per_caption",

@@ -18,7 +18,7 @@ from llm2clip.io_utils import format_install_command
 
 # Images with more pixels are rejected before decoding. 100 million RGB pixels take 300 MB.
 MAX_PIXELS = 100_000_000
-MAX_FILE_BYTES = 1 << 30  # enough for 100 million uncompressed 16-bit RGBA pixels (800 MB)
+MAX_IMAGE_BYTES = 1 << 30  # enough for 100 million uncompressed 16-bit RGBA pixels (800 MB)
 
 # Pillow decodes these formats in-process, whereas it runs Ghostscript for EPS.
 # ICO is excluded because Pillow decodes the images in an ICO file before their size can be checked.
@@ -84,7 +84,7 @@ def parse_image_size(data: bytes, file_size: int) -> tuple[int, int] | None:
 
     Return None for files that must be opened with Pillow, including all files that `open_image_header` rejects.
     """
-    if file_size > MAX_FILE_BYTES or not data.startswith(b"\xff\xd8\xff"):
+    if file_size > MAX_IMAGE_BYTES or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
         size = _parse_jpeg_size(data)
@@ -229,8 +229,8 @@ class _BoundedImageStream:
         self._stream = stream
         self._size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
-        if self._size > MAX_FILE_BYTES:
-            raise DecodingLimitError(f"file too large: {self._size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
+        if self._size > MAX_IMAGE_BYTES:
+            raise DecodingLimitError(f"file too large: {self._size:,} bytes; the limit is {MAX_IMAGE_BYTES:,} bytes")
         self._reads_left = MAX_HEADER_READS
         self._bytes_left = 2 * self._size + (1 << 20)
 

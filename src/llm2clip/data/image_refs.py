@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, NamedTuple, Self
 
-from llm2clip.data.image_header import MAX_FILE_BYTES
+from llm2clip.data.image_header import MAX_IMAGE_BYTES
 from llm2clip.data.remote import FileSlice, get_remote_version, open_file
 from llm2clip.data.skip_log import BadRowError
 from llm2clip.data.storage import get_parent_folder, is_remote, join_path, parse_file_size
@@ -72,11 +72,11 @@ class ImageRef(ABC):
             return self._open()
 
     def read(self) -> bytes:
-        """Return all encoded bytes. Raise OSError if the image cannot be read or exceeds `MAX_FILE_BYTES`."""
+        """Return all encoded bytes. Raise OSError if the image cannot be read or exceeds `MAX_IMAGE_BYTES`."""
         with self._convert_reader_errors(), self._open() as stream:
             size = stream.seek(0, os.SEEK_END)
-            if size > MAX_FILE_BYTES:
-                raise OSError(f"file too large: {size:,} bytes; the limit is {MAX_FILE_BYTES:,} bytes")
+            if size > MAX_IMAGE_BYTES:
+                raise OSError(f"file too large: {size:,} bytes; the limit is {MAX_IMAGE_BYTES:,} bytes")
             stream.seek(0)
             return stream.read()
 
@@ -161,7 +161,7 @@ class TarImage(ImageRef):
         return f"{self.canonical_path}@{self.offset}"  # several members of a tar file may have the same name
 
     def read(self) -> bytes:
-        if self.size > MAX_FILE_BYTES:
+        if self.size > MAX_IMAGE_BYTES:
             return ImageRef.read(self)  # raises OSError
         with self._convert_reader_errors(), open_file(self.path) as file:  # much faster than a `FileSlice`
             file.seek(self.offset)

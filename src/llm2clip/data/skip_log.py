@@ -87,7 +87,7 @@ class SkipLog:
         self._num_rows += max(0, count - self.rows_seen)
 
     def skip(self, file: str, row: int, reason: str, value: object, rows: int = 1) -> None:
-        """Record that `rows` rows, starting at `row`, were skipped. Ignore calls that repeat the row and reason."""
+        """Record `rows` skipped rows, starting at `row` (0 for images). Ignore calls that repeat the row and reason."""
         file = hide_url_secrets(file)
         if not self._record_once(file, row, reason):
             return

@@ -318,6 +318,7 @@ def _build_open_clip_dense_encoder(visual: Any, cfg: dict[str, Any], device: tor
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
     )
+    # `VisionTower.from_config` cannot rebuild this tower, because the architecture is a class name.
     config = {"library": "timm", "architecture": type(trunk).__name__, "args": {"img_size": size}}
     tower = VisionTower(trunk, config | {"preprocess": preprocess.to_dict()}).to(device).eval()
     return _try_build_dense_encoder(tower, visual.head)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from llm2clip.data.image_header import MAX_FILE_BYTES
+from llm2clip.data.image_header import MAX_IMAGE_BYTES
 from llm2clip.models.text_graph import open_text_graph
 from llm2clip.search.backends import IndexBackend, open_backend
 from llm2clip.search.metadata import Filter
@@ -86,7 +86,7 @@ class SearchResources:
     # Context managers that limit how many threads decode an image or scan the index at the same time.
     decoding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     scanning: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    max_file_bytes: int = MAX_FILE_BYTES  # maximum size of an indexed image file that is decoded, in bytes
+    max_file_bytes: int = MAX_IMAGE_BYTES  # maximum size of an indexed image file that is decoded, in bytes
 
 
 class Index:

@@ -200,6 +200,7 @@ class ImageLocation(_make_metadata_model("ImageFields", IMAGE_FIELDS)):  # type:
     captions: list[str] = Field(description="captions of the image")
 
 
+# Built from the attributes of `search.types.Hit`. For the other places that read the fields, see CONTRIBUTING.md.
 class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # type: ignore[misc]
     """A search result: an image, its metadata and its locations."""
 

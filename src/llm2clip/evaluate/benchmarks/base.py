@@ -109,7 +109,7 @@ class Benchmark:
     Args:
         kind: Type of the benchmark, which determines the metrics and the return type of `read`: `CaptionFields` for
             "retrieval", a list of `CompositionalExample` for "compositional", or a data class such as `RegionData`.
-        description: One-line description that states the size and the split.
+        description: One-line description with the split and the size. `size` parses the size, such as "1,000 images".
         folders: Possible names of the benchmark's folder inside the root folder, in order of preference.
         source: Names and download locations of the required files.
     """

@@ -20,7 +20,7 @@ from llm2clip.models.loading import build_transformers_config
 from llm2clip.models.modeling_llm2clip import LLM2CLIPExport, LLM2CLIPExportConfig, LLM2CLIPImageProcessor
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.models.text.latent_attention import LatentAttentionPooling
-from llm2clip.models.vision.vision_tower import VisionTower
+from llm2clip.models.vision.vision_tower import INTERPOLATES_ON_REQUEST, VisionTower
 
 MAX_STATIC_TOKENS = 8192  # maximum text length of exported static encoders, in tokens
 POOLINGS = ("mean", "lasttoken", "cls")
@@ -145,8 +145,7 @@ def _find_dense_layers(encoder: CaptionEncoder) -> list[Any]:
 def _build_tower_config(tower: VisionTower) -> dict[str, Any]:
     library, architecture = tower.config["library"], tower.config["architecture"]
     is_timm = library == "timm"
-    # DINO towers always interpolate position embeddings. CLIP and SigLIP towers do so only if a flag is set.
-    needs_flag = not is_timm and architecture["model_type"] in ("clip_vision_model", "siglip_vision_model")
+    needs_flag = not is_timm and architecture["model_type"] in INTERPOLATES_ON_REQUEST
     return {
         "library": library,
         "architecture": architecture,

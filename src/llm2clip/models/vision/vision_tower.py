@@ -7,6 +7,8 @@ library        timm or transformers
 architecture   name of the architecture (timm) or the model's config as a dict (transformers)
 args           arguments for `timm.create_model` (timm only)
 preprocess     image preprocessing, from `PreprocessConfig.to_dict()`
+
+To find the code that depends on the library, search for `["library"]`. Each branch assumes one of these two libraries.
 """
 
 import inspect
@@ -61,7 +63,7 @@ _DUAL_ENCODER_TYPES = ("clip", "metaclip_2", "siglip")
 # Names of repeated blocks in timm's ViTs, EfficientNets, ConvNeXts and ResNets, and in transformers' ViTs.
 _BLOCK = re.compile(r"(?:blocks\.(?:\d+\.)+|stages\.\d+\.blocks\.\d+\.|layer[1-4]\.\d+\.|layers?\.\d+\.)")
 # transformers model types that interpolate position embeddings only on request. Other types always interpolate.
-_INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
+INTERPOLATES_ON_REQUEST = ("clip_vision_model", "siglip_vision_model")
 
 
 class VisionTower(nn.Module):
@@ -148,7 +150,7 @@ class VisionTower(nn.Module):
 
     def _run_transformers_backbone(self, pixels: Tensor, interpolate: bool) -> Any:
         options = {}
-        if interpolate and self.config["architecture"]["model_type"] in _INTERPOLATES_ON_REQUEST:
+        if interpolate and self.config["architecture"]["model_type"] in INTERPOLATES_ON_REQUEST:
             options["interpolate_pos_encoding"] = True
         return self.backbone(pixel_values=self._normalize_pixels(pixels), **options)
 
