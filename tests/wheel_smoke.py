@@ -137,7 +137,7 @@ def check_commands(folder: Path) -> None:
     assert install in run(*index, status=1)
     subprocess.run([sys.executable, "-m", *shlex.split(install), "--quiet"], check=True)
     run(*index)
-    hits = run("search", "index", "a red square on gold paper", "--top", "3", "--show_weak")
+    hits = run("search", "index", "a red square on gold paper", "--top", "3", "--show_weak", "--no_group")
     assert hits.count(".png") == 3 and "not calibrated" not in hits, hits
     run("export", "run/model", "--to", "transformers", "--out", "exported")
 
