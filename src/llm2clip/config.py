@@ -84,7 +84,7 @@ class TuneConfig:
     steps: int = 150
     """Number of optimizer steps. 0 disables tuning. With --encoder.path auto, `fit` never tunes."""
     batch_size: int = 128
-    """Number of text pairs per step and device. All other texts in the batch, across all devices, are negatives. If
+    """Number of text pairs per step and device. All other pairs in the batch, across all devices, provide negatives. If
     there is too little data for such a batch, the number is reduced."""
     hard_negative_group_size: int = 1
     """Number of images with similar captions that form a group of hard negatives in a batch. 32 works well for tens of
@@ -186,8 +186,9 @@ class AlignConfig:
     epochs: float = 4
     """Number of epochs. Fractions are allowed."""
     captions_per_image: int = 6
-    """Number of captions and phrases sampled per image and step, without replacement. 0 uses all captions and phrases.
-    Additional captions cost almost nothing, because their embeddings are read from the store."""
+    """Maximum number of captions and phrases sampled per image and step, without replacement. Each draw first selects a
+    kind of caption, and adds nothing if no captions of that kind are left. 0 uses all captions and phrases. Additional
+    captions cost almost nothing, because their embeddings are read from the store."""
     caption_mix: dict[str, float] = field(
         default_factory=lambda: {"captions": 1, "short_captions": 1, "long_captions": 1, "phrases": 0.5}
     )

@@ -348,7 +348,8 @@ def align(run: Run, store: EmbeddingStore, encoder: EncoderConfig, features: Pat
     only if `config.evaluate.data` lists held-out sources.
 
     Args:
-        store: Cached embeddings of the training captions. Captions and phrases without an embedding are not used.
+        store: Cached embeddings of the training captions. Phrases without an embedding, and captions that the tokenizer
+            could not encode, are not used. If another caption is missing, `align` raises StoreError.
         encoder: Caption encoder that was used to create the store. It is saved with the model.
         features: Folder for the cached features of a frozen tower, which several runs can share. Default: in `run.out`.
     """

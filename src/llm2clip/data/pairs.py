@@ -463,7 +463,7 @@ def _read_items(items: TuningItems, order: np.ndarray) -> Iterator[tuple[int, Tu
             yield from ((index, items[index]) for index in indices.tolist())
 
 
-# ---- hard negatives --------------------------------------------------------------------------------------------------
+# ---- groups of similar captions --------------------------------------------------------------------------------------
 
 # In a random batch, most negatives describe a different subject and soon become too easy.
 # Each pass over the data therefore groups similar captions with a random projection tree.

@@ -1,9 +1,10 @@
 """Checkpointing code that all training loops share.
 
 A run saves `checkpoints/checkpoint-N` every few steps. A checkpoint without a marker file is incomplete and is ignored.
-The marker file contains the run's signature, which consists of the settings and a hash of the data. Training resumes
-only from a checkpoint with the same signature. The number of ranks may change: the resumed run still processes the same
-number of images or pairs per step.
+The marker file contains the run's signature: a hash of the data and, for `align` and `distill`, the settings. For
+`tune` and `llava`, the signature contains few settings, because the commands compare the complete config (see
+`save_or_check_config`). Training resumes only from a checkpoint with the same signature. The number of ranks may
+change, except for `llava`: the resumed run still processes the same number of images or pairs per step.
 
     complete                    marker file: signature, and sizes of the other files
     state-1.safetensors, ...    trained weights and buffers (model/WEIGHT), and the optimizer's state for each trained

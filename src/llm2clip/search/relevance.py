@@ -20,12 +20,12 @@ with the number of images. The parameters form three scales:
     captions: Scale for text queries and hits with captions. m and d are copied from `texts`. a and b are fitted with
         captions as queries (Platt scaling). Captions that equal the query are excluded from the overlap. The
         negative examples are the background queries, and captions whose own image is excluded from the hits. If fewer
-        than 30 images have several captions, a = 0.6 and b = -1.3.
+        than 30 of at most 256 sampled images have several captions, a = 0.6 and b = -1.3.
     images: Scale for image queries. m and d are measured with sampled images as queries, excluding each query image and
         its near duplicates. With a = 1.2 and b = 1.1, images as similar as a typical nearest neighbour are close.
 
 The value of a query is the largest t of its top 10 hits. A query has an answer if at least one of these hits has a
-relevance of at least 0.2.
+relevance of at least 0.2 or has texts that contain all words of the query.
 """
 
 from __future__ import annotations

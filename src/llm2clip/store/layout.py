@@ -12,7 +12,7 @@
 Each file in a shard is written under a temporary name, fsynced and renamed. The keys file is written last, so a shard
 with a keys file is complete. The manifest and the index only summarise the shards, and are rebuilt from the shards
 after an interruption. Embeddings are looked up by caption hash, never by position, so you can reorder, extend or filter
-the captions of a dataset.
+the captions of a dataset. Image features use the same format, keyed by image name (`make_image_keys`).
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Read access to an embedding store, which contains an embedding of every caption in a dataset.
+"""Read access to an embedding store, which contains embeddings of captions or, keyed by image name, image features.
 
 `EmbeddingStore.find_rows` looks up the row numbers of captions, `EmbeddingStore.take` reads the embeddings in these
 rows, and `find_caption_rows` looks up all captions of a record table. `layout.py` describes the files.
@@ -286,7 +286,7 @@ class CaptionRows:
 
 
 def find_caption_rows(
-    table: RecordTable, source: CaptionSource, fields: Sequence[str], identity: str
+    table: RecordTable, source: CaptionSource, fields: Sequence[str], caption_hash: str
 ) -> dict[str, CaptionRows]:
     """Look up the captions of all records in the store. Return the row numbers for each field that has captions.
 
@@ -295,7 +295,7 @@ def find_caption_rows(
     Captions that the tokenizer could not encode and phrases without an embedding are skipped.
 
     Args:
-        identity: Hash of the texts in these fields; see `RecordTable.compute_identity`.
+        caption_hash: Hash of the texts in these fields; see `RecordTable.compute_identity`.
 
     Raises:
         StoreError: A caption is not in the store.
@@ -304,7 +304,7 @@ def find_caption_rows(
         return _look_up_all_fields(table, source, fields)
     version = [
         CAPTION_ROWS_VERSION,
-        identity,
+        caption_hash,
         source.manifest["fingerprint"],
         layout.get_index_path(source.folder, source.shards).name,
     ]

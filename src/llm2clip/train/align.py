@@ -214,7 +214,8 @@ def _compute_loss(
         return image, text, scale[None], bias[None], *features
 
     contrastive_loss = get_loss(config.loss)
-    layout = batch.image_of_caption, None if batch.all_distinct else batch.caption_rows, batch.phrases
+    # image_of_text, text_ids and other_texts of the losses
+    text_arguments = batch.image_of_caption, None if batch.all_distinct else batch.caption_rows, batch.phrases
     logit_scale = torch.zeros(())
 
     def loss_function(
@@ -223,7 +224,7 @@ def _compute_loss(
         nonlocal logit_scale
         logit_scale = scale.detach().mean()  # all parts of the batch return the same scale
         loss = matryoshka_loss(
-            contrastive_loss, config.matryoshka_dims, image, text, scale.mean(), bias.mean(), *layout
+            contrastive_loss, config.matryoshka_dims, image, text, scale.mean(), bias.mean(), *text_arguments
         )
         if features is not None and pretrained_features is not None:
             loss = loss + config.distill_weight * distillation_loss(features, pretrained_features)

@@ -1,7 +1,8 @@
 """The `tune` stage: contrastive training of a decoder LLM on captions, with LoRA or full fine-tuning.
 
-Two captions of the same image form a positive pair (called "CC" in the paper), and all other texts in the batch are
-negatives. General text pairs ("TC") can be added or used instead. LoRA is merged into the LLM after training, so the
+Two captions of the same image form a positive pair (called "CC" in the paper). The negatives of an anchor are the
+positives of all other pairs in the batch. With `symmetric`, each positive must also retrieve its anchor from all
+anchors. General text pairs ("TC") can be added or used instead. LoRA is merged into the LLM after training, so the
 result is an ordinary sentence-transformers model.
 
 Captions have 10 to 200 tokens, so padding a complete batch to its longest text would waste half the compute. Texts are
@@ -74,7 +75,7 @@ def tune(sources: Sequence[TuningItems], encoder: CaptionEncoder, config: TuneCo
 
     Raises:
         ValueError: A source has too few items, settings contradict each other, or the existing checkpoints were saved
-            with different settings or data.
+            with different data, `steps`, `batch_size` or precision. Other settings, such as `lr`, are not compared.
         FloatingPointError: The loss or a gradient is not finite.
     """
     encoder_dir = run_dir / "encoder"
@@ -250,6 +251,7 @@ class _TuneTrainer(TrainingStateMixin, SentenceTransformerTrainer):
 
 
 def _make_sequential_sampler(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    """Keep the order of the sampled pairs. When training is resumed, the Trainer skips the pairs of completed steps."""
     return BatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
 
@@ -277,8 +279,8 @@ def pair_loss(
         scale: Factor applied to the cosine similarities (1 / temperature).
         text_ids: Ids of the anchors, positives and negatives, in this order, of shape (2 N + M,), int64. Identical
             texts must have the same id.
-        negatives: Embeddings of the hard negatives, of shape (M, D), L2-normalised. Each hard negative is used for all
-            anchors. M may differ between ranks.
+        negatives: Embeddings of the hard negatives (`Pair.negatives`), of shape (M, D), L2-normalised, used for all
+            anchors. M may differ between ranks. Similar captions (see `hard_negative_group_size`) are ordinary pairs.
         symmetric: If True, each positive must also retrieve its anchor from all anchors.
         gather: Use the candidates of all ranks. All ranks must then call this function.
 
