@@ -89,6 +89,15 @@ def test_forward_of_images_texts_or_both(model: LLM2CLIP) -> None:
     assert torch.equal(model(embeddings=embeddings)[1], text) and model(embeddings=embeddings)[0] is None
 
 
+def test_forward_returns_float32_unit_vectors_under_autocast(model: LLM2CLIP) -> None:
+    pixels, embeddings = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randn(2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model(pixels, embeddings)[:2]
+    for part in vectors:
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part.norm(dim=-1), torch.ones(len(part)), atol=1e-6, rtol=0)
+
+
 def test_logit_scale_is_clamped_only_in_training(model: LLM2CLIP) -> None:
     with torch.no_grad():
         model.logit_scale.fill_(5.0)

@@ -184,6 +184,15 @@ def test_losses_use_float32_logits_under_autocast() -> None:
     assert loss.item() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_convert_16_bit_embeddings_to_float32(dtype: torch.dtype) -> None:
+    image, text = (x.to(dtype) for x in random_embeddings(6, 6))
+    for loss in LOSSES.values():
+        value = loss(image, text, torch.tensor(SCALE), torch.tensor(BIAS))
+        expected = loss(image.float(), text.float(), torch.tensor(SCALE), torch.tensor(BIAS))
+        assert value.dtype == torch.float32 and torch.equal(value, expected)
+
+
 def test_sigmoid_loss_rejects_a_second_backward() -> None:
     image, text = (x.requires_grad_() for x in random_embeddings(4, 4))
     loss = sigmoid_loss(image, text, 10.0, 0.0)
