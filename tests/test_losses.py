@@ -26,7 +26,7 @@ LAYOUTS = [
     (IMAGE_OF_TEXT, TEXT_IDS),
     (IMAGE_OF_TEXT, list(range(11))),
     (list(range(6)), [0, 1, 0, 2, 2, 2]),
-    ([0, 1, 2, 3], [7, 7, 7, 7]),
+    (list(range(5)), [7] * 5),
 ]
 # Pairs of an image and a text that it also has: texts of other images, its own text, and a text that no image has.
 OTHER_TEXTS = [[0, 4], [0, 6], [1, 1], [1, 4], [2, 99], [3, 0]]
