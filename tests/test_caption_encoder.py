@@ -313,8 +313,10 @@ def test_truncate_dim_keeps_first_dimensions(llm: Path, encoder: CaptionEncoder,
     reference = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS, convert_to_tensor=True)
     assert torch.allclose(reference, embeddings, atol=1e-5)
     assert fingerprint(truncated.identity()) != fingerprint(encoder.identity())
-    with pytest.raises(ValueError, match="between 1 and 32"):
-        CaptionEncoder.from_pretrained(llm, truncate_dim=33, device="cpu")
+    assert CaptionEncoder.from_pretrained(llm, truncate_dim=1, device="cpu").embed_dim == 1
+    for dim in (0, 33):
+        with pytest.raises(ValueError, match="between 1 and 32"):
+            CaptionEncoder.from_pretrained(llm, truncate_dim=dim, device="cpu")
 
 
 def test_layers_option_keeps_first_layers(llm: Path, encoder: CaptionEncoder) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+from align_fixtures import fresh_model
 from conftest import make_llm
 from llm2clip import LLM2CLIP
 from llm2clip.config import AlignConfig
@@ -89,6 +90,15 @@ def test_forward_of_images_texts_or_both(model: LLM2CLIP) -> None:
     assert torch.equal(model(embeddings=embeddings)[1], text) and model(embeddings=embeddings)[0] is None
 
 
+def test_forward_returns_float32_unit_vectors_under_autocast(model: LLM2CLIP) -> None:
+    pixels, embeddings = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.randn(2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        vectors = model(pixels, embeddings)[:2]
+    for part in vectors:
+        assert part.dtype == torch.float32
+        torch.testing.assert_close(part.norm(dim=-1), torch.ones(len(part)), atol=1e-6, rtol=0)
+
+
 def test_logit_scale_is_clamped_only_in_training(model: LLM2CLIP) -> None:
     with torch.no_grad():
         model.logit_scale.fill_(5.0)
@@ -96,6 +106,15 @@ def test_logit_scale_is_clamped_only_in_training(model: LLM2CLIP) -> None:
     assert model.train()()[2].item() == pytest.approx(100)
     model.clamp_logit_scale()
     assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_set_logits_sets_scale_and_bias() -> None:
+    model = fresh_model(AlignConfig(loss="sigmoid"))
+    model.set_logits(20.0, -3.0)
+    assert model.logit_bias is not None
+    assert model.logit_scale.item() == pytest.approx(math.log(20)) and model.logit_bias.item() == -3
+    model.set_logits(1000.0)
+    assert model.logit_scale.item() == pytest.approx(math.log(100)) and model.logit_bias.item() == -3
 
 
 def test_caption_encoder_is_not_in_parameters(model: LLM2CLIP) -> None:

@@ -26,7 +26,7 @@ LAYOUTS = [
     (IMAGE_OF_TEXT, TEXT_IDS),
     (IMAGE_OF_TEXT, list(range(11))),
     (list(range(6)), [0, 1, 0, 2, 2, 2]),
-    ([0, 1, 2, 3], [7, 7, 7, 7]),
+    (list(range(5)), [7] * 5),
 ]
 # Pairs of an image and a text that it also has: texts of other images, its own text, and a text that no image has.
 OTHER_TEXTS = [[0, 4], [0, 6], [1, 1], [1, 4], [2, 99], [3, 0]]
@@ -182,6 +182,15 @@ def test_losses_use_float32_logits_under_autocast() -> None:
         assert sigmoid_loss(image, text, 100.0, -10.0).dtype == torch.float32
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_convert_16_bit_embeddings_to_float32(dtype: torch.dtype) -> None:
+    image, text = (x.to(dtype) for x in random_embeddings(6, 6))
+    for loss in LOSSES.values():
+        value = loss(image, text, torch.tensor(SCALE), torch.tensor(BIAS))
+        expected = loss(image.float(), text.float(), torch.tensor(SCALE), torch.tensor(BIAS))
+        assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
 def test_sigmoid_loss_rejects_a_second_backward() -> None:

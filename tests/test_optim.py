@@ -1,5 +1,6 @@
 """Parameter groups, learning rates, compilation, and gradient caching on several ranks."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -114,6 +116,31 @@ def test_layer_decay_is_rejected_for_towers_without_ordered_layers(monkeypatch: 
     monkeypatch.setattr(VisionTower, "get_parameter_depths", lambda self: dict.fromkeys(names, 0))
     with pytest.raises(ValueError, match="layer_decay cannot be less than 1"):
         make_parameter_groups(model, CONFIG)
+    groups = make_parameter_groups(model, replace(CONFIG, layer_decay=1.0))
+    assert {group["lr"] for group in groups} == {1e-2, 1e-3}
+
+
+def test_cached_loss_gradients_equal_those_of_a_single_pass() -> None:
+    """Parts of different sizes, dropout, an output that the loss does not use, and a gradient of the loss of 3."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), torch.randn(7, 4)
+    passes: list[Any] = [lambda part=part: (model(part), 2 * model(part)) for part in x.split([4, 3])]
+
+    def contrastive_loss(embeddings: Tensor, unused: Tensor) -> Tensor:
+        return F.cross_entropy(embeddings @ embeddings.T, torch.arange(7).flip(0))
+
+    results = []
+    for cached in (False, True):
+        torch.manual_seed(1)
+        if cached:
+            loss = compute_cached_loss(passes, contrastive_loss, model, torch.device("cpu"))
+        else:
+            loss = contrastive_loss(*map(torch.cat, zip(*[run() for run in passes], strict=True)))
+        model.zero_grad()
+        (3 * loss).backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append([loss.detach(), *gradients, torch.rand(1)])  # the random state must be restored, too
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0), (1, 0), (7, 1), (40, 10), (5, 5)])

@@ -60,6 +60,27 @@ def test_packed_attention_gradients_match_captions_alone(causal: bool, window: i
         torch.testing.assert_close(result, reference)
 
 
+def test_packed_attention_takes_the_direction_from_the_module_by_default() -> None:
+    module, qkv = torch.nn.Module(), random_qkv(5)
+
+    def compute_attention(**options: Any) -> torch.Tensor:
+        return packed_attention(module, *qkv, attention_mask=None, caption_lengths=[3, 2], **options)[0]
+
+    causal, bidirectional = compute_attention(is_causal=True), compute_attention(is_causal=False)
+    assert torch.equal(compute_attention(), causal) and not torch.equal(causal, bidirectional)
+    module.is_causal = False  # type: ignore[assignment]
+    assert torch.equal(compute_attention(), bidirectional)
+    assert torch.equal(compute_attention(is_causal=True), causal)
+
+
+def test_packed_attention_applies_dropout() -> None:
+    """Attention weights add up to 1, so values of 1 change only if weights are dropped."""
+    query, key, value = random_qkv(8)
+    qkv = [query, key, torch.ones_like(value)]
+    torch.testing.assert_close(attend(qkv, [4, 4], is_causal=False), torch.ones(1, 8, HEADS, HEAD_DIM))
+    assert (attend(qkv, [4, 4], is_causal=False, dropout=0.5) - 1).abs().max() > 0.1
+
+
 class CountElements(TorchDispatchMode):
     """Counts the elements of all tensors that operations return, except views."""
 

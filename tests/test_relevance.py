@@ -22,6 +22,7 @@ from llm2clip.search.relevance import (
     MIN_RELEVANCE,
     NEAR_DUPLICATE,
     Calibration,
+    RelevanceScale,
     calibrate_index,
     compute_adjusted_similarities,
     compute_stem_overlap,
@@ -121,6 +122,13 @@ def calibrate_or_fail(backend: IndexBackend, model: DualEncoder) -> Calibration:
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
+
+
+def test_relevance_scale_matches_the_formula() -> None:
+    """x = (0.3 - 0.2) / 0.05 + 8 * overlap = 2 or 4, so the relevance is 1 / (1 + exp(-(1.5 x - 4)))."""
+    scale = RelevanceScale(mean=0.2, deviation=0.05, slope=1.5, intercept=-4.0)
+    values = scale.compute_relevance(np.array([0.3, 0.3]), np.array([0.0, 0.25]))
+    np.testing.assert_allclose(values, [1 / (1 + np.e), 1 / (1 + np.exp(-2))])
 
 
 def test_compute_adjusted_similarities_matches_the_formula() -> None:

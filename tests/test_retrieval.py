@@ -54,7 +54,7 @@ def test_two_way_ranks_match_sorting(tile_size: int, in_order: bool) -> None:
 
 
 def test_two_way_ranks_reject_images_without_text_and_infinite_values() -> None:
-    for owner in ([0, 0], [0, 2]):
+    for owner in ([0, 0], [0, 2], [0, 1, 2]):
         with pytest.raises(ValueError, match="must have a text"):
             two_way_ranks(torch.eye(2), torch.eye(2), owner)
     with pytest.raises(ValueError, match="NaN or infinity"):

@@ -157,6 +157,8 @@ def test_resolve_images_per_step_rejects_wrong_settings() -> None:
     assert resolve_images_per_step(30, ALIGN, world_size=2) == 20
     large = dataclasses.replace(ALIGN, batch_size=100)  # a step uses all images of a small data set
     assert [resolve_images_per_step(31, large, ranks) for ranks in (1, 2, 3)] == [31, 30, 30]
+    smallest = dataclasses.replace(ALIGN, batch_size=2)
+    assert resolve_images_per_step(2, smallest, world_size=1) == 2
     for images, world_size in ((0, 1), (1, 1), (3, 4)):
         with pytest.raises(ValueError, match=f"needs at least {max(2, world_size)} images .* has {images:,}"):
             resolve_images_per_step(images, ALIGN, world_size)

@@ -678,6 +678,18 @@ def test_sqlite_backend_ranks_as_an_exact_float64_search(tmp_path: Path) -> None
     assert len(ids) == len(scores) == 0
 
 
+def test_quantized_vectors_clip_values_and_find_only_allowed_ids() -> None:
+    codes = sqlite_backend.quantize_to_int8(np.array([[2.0, -2.0, 0.5, 0.0]]), scale=100)
+    assert codes.tolist() == [[127, -127, 50, 0]]
+    ids, vectors = 3 * np.arange(1, 41), clustered_vectors(40)
+    codes = sqlite_backend.quantize_to_int8(vectors, scale=127)
+    quantized = QuantizedVectors(127.0, [(ids[:20], codes[:20]), (ids[20:], codes[20:])])
+    allowed = ids[[0, 5, 18, 19, 20, 39]]  # including the first and the last id of each block
+    query = vectors[7].astype(np.float32)
+    assert set(quantized.find_nearest_ids(query, 10, allowed)) == set(allowed)
+    assert set(quantized.with_only_ids(allowed).find_nearest_ids(query, 10)) == set(allowed)
+
+
 @pytest.mark.parametrize("noise", [0.03, 0.0])
 def test_sqlite_pages_of_near_equal_vectors_are_complete(tmp_path: Path, noise: float) -> None:
     """Frames of a scene whose differences are mostly smaller than the steps of int8 values, or equal frames."""
