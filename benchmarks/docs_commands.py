@@ -1,4 +1,4 @@
-"""Run the `llm2clip` commands of the README, the tutorial and the how-to guides on a few photos, and report the results.
+"""Run the `llm2clip` commands of the README, the tutorial and the how-to guides on a few photos.
 
     python benchmarks/docs_commands.py DATA/flickr8k/captions.jsonl --out /tmp/commands
 

@@ -64,7 +64,7 @@ def test_packed_attention_takes_the_direction_from_the_module_by_default() -> No
     module, qkv = torch.nn.Module(), random_qkv(5)
 
     def compute_attention(**options: Any) -> torch.Tensor:
-        return packed_attention(module, *qkv, attention_mask=None, caption_lengths=[3, 2], **options)[0]
+        return compute_packed_attention(module, *qkv, attention_mask=None, caption_lengths=[3, 2], **options)[0]
 
     causal, bidirectional = compute_attention(is_causal=True), compute_attention(is_causal=False)
     assert torch.equal(compute_attention(), causal) and not torch.equal(causal, bidirectional)
