@@ -319,6 +319,16 @@ def test_truncate_dim_keeps_first_dimensions(llm: Path, encoder: CaptionEncoder,
             CaptionEncoder.from_pretrained(llm, truncate_dim=dim, device="cpu")
 
 
+@pytest.mark.parametrize(("positions", "expected"), [(128, 128), (2048, 512)])
+def test_default_max_length_is_the_models_limit_or_512(
+    llm: Path, tmp_path: Path, positions: int, expected: int
+) -> None:
+    folder = shutil.copytree(llm, tmp_path / "llm")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    assert CaptionEncoder.from_pretrained(folder, device="cpu").st.max_seq_length == expected
+
+
 def test_layers_option_keeps_first_layers(llm: Path, encoder: CaptionEncoder) -> None:
     truncated = CaptionEncoder.from_pretrained(llm, layers=2, device="cpu")
     encoder.llm.layers = encoder.llm.layers[:2]

@@ -9,6 +9,7 @@ from format_fixtures import image_bytes
 from llm2clip.data.image_refs import InMemoryImage
 from llm2clip.data.records import Record
 from llm2clip.evaluate.metrics import (
+    BootstrapMetrics,
     compute_positive_ranks,
     compute_recall,
     compute_recall_differences,
@@ -101,6 +102,17 @@ def test_recall_intervals_at_0_and_100_percent_match_scipy(num_images: int) -> N
         assert compute_recall_intervals(ranks, groups, (1,))["R@1"] == pytest.approx(
             [100 * limit for limit in expected]
         )
+
+
+def test_bootstrap_metrics_at_0_and_100_percent_match_scipy() -> None:
+    metrics = BootstrapMetrics.from_function(range(40), ["none", "all"], lambda weights: (0.0, 100.0))
+    for name, hits in (("none", 0), ("all", 40)):
+        expected = binomtest(hits, 40).proportion_ci(method="exact")
+        assert metrics.intervals[name] == pytest.approx([100 * limit for limit in expected])
+    limit = 100 * binomtest(0, 40).proportion_ci(method="exact").high
+    difference = metrics.subtract(metrics)
+    assert difference["metrics"] == {"none": 0.0, "all": 0.0}
+    assert difference["intervals"]["all"] == pytest.approx((-limit, limit))
 
 
 def test_recall_differences_are_paired_by_image() -> None:
