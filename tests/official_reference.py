@@ -77,7 +77,7 @@ def make_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: make_weight(name, shape) for name, shape in shapes.items()}
 
 
-def make_pixels(count: int = 3, size: int = IMAGE_SIZE) -> Tensor:
+def make_dummy_pixels(count: int = 3, size: int = IMAGE_SIZE) -> Tensor:
     """Return images, (count, 3, size, size) uint8."""
     values = torch.from_numpy(uniform("pixels", count * 3 * size * size)).reshape(count, 3, size, size)
     return ((values + 1) * 128).to(torch.uint8)

@@ -28,7 +28,7 @@ from llm2clip.models.export import export_model
 from llm2clip.models.loading import fingerprint
 from llm2clip.models.text.caption_encoder import CaptionEncoder
 from llm2clip.pipeline import DistillOptions, distill
-from llm2clip.search.query import check_index_model, truncate_model_to_index
+from llm2clip.search.query import check_model_matches_index, truncate_model_to_index
 from llm2clip.store import encode, writer
 from llm2clip.store.encode import embed
 from llm2clip.train import distill as distill_module
@@ -308,9 +308,9 @@ def test_index_of_the_teacher_opens_with_the_student(
     backend = create_backend("sqlite", tmp_path / "index")
     index_sources([image_folder], original, backend)
     capsys.readouterr()
-    check_index_model(backend.read_metadata(), original)
+    check_model_matches_index(backend.read_metadata(), original)
     assert capsys.readouterr().out == ""
-    check_index_model(backend.read_metadata(), student)
+    check_model_matches_index(backend.read_metadata(), student)
     assert "has the same image encoder" in capsys.readouterr().out
     assert not index_sources([image_folder], student, backend)  # no image is embedded again
     assert len(search_names(backend)) == 36
@@ -323,15 +323,15 @@ def test_index_of_the_teacher_opens_with_the_student(
     assert not index_sources([image_folder], student, truncated)
 
     old_metadata = {"model": "old", "embed_dim": 16, "fingerprint": fingerprint(original.identity())}
-    check_index_model(old_metadata, original)
+    check_model_matches_index(old_metadata, original)
     with pytest.raises(ValueError, match="built with a different model"):
-        check_index_model(old_metadata, student)
+        check_model_matches_index(old_metadata, student)
     changed = LLM2CLIP.from_pretrained(teacher, "cpu")
     with torch.no_grad():
         next(changed.projection.parameters()).mul_(1.1)
     changed_folder = str(changed.save_pretrained(tmp_path / "changed"))
     with pytest.raises(ValueError, match="built with a different model"):
-        check_index_model(backend.read_metadata(), open_dual_encoder(changed_folder, "cpu"))
+        check_model_matches_index(backend.read_metadata(), open_dual_encoder(changed_folder, "cpu"))
 
 
 @pytest.mark.parametrize("student", ["layers:1", "static"])

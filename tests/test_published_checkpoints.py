@@ -14,8 +14,8 @@ from official_reference import (
     FIXTURE,
     MAX_LENGTH,
     TEXTS,
+    make_dummy_pixels,
     make_embeddings,
-    make_pixels,
     make_weight,
     make_weights,
     save_llm,
@@ -36,7 +36,7 @@ def test_make_weight_is_the_same_on_every_machine() -> None:
     """The reference numbers belong to these weights."""
     expected = [[-0.04144620895, -0.98098444938, 0.96919274330], [0.48536586761, -0.63680696487, 0.88819217681]]
     torch.testing.assert_close(make_weight("visual.proj", (2, 3)), torch.tensor(expected), atol=1e-7, rtol=0)
-    assert make_pixels(1, 2).flatten().tolist() == [111, 224, 24, 95, 186, 25, 89, 154, 102, 184, 231, 202]
+    assert make_dummy_pixels(1, 2).flatten().tolist() == [111, 224, 24, 95, 186, 25, 89, 154, 102, 184, 231, 202]
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def test_make_weight_is_the_same_on_every_machine() -> None:
 def test_converted_checkpoint_matches_the_authors_classes(form: str, tmp_path: Path) -> None:
     model = load_official_checkpoint(write_checkpoint(form, tmp_path))
     reference = {name: torch.tensor(REFERENCE[form][name]) for name in ("image", "adapter", "logits")}
-    image, text, scale, bias = model(pixels=make_pixels(), embeddings=make_embeddings())
+    image, text, scale, bias = model(pixels=make_dummy_pixels(), embeddings=make_embeddings())
     torch.testing.assert_close(image, reference["image"], atol=2e-6, rtol=0)
     torch.testing.assert_close(model.adapter(make_embeddings()), reference["adapter"], atol=5e-6, rtol=0)
     torch.testing.assert_close(scale * image @ text.T + bias, reference["logits"], atol=5e-5, rtol=0)

@@ -221,7 +221,7 @@ def _load_report_template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {
-        "inline": _format_inline_html,
+        "inline": _render_inline_as_html,
         "cell": format_cell,
         "cell_classes": _choose_cell_css_classes,
         "labelled_svg": _add_text_alternative,
@@ -232,7 +232,7 @@ def _load_report_template() -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _format_inline_html(text: str) -> str:
+def _render_inline_as_html(text: str) -> str:
     """Escape text for HTML, and convert backticks to <code> elements."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 

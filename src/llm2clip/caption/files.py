@@ -50,7 +50,7 @@ from llm2clip.runs.run_description import build_run_section, describe_run
 
 WRITTEN_BY_CAPTION = "not read (written by `llm2clip caption`)"
 MAX_IMAGES = 200  # maximum number of images in the report
-MAX_ERRORS = 20  # maximum number of reasons for failed requests in the report
+MAX_ERRORS = 20  # maximum number of failure reasons to list in the report
 MAX_SOURCE_CAPTIONS = 10  # maximum number of source captions per image in the report
 MAX_TEXT_CHARACTERS = 2000  # longer texts are truncated in the report
 THUMBNAIL_SIDE = 320  # in pixels

@@ -49,7 +49,7 @@ run it again."""
 
 @cache  # building the parser takes 0.3 s
 def build_parser() -> tuple[ArgumentParser, dict[str, CommandFunction]]:
-    """Return the argument parser, and the functions that run the commands, keyed by command name."""
+    """Return the argument parser and a dict that maps each command name to the function that runs it."""
     parser = ArgumentParser(
         prog="llm2clip",
         version=__version__,

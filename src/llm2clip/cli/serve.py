@@ -22,7 +22,8 @@ def add_commands(commands: CommandGroup) -> None:
     sub.add_argument(
         "--model",
         type=str,
-        help="Model of the index. Needed only if the model folder was moved. Required without an index.",
+        help="Model to serve. Default: the model with which the index was created. Required if there is no index "
+        "or the model folder was moved.",
     )
     sub.add_argument(
         "--host", type=str, default="127.0.0.1", help="Address to listen on. 0.0.0.0 means all network interfaces."

@@ -260,7 +260,8 @@ class RecordTableImage(_TableCellImage):
         return self.name
 
 
-# Record tables store an image's kind as an index into this tuple. Images of other kinds become `RecordTableImage`.
+# Record tables store an image's kind as an index into this tuple. Images of kinds that are not listed here are
+# converted to `RecordTableImage` objects.
 IMAGE_KINDS: tuple[type[ImageRef], ...] = (FileImage, TarImage, ParquetImage, RecordTableImage)
 
 

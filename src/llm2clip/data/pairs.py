@@ -165,7 +165,7 @@ def _find_usable_records(
     training_paths = {(source.path, source.splits) for source in training}
     is_training_source = np.array([(source.path, source.splits) in training_paths for source in sources])
     others = np.flatnonzero(is_usable & ~is_training_source[source_of_record])
-    held_out_ids = {name for table in held_out for name in _list_comparable_ids(table)}
+    held_out_ids = {name for table in held_out for name in _list_ids_for_comparison(table)}
     is_usable[others] = ~_find_records_by_id(records.select(others), held_out_ids)
     return is_usable
 
@@ -178,7 +178,7 @@ def _read_comparable_ids(sources: Sequence[str], columns: dict[str, str], log: S
     return ids
 
 
-def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
+def _list_ids_for_comparison(records: RecordTable) -> Iterator[str]:
     for batch in records.iterate_batches(["id"]):
         for name in batch.column(0).to_pylist():
             yield extract_comparable_id(decode_file_name(name))
@@ -187,7 +187,7 @@ def _list_comparable_ids(records: RecordTable) -> Iterator[str]:
 def _find_records_by_id(records: RecordTable, comparable_ids: Collection[str]) -> np.ndarray:
     if not comparable_ids:
         return np.zeros(len(records), bool)
-    return np.fromiter((name in comparable_ids for name in _list_comparable_ids(records)), bool, len(records))
+    return np.fromiter((name in comparable_ids for name in _list_ids_for_comparison(records)), bool, len(records))
 
 
 def extract_comparable_id(record_id: str) -> str:

@@ -220,7 +220,7 @@ def pin_versions(versions: Mapping[str, str]) -> None:
     _versions.update(versions)
 
 
-def _check_remote_version(url: str, version: str) -> None:
+def _check_remote_file_is_unchanged(url: str, version: str) -> None:
     current = storage.build_file_version(storage.fetch_file_info(url, storage.MAX_ATTEMPTS), url)
     if current != version:
         raise storage.build_replaced_file_error(url, version, current)
@@ -362,12 +362,12 @@ def _download_to_cache(url: str, version: str, path: Path) -> None:
     size = storage.parse_file_size(version)
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as stream:
-            _check_remote_version(url, version)
+            _check_remote_file_is_unchanged(url, version)
             while stream.tell() < size:
                 storage.fetch_byte_range(
                     url, version, stream.tell(), min(size, stream.tell() + storage.BLOCK_BYTES), stream
                 )
-            _check_remote_version(url, version)
+            _check_remote_file_is_unchanged(url, version)
         os.utime(temporary, (time.time(), DOWNLOADED_TIME))
         if temporary.stat().st_mtime != DOWNLOADED_TIME:  # cached files with any other time are invalid
             raise FatalDataError(

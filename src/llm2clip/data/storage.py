@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 BLOCK_BYTES = 32 << 20  # bytes per download request; after an error, only the current block is requested again
 BLOCK_TIMEOUT = 300.0  # seconds per block
-READ_TIMEOUT = 60.0  # maximum number of seconds without receiving data
+READ_TIMEOUT = 60.0  # maximum number of seconds to wait for data
 MAX_LISTING_BYTES = 16 << 20  # maximum size of a web server's folder listing
 CONNECT_TIMEOUT = 20.0  # seconds
 LOOKUP_ATTEMPTS = 4  # fewer attempts than for downloads, to report a mistyped host within seconds
@@ -156,7 +156,8 @@ def build_replaced_file_error(url: str, version: str, current: str) -> ReplacedF
 
 
 def fetch_byte_range(url: str, version: str, start: int, end: int, file: BinaryIO) -> None:
-    """Append a byte range of a remote file to `file`. If the server does not support ranges, write the entire file."""
+    """Append a byte range of a remote file to `file`. If the server does not support ranges, write the entire remote
+    file."""
     from fsspec.asyn import sync
 
     filesystem = get_filesystem(get_url_scheme(url))

@@ -63,7 +63,7 @@ class TextStatistics:
 
 @dataclass
 class TableStatistics:
-    """Statistics of a record table. Image sizes are those in the headers, before EXIF rotation, in pixels."""
+    """Statistics of a record table. Image sizes are in pixels, as given in the file headers (before EXIF rotation)."""
 
     num_records: int = 0
     num_images: int = 0  # number of records with an image

@@ -125,7 +125,7 @@ class ModelEmbeddings:
 
 
 class PrecomputedEmbeddings:
-    """Source of precomputed embeddings in an .npz file, for models that llm2clip cannot run.
+    """Embedding source that reads precomputed embeddings from an .npz file, for models that llm2clip cannot run.
 
     Create the file with np.savez("other.npz", images=image_embeddings, image_names=paths, texts=text_embeddings,
     captions=strings). The arrays must have shapes (N, D), (N,), (M, D) and (M,).

@@ -292,7 +292,7 @@ def bootstrap_intervals(sums: Tensor, counts: Tensor, bounds: tuple[float, float
 def draw_bootstrap_counts(num_groups: int, num_resamples: int = 1000) -> Iterator[Tensor]:
     """Yield, for each resample, how often each group was drawn, float64 of shape (num_groups,).
 
-    The draws depend only on the arguments, so models that are evaluated on the same data have paired resamples.
+    The draws depend only on the arguments, so models that are evaluated on the same data get paired resamples.
     """
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_resamples):

@@ -34,7 +34,7 @@ def load_vision_tower(name: str, image_size: int | None = None) -> VisionTower:
     """Load the vision tower from an LLM2CLIP model folder, or a pretrained tower (see `VisionTower.from_pretrained`).
 
     Raises:
-        ValueError: `image_size`, in pixels, differs from the training resolution of the LLM2CLIP model.
+        ValueError: `image_size` (pixels) differs from the LLM2CLIP model's training resolution.
     """
     if not is_model_folder(name):
         return VisionTower.from_pretrained(name, image_size=image_size)

@@ -119,7 +119,7 @@ class DualEncoder:
         if dim == self.embed_dim:
             return self
 
-        def get_truncated_identities() -> tuple[dict[str, Any], dict[str, Any]] | None:
+        def get_truncated_part_identities() -> tuple[dict[str, Any], dict[str, Any]] | None:
             parts = self.part_identities()
             return None if parts is None else ({**parts[0], "dim": dim}, {**parts[1], "dim": dim})
 
@@ -133,7 +133,7 @@ class DualEncoder:
             self,
             embed_dim=dim,
             identity=lambda: {**self.identity(), "dim": dim},
-            part_identities=get_truncated_identities,
+            part_identities=get_truncated_part_identities,
             encode_images_raw=lambda images: self.encode_images_raw(images)[:, :dim],
             encode_texts_raw=lambda texts, progress: self.encode_texts_raw(texts, progress)[:, :dim],
             dense=dense,

@@ -317,8 +317,8 @@ def _check_layout_supports_model(model: LLM2CLIP, layout: OfficialLayout) -> Non
             problems.append("the projection has a bias")
     elif not re.match("timm:eva02_(base|large)_.*_clip_", tower_name) or tower["args"].keys() - set(EVA_ARGS):
         problems.append(
-            f"the vision tower is {tower_name}, but must be a timm EVA-02 CLIP tower without custom arguments other "
-            "than sizes"
+            f"the vision tower is {tower_name}, but must be a timm EVA-02 CLIP tower whose only custom arguments are "
+            "sizes"
         )
     if not config.projection:
         problems.append("there is no image projection")

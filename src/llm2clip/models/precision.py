@@ -84,7 +84,7 @@ def resolve_precision(
     """
     if setting != "auto":
         return Precision(setting)
-    auto = choose_auto_precision(stage, device.type, has_bf16_hardware(device))
+    auto = choose_auto_precision(stage, device.type, has_native_bf16(device))
     return Precision(calibrate() if auto == CALIBRATED else auto)
 
 
@@ -92,7 +92,7 @@ def choose_auto_precision(stage: Stage, device_type: str, has_bf16: bool) -> str
     return AUTO_PRECISION[stage].get(device_type, "fp32") if has_bf16 else "fp32"
 
 
-def has_bf16_hardware(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     """Return True for NVIDIA GPUs since the Ampere generation, and for CPUs with AMX or AVX-512 support for bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

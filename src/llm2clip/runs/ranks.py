@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from llm2clip.io_utils import atomic_write_text, escape_control_characters
 
 PEER_FAILED = (
-    "Another process exited, was killed or is not responding. The first error in the output of all processes shows the "
-    "cause. Run the same command again to resume"
+    "Another process exited, was killed or is not responding. To find the cause, look for the earliest error in the "
+    "output of the processes. Run the same command again to resume"
 )
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # timeout of collective operations
 WAIT_TIMEOUT = timedelta(days=1)  # timeout of `wait_for_everyone`

@@ -26,7 +26,7 @@ from llm2clip.progress import ProgressBar
 from llm2clip.search.backends import IndexBackend
 from llm2clip.search.images import format_file_version
 from llm2clip.search.metadata import read_exif
-from llm2clip.search.ocr import RecognizeText, recognize_image_texts
+from llm2clip.search.ocr import RecognizeText, recognize_text_in_images
 from llm2clip.search.query import truncate_model_to_index
 from llm2clip.search.relevance import update_calibration
 from llm2clip.search.types import REF_TYPES, ImageState, IndexedContent, IndexedImage
@@ -123,7 +123,7 @@ def build_index(
             embedded=embedded,
         )
         if options.recognize is not None:
-            report.read = recognize_image_texts(names, backend, options.recognize, log, options.workers)
+            report.read = recognize_text_in_images(names, backend, options.recognize, log, options.workers)
         update_calibration(backend, model, changed=bool(report))
     return report
 

@@ -47,8 +47,8 @@ class SearchOptions:
     Attributes:
         words: Rank an image higher if each word of the query occurs in its captions, recognised text, file name, camera
             or date. Ignored if the query has negative parts.
-        group_similar: Return bursts and edited copies of an image as one hit, whose `similar` lists the other images.
-            Ignored without a query.
+        group_similar: Return a burst, or the edited copies of an image, as one hit whose `similar` field lists the
+            other images. Ignored if there is no query.
         show_weak: Return hits even if no image in the index is close to the query.
     """
 

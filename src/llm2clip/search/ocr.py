@@ -86,7 +86,7 @@ def prepare_image_for_ocr(image: Tensor) -> np.ndarray:
     return shrink_image(image, MAX_SIDE).permute(1, 2, 0).contiguous().numpy()
 
 
-def recognize_image_texts(
+def recognize_text_in_images(
     sources: Sequence[str], backend: IndexBackend, recognize: RecognizeText, log: SkipLog, workers: int | None = None
 ) -> int:
     """Recognise the text in those images of the sources that have no OCR result. Return the number of new results.

@@ -164,7 +164,7 @@ class PostgresDatabase:
         digest = hashlib.sha256(f"llm2clip index {self.schema}".encode()).digest()
         key = int.from_bytes(digest[:8], "big", signed=True)
         with self._convert_postgres_errors():
-            writer = self._get_writing_connection()
+            writer = self._get_write_connection()
             row = writer.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
         if row != (True,):
             raise FolderInUseError(f"another run is writing to {self.location}")
@@ -178,13 +178,13 @@ class PostgresDatabase:
     @contextmanager
     def open_transaction(self) -> Iterator[Connection]:
         with self._write_lock, self._convert_postgres_errors():
-            writer = self._get_writing_connection()
+            writer = self._get_write_connection()
             with writer.transaction():
                 yield writer
 
     def vacuum(self, *tables: str) -> None:
         with self._write_lock, self._convert_postgres_errors():
-            self._get_writing_connection().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
+            self._get_write_connection().execute(f"VACUUM (ANALYZE) {', '.join(tables)}")
 
     def create_schema(self, connection: Connection) -> None:
         """Create the schema if it does not exist. By default, only the owner can read a new schema."""
@@ -192,7 +192,7 @@ class PostgresDatabase:
         if row is None:
             connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
 
-    def _get_writing_connection(self) -> Connection:
+    def _get_write_connection(self) -> Connection:
         if self._writer is None or self._writer.closed:
             if self._is_locked:
                 raise IndexUnavailableError(

@@ -173,11 +173,11 @@ def truncate_model_to_index(metadata: Mapping[str, Any], model: DualEncoder) -> 
     """Truncate a model to the dimension of an index. Raise ValueError if a different model built the index."""
     if metadata["embed_dim"] < model.embed_dim:
         model = model.truncate(metadata["embed_dim"])
-    check_index_model(metadata, model)
+    check_model_matches_index(metadata, model)
     return model
 
 
-def check_index_model(metadata: Mapping[str, Any], model: DualEncoder) -> None:
+def check_model_matches_index(metadata: Mapping[str, Any], model: DualEncoder) -> None:
     """Raise ValueError if an index was built with a different model.
 
     The text encoder may differ, so a student trained by `llm2clip distill` can search the index of its teacher. If a

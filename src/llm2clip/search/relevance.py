@@ -79,7 +79,7 @@ MAX_CHANGED_FRACTION = 0.1  # if more than this fraction of an index has changed
 
 @dataclass(frozen=True)
 class RelevanceScale:
-    """Parameters that convert t to a relevance. For the symbols m, d, a and b, see the module docstring."""
+    """Parameters for converting t to a relevance score. The module docstring defines the symbols t, m, d, a and b."""
 
     mean: float  # m
     deviation: float  # d
@@ -332,7 +332,7 @@ def _estimate_relevance_scale(values: Sequence[float], slope: float, intercept: 
 
 
 class CalibrationHits(NamedTuple):
-    """Top hits of a calibration query."""
+    """Top hits for a calibration query."""
 
     captions: list[list[str]]  # captions of each hit
     similarities: np.ndarray  # adjusted similarity t of each hit

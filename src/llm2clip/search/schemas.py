@@ -213,7 +213,7 @@ class HitResponse(_make_metadata_model("ContentFields", CONTENT_FIELDS)):  # typ
     images: list[ImageLocation] = Field(description=f"the first {MAX_LOCATIONS} locations")
     image_count: int = Field(description="number of locations")
     matched: list[Literal["caption", "text", "name", "camera", "date"]] = Field(
-        description="fields that contain query words; empty unless these fields together contain all query words"
+        description="fields that contain at least one query word; empty unless each query word is in some field"
     )
     text: str = Field(description="text recognised in the image")
     details: list[MetadataLine] = Field(description="lines of metadata about the image and its first location")
@@ -297,7 +297,8 @@ class EmbedRequest(BaseModel):
         Annotated[Items[Conversation], Field(min_length=1, max_length=MAX_TEXTS), WrapValidator(_parse_messages)] | None
     ) = Field(None, description="conversations to embed instead of `input`, each with a single message")
     modality: Literal["text", "image"] | None = Field(
-        None, description="modality of all items of `input`; default: data URIs are images, all other items are texts"
+        None,
+        description="modality of every item in `input`; by default, data URIs are images and other items are texts",
     )
     model: AnyText | None = Field(None, description="ignored, because the server has only one model")
     encoding_format: Literal["float", "base64"] = Field("float", description="`float` (list) or `base64` (float32)")

@@ -560,5 +560,5 @@ class SqliteDatabase:
                 if self._is_on_read_only_disk():
                     advice = f". If another machine is writing to the index, try again. Otherwise{advice[1:]}"
             elif not os.access(self.file.parent, os.W_OK):
-                advice = ". Searching an index requires write permission to its folder, where SQLite creates files"
+                advice = ". Searching an index requires write access to its folder, because SQLite creates files there"
             raise (IndexUnavailableError if is_unavailable else OSError)(f"{self.file}: {error}{advice}") from error

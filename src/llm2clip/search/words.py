@@ -161,7 +161,7 @@ def sort_distinct_ids(ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def read_matching_text_fields(
     db: sqlite3.Connection, query: WordQuery, ids: Sequence[int]
 ) -> list[tuple[int, dict[str, str]]]:
-    """Return (content id, text fields) pairs for the images of the contents that contain all query words."""
+    """Return a (content id, text fields) pair for each image whose content contains all query words."""
     tables, conditions, parameters = _make_word_match_condition(query)
     # With CROSS JOIN, SQLite looks up the given contents instead of reading all matches.
     tables = tables.replace(" JOIN ", " CROSS JOIN ")

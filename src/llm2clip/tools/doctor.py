@@ -107,12 +107,12 @@ def check_package_versions() -> Iterator[CheckResult]:
 def check_device() -> Iterator[CheckResult]:
     import torch
 
-    from llm2clip.models.precision import has_bf16_hardware
+    from llm2clip.models.precision import has_native_bf16
     from llm2clip.runs.run_description import describe_device
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    precision = "bf16" if has_bf16_hardware(device) else "fp32"
+    precision = "bf16" if has_native_bf16(device) else "fp32"
     fix = "" if precision == "bf16" else "bf16 is not supported: training and encoding run in fp32, about half as fast"
     yield CheckResult("device", f"{describe_device(device)}; precision auto selects {precision}", fix)
 

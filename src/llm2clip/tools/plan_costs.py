@@ -56,7 +56,7 @@ class TextCosts:
     layers: int  # number of transformer layers
     trained: int  # number of parameters trained in the `tune` stage
     forward: float  # forward-pass FLOPs per caption, without LoRA
-    tune_forward: float  # FLOPs per caption of the forward pass in a `tune` step
+    tune_forward: float  # forward-pass FLOPs per caption in a `tune` step
     tune_backward: float  # FLOPs per caption of the backward pass in a `tune` step
     saved_per_token: float  # bytes saved by autograd per token and transformer layer
     hidden_size: int  # dimension of the hidden states, which are float32 at any precision
@@ -130,14 +130,14 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
     with torch.device("meta"):
         select_trainable_weights(model, config)  # freezes the tower or adds LoRA layers, depending on the config
 
-    def make_pixels(images: int) -> Tensor:
+    def make_dummy_pixels(images: int) -> Tensor:
         return torch.zeros(images, 3, tower.preprocess.size, tower.preprocess.size, dtype=torch.uint8)
 
     def embed_images(images: int) -> Tensor:
         if config.tower_lr == 0:
             embeddings = model(features=torch.zeros(images, tower.feature_dim))[0]
         else:
-            embeddings = model(pixels=make_pixels(images))[0]
+            embeddings = model(pixels=make_dummy_pixels(images))[0]
         return cast(Tensor, embeddings)
 
     def embed_texts(texts: int) -> Tensor:
@@ -148,7 +148,7 @@ def measure_image_costs(config: AlignConfig, text_dim: int, captions: float) -> 
         image = measure_pass_costs(model, embed_images, config.precision)
         text = measure_pass_costs(model, embed_texts, config.precision)
         tower.requires_grad_(False)  # with `no_grad`, the FLOP counter would fail for attention pooling
-        tower_forward = count_flops(lambda: tower(make_pixels(1)))
+        tower_forward = count_flops(lambda: tower(make_dummy_pixels(1)))
     return ImageCosts(
         tower=tower_parameters,
         projection=count_parameters(model.projection),

@@ -141,10 +141,10 @@ class Machine:
         if self.is_cpu:
             import torch
 
-            from llm2clip.models.precision import has_bf16_hardware
+            from llm2clip.models.precision import has_native_bf16
 
             tflops, memory = _measure_cpu_specs() if None in (self.tflops, self.memory) else (0.0, 0.0)
-            device = Device("cpu", tflops, tflops, memory, bf16=has_bf16_hardware(torch.device("cpu")))
+            device = Device("cpu", tflops, tflops, memory, bf16=has_native_bf16(torch.device("cpu")))
         if self.tflops is not None:
             device = dataclasses.replace(device, half=self.tflops, full=self.tflops)
         return device if self.memory is None else dataclasses.replace(device, memory=self.memory)

@@ -1,4 +1,4 @@
-"""The command `quickstart` and the emoji dataset on which it trains a model.
+"""The `quickstart` command and the emoji dataset on which it trains a model.
 
 The command `quickstart` downloads small models and OpenMoji images, runs `fit`, and writes a page of example searches.
 The models are EfficientNet-Lite0 and the first 12 layers of SmolLM2-135M. Training takes minutes on two CPU cores.

@@ -124,7 +124,8 @@ class Teacher:
             yield from compress(chunk, mask.tolist())
 
     def _find_store_rows(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return each text's store index and row number (int64, shape (N,)), or -1 for texts that are in no store."""
+        """Return each text's store index and row number: two int64 arrays of shape (N,). Both are -1 for texts that are
+        not in any store."""
         numbers, rows = np.full(len(texts), -1), np.full(len(texts), -1)
         keys = make_caption_keys(texts)
         for number, store in enumerate(self.stores):

@@ -113,7 +113,7 @@ class Loss:
         needs_bias: True if a learned bias is added to the logits.
         matmuls: Numbers of matmuls between image and text embeddings for the loss and its gradient: in a single-process
             run, and per rank in a distributed run.
-        chunk_tensors: Number of tensors of `LOGITS_PER_CHUNK` elements in memory at the same time.
+        chunk_tensors: Number of tensors with `LOGITS_PER_CHUNK` elements that are in memory at the same time.
     """
 
     function: Callable[..., Tensor]

@@ -53,7 +53,7 @@ class Batch:
     first_caption: list[int]
     """N + 1 integers. Image n has the captions with indices first_caption[n] to first_caption[n + 1] - 1."""
     all_distinct: bool
-    """True if all captions of the step are known to be distinct and `phrases` is None. The loss then does not compare
+    """True if all captions in the step are known to be distinct and `phrases` is None. The loss can then skip comparing
     row numbers, which avoids a GPU synchronisation."""
     image_refs: ImageRefList
     """Reference to each image, for error messages. Image names are read from the record table on demand."""

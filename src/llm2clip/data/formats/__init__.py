@@ -73,7 +73,7 @@ class ReadOptions:
     image_bytes: bool = True  # if True, read images embedded in tables and tar files
     # Splits of a Hugging Face dataset to read; empty for all splits. If None, rows get no `split` field.
     splits: Sequence[str] | None = ()
-    log: SkipLog | None = None  # receives notes about files, such as unusual encodings
+    log: SkipLog | None = None  # receives notes about files, for example that a file has an unusual encoding
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class RegionData:
     areas: Sequence[np.ndarray]  # mask area of each object in square pixels, float32 of shape (R,)
     names: Sequence[str]
     templates: Sequence[str]
-    excluded: Mapping[str, int]  # number of excluded boxes for each reason
+    excluded: Mapping[str, int]  # number of excluded boxes, by reason for exclusion
 
 
 @dataclass(frozen=True)

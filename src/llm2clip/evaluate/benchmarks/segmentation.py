@@ -4,8 +4,8 @@ The protocol follows SCLIP (arXiv 2312.01597, github.com/wangf3014/SCLIP), which
 to 336 pixels (COCO-Stuff: 448, Cityscapes: 560) and slides a window of 224 pixels over the image. In llm2clip, the
 window size is the vision tower's training resolution, and images are scaled accordingly.
 
-In datasets with a background class, probabilities are computed with a softmax over all class names, and pixels without
-a probable class are assigned to the background.
+In datasets with a background class, probabilities are computed with a softmax over all class names, and pixels for
+which no class is probable enough are assigned to the background.
 """
 
 from collections.abc import Mapping, Sequence

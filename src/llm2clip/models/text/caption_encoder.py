@@ -242,7 +242,7 @@ class CaptionEncoder(nn.Module):
         for prompt in prompts:
             if not has_consistent_prompt_length(self.st, self.prefix + prompt):
                 raise ValueError(
-                    f"sentence-transformers would miscount the tokens of the instruction {prompt!r}, because the "
+                    f"sentence-transformers would miscount the tokens in the instruction {prompt!r}, because the "
                     "instruction ends in a space or a special token. End the instruction with a line break"
                 )
         self.st[1].include_prompt = False

@@ -299,7 +299,7 @@ class _DenseVariantBlock(nn.Module):
 
 
 def _compute_attention_branch(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute a block's attention output, without the residual connection and the feed-forward network."""
+    """Compute a block's attention output, without the residual connection or feed-forward network."""
     norm_name, attention_name, scale_name = _BLOCK_PARTS[_get_class_path(block)]
     output = getattr(block, attention_name)(getattr(block, norm_name)(x), *args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output  # transformers also returns the attention weights

@@ -135,7 +135,7 @@ class VisionTower(nn.Module):
         return cast(Tensor, self._run_transformers_backbone(pixels, interpolate).pooler_output)
 
     def forward_features(self, pixels: Tensor) -> Tensor:
-        """Encode images of shape (N, 3, H, W), uint8 or float from 0 to 1, as unpooled features.
+        """Encode images of shape (N, 3, H, W), uint8 or float in [0, 1], into unpooled features.
 
         For a vision transformer, return all tokens, including class and register tokens, as shape (N, L, C). For a
         convolutional network, return the feature map in the timm model's format (NCHW or NHWC).
