@@ -349,8 +349,7 @@ def _merge_caption_rows(rows: Iterable[_ParsedRow]) -> Iterator[_ParsedRow]:
 
 
 def merge_records(records: Sequence[Record], distinct: bool = False) -> Record:
-    """Merge records of an image: return the first record, with the texts of all. If `distinct` is True, drop duplicate
-    texts."""
+    """Return the first record with the texts of all records merged. If `distinct` is True, drop duplicate texts."""
     texts: dict[str, Any] = {}
     for name in TEXT_FIELDS:
         merged = chain.from_iterable(getattr(record, name) for record in records)

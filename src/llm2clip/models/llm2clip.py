@@ -159,7 +159,8 @@ class LLM2CLIP(DenseFeaturesMixin, nn.Module):
         """Load the caption encoder, and cast its weights for encoding in `precision`. Return the resolved precision.
 
         The weights of a caption encoder that is already loaded do not change. `auto` selects a precision for the stage
-        (see `models/precision.py`), or bf16 if the model was trained on bf16 embeddings.
+        (see `models/precision.py`). It skips calibration if the model was trained on bf16 embeddings, and uses their
+        precision.
         """
         encoder = self._encoder[0] if self._encoder else self._load_saved_encoder("cpu")
         resolved = resolve_precision(stage, precision, self.device, lambda: self._get_calibrated_precision(encoder))

@@ -68,7 +68,7 @@ class WindowAxis:
 
         Args:
             cells: Number of cells per window.
-            size: Side length of the output, in pixels.
+            size: Length of the output along this axis, in pixels.
 
         Returns:
             A float32 matrix of shape (size, windows * cells).
