@@ -8,7 +8,7 @@ import shutil
 import struct
 import tarfile
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +289,24 @@ def test_timm_config_cannot_name_files_or_hub_models(tmp_path: Path) -> None:
     for name in ("hf-hub:owner/name", f"local-dir:{tmp_path}", "no_such_model"):
         with pytest.raises(ValueError, match="has no architecture"):
             build_backbone({**config, "architecture": name})
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("config.json", "AutoModel"), ("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")],
+)
+def test_code_in_an_llm_folder_does_not_run(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str
+) -> None:
+    folder, marker = shutil.copytree(llm, tmp_path / "llm"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    code = ["evil.Evil", None] if name == "AutoTokenizer" else "evil.Evil"
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, "auto_map": {name: code}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with suppress(ValueError):
+        CaptionEncoder.from_pretrained(folder)
+    assert not marker.exists()
 
 
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation")
