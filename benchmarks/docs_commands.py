@@ -23,14 +23,14 @@ from shared import make_parser, print_header, print_row
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/tutorial.md", *sorted(ROOT.glob("docs/howto/*.md"))]
 SKIPPED = {
-    "llama|siglip2|NV-Embed|nv-embed|McGill|microsoft/|SmolVLM|SmolLM2-135M-Instruct|openai/clip": "needs a model hub",
+    "^(?!plan ).*(llama|siglip2|nv-embed|SmolVLM|SmolLM2-135M-Instruct|openai/clip)": "needs a model hub",
     r"localhost:|https://HOST|^caption |--server|--immich_upstream": "needs another server",
     "^push": "needs a model hub account",
     "--benchmarks": "needs benchmark files",
     r"postgresql://|s3://|\.parquet|annotations/": "needs other data or a database",
-    r"ray|^align |^store |^embed |^convert ": "needs the files of an earlier stage",
+    r"short_captions=|ray|^align |^store |^embed |^convert ": "needs the files of an earlier stage",
     "^llava|blip_": "needs an LLM of another size",
-    r"/shared/|/photos/|--model /model|@test": "has paths of an example",
+    r" /shared/| /photos/|--model /model|@test": "has paths of an example",
     "--dim 128|DATA[.]{3}": "has dimensions or names of an example",
 }
 MODELS = ("MODEL", "RUN/model", "STUDENT/model", "runs/photos/model")  # names of the trained model in the pages
