@@ -259,7 +259,7 @@ def test_static_student(teacher: Path, image_folder: Path, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="this format does not support static text encoders"):
         export_model(model, "transformers", tmp_path / "exported")
     messages = export_model(model, "onnx", tmp_path / "onnx", int8=True)
-    assert any(message.startswith("text.onnx: minimum cosine similarity") for message in messages)
+    assert any(message.startswith("text.onnx: the minimum cosine similarity") for message in messages)
 
 
 def test_sentence_transformers_student_loses_its_normalize_layer(trained: Any) -> None:

@@ -164,7 +164,7 @@ def test_search_prints_the_effect_of_each_word(
     assert all(word in table for word in ("a", "red", "dog")) and table.count(".") == 3
     for arguments, message in (
         (["--images", str(backend.folder / "index.sqlite"), "--explain"], "--explain requires a query text"),
-        (["red", "--explain", "--json"], "remove --json"),
+        (["red", "--explain", "--json"], "cannot be combined with --json"),
     ):
         assert main(["search", index, *arguments]) == 1
         assert message in capsys.readouterr().err
