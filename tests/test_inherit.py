@@ -177,7 +177,9 @@ def test_clip_model_that_does_not_fit_the_tower_is_an_error(
     with pytest.raises(ValueError, match=r"is not the image tower of this CLIP model \(cosine similarity"):
         create_initial_model(config_for(tower, inherit=str(tmp_path / "other")), store, records, tmp_path)
     vit = make_tower(tmp_path / "vit", "test_vit")
-    with pytest.raises(ValueError, match=r"feature dimension \(64\) must equal the CLIP model's feature dimension \(16\)"):
+    with pytest.raises(
+        ValueError, match=r"feature dimension \(64\) must equal the CLIP model's feature dimension \(16\)"
+    ):
         create_initial_model(config_for(str(vit), inherit=tower), store, records, tmp_path)
     with pytest.raises(ValueError, match=r"--align.inherit true: the checkpoint of .* has no text tower"):
         create_initial_model(config_for(str(vit)), store, records, tmp_path)
